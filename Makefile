@@ -1,0 +1,36 @@
+# Each target works from a fresh clone with Python, a C++ compiler and make; the first one sets up .venv.
+PYTHON ?= python3
+BIN = .venv/bin
+SOURCES = $(wildcard csrc/*) setup.py pyproject.toml
+
+.PHONY: bench test slow lint format sanitize clean
+
+.venv/ready: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ruff pytest pytest-benchmark hypothesis mpmath
+	touch $@
+
+# editable, so that the tests see these sources; run again when the C++ changes
+.venv/installed: .venv/ready $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+bench: .venv/installed
+	$(BIN)/python -m kdkernels bench
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build kdkernels/_cpu.so kdkernels/_build.txt .venv/installed

@@ -1,0 +1,54 @@
+// The whole ABI of the shared libraries: one struct, a few C functions. Python fills it through ctypes (kdkernels/backends/native.py),
+// so a field added here is added there, and kd_call_size() lets the loader refuse a library that was built from another version.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum kd_dtype : int32_t { KD_BF16 = 0, KD_F16 = 1, KD_F32 = 2, KD_F64 = 3 };
+enum kd_status : int32_t { KD_OK = 0, KD_BAD_LABEL = 1, KD_BAD_CALL = 2 };
+
+// rows are (outer, inner) pairs: row r starts at (r / inner) * stride[0] + (r % inner) * stride[1] elements, so that
+// logits[:, :-1] needs no copy. Offsets are int64_t: 15k rows of 152k classes already pass 2^31.
+struct kd_call {
+  const void *student, *teacher;    // logits, last dimension contiguous
+  void *grad;                       // null: value only. Has the student's dtype and may be its storage
+  const int64_t *labels;            // null without hard labels
+  const double *weight;             // per row, null: all 1. A row of weight 0 is not read; its gradient is zeroed
+  double *loss;                     // per row: weight * (value_scale * D + hard_scale * CE)
+  int64_t rows, inner, vocab;       // vocab: the classes that count
+  int64_t grad_width;               // classes of a gradient row; those past vocab are zeroed
+  int64_t student_stride[2], teacher_stride[2], grad_stride[2];
+  int32_t student_dtype, teacher_dtype;
+  int32_t divergence;               // index into kd_divergences()
+  int32_t threads;
+  int32_t fresh;                    // the gradient's pages have not been touched yet
+  int32_t reserved;
+  double order;                     // of Renyi
+  double temperature;               // inf: the limit of T^2 D
+  double value_scale;               // factor of D
+  double grad_scale;                // factor of T dD/dz (of the limit's gradient at T = inf)
+  double hard_scale;                // factor of CE in the value
+  double hard_grad_scale;           // factor of dCE/dz
+  int64_t bad_row;                  // out: the row of a bad label
+};
+
+// log softmax(x / T) over rows, and its gradient: out = log_softmax, or, given upstream, (upstream - softmax * sum upstream) / T.
+struct kd_log_softmax_call {
+  const void *logits, *upstream;
+  void *out;
+  int64_t rows, vocab;
+  int64_t logits_stride, upstream_stride, out_stride;
+  int32_t dtype;                    // of logits, upstream and out
+  int32_t threads;
+  double temperature;
+};
+
+int32_t kd_loss(kd_call *);
+int32_t kd_log_softmax(const kd_log_softmax_call *);
+int64_t kd_call_size(void);
+int64_t kd_log_softmax_call_size(void);
+const char *kd_divergences(void);   // comma-separated names, in the order of kd_call::divergence
+const char *kd_isa(void);           // the instruction-set level in use
+int kd_openmp(void);                // 1 when built with OpenMP
+}

@@ -1,0 +1,738 @@
+// The CPU library. This file is compiled once for each instruction-set level (KD_ISA = v2, v3, v4 on x86-64, base elsewhere) and once
+// more without KD_ISA for the C functions, which ask the processor at run time which level to call.
+//
+// A row goes through three phases, each over its blocks of classes, which stay in the first-level cache:
+//     sweep   one read of both rows: sums of the block, and its e, em, et (row.h) into the workspace
+//     close   the blocks are merged in order: the value, and three coefficients for each block
+//     emit    the gradient as a linear combination of what was kept, written past the caches
+// The workspace is the tail of the gradient itself, whose rows are written last: no memory is asked for beyond the gradient. Blocks
+// that find no room are swept again before they are emitted, with the same bits. Threads take rows, or, where there are fewer rows
+// than threads, blocks of one row.
+#include "api.h"
+
+#if defined(KD_ISA)
+
+#define KD_CONCAT_(a, b) a##b
+#define KD_CONCAT(a, b) KD_CONCAT_(a, b)
+#define KD_LEVEL KD_CONCAT(level_, KD_ISA)
+
+#include <cstdlib>
+#include <type_traits>
+#include "careful.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace kd {
+namespace KD_LEVEL {
+namespace {
+
+static_assert(KD_BF16 == int(DtypeCode::kBF16) && KD_F16 == int(DtypeCode::kF16) && KD_F32 == int(DtypeCode::kF32) && KD_F64 == int(DtypeCode::kF64), "");
+
+constexpr int64_t kBlockBytes = 16384;               // of Reals: a block of both rows fits the first-level cache
+constexpr int kLost = 3;                             // a block that only careful.h can take
+template <class Real> constexpr int64_t kBlock = kBlockBytes / sizeof(Real);
+template <class Real> constexpr Real kReach = sizeof(Real) == 4 ? 43 : 430;   // nothing within it over- or underflows: 2^43 2^-125
+
+KD_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+KD_HD int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+KD_HD int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+template <class Real> constexpr int64_t kSlot = kBlock<Real> + 64 / sizeof(Real);   // one kept array of a block; a vector may be read past its end
+
+template <class Real> KD_HD double sum_of(typename Vec<Real>::D x) {
+  double s = 0;
+  for (int i = 0; i < Vec<Real>::W; i++) s += x[i];
+  return s;
+}
+
+// ---------------------------------------------------------------- sweeping a block
+// S is what a row is stored as: Real, or a 16-bit float that is widened as it is loaded.
+template <class Real, class S> Real element(const S *x, int64_t i) {
+  Real r;
+  copy_row(x + i, 1, &r);
+  return r;
+}
+
+template <class Real, class S> Real largest(const S *x, int64_t n) {
+  using F = typename Vec<Real>::F;
+  constexpr int W = Vec<Real>::W;
+  F a = splat<F>(-INFINITY), b = a;
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) { a = larger(load_as<F>(x + i), a); b = larger(load_as<F>(x + i + W), b); }
+  a = larger(a, b);
+  Real top = -INFINITY;
+  for (int j = 0; j < W; j++) top = larger(a[j], top);
+  for (; i < n; i++) top = larger(element<Real>(x, i), top);
+  return top;
+}
+
+template <class Real, class S> int64_t find(const S *x, int64_t n, Real value) {
+  using F = typename Vec<Real>::F;
+  constexpr int W = Vec<Real>::W;
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    const auto at = [&](int64_t j) { return load_as<F>(x + j) == value; };
+    const auto hit = at(i) | at(i + W) | at(i + 2 * W) | at(i + 3 * W);
+    int64_t found = 0;
+    for (int j = 0; j < W; j++) found |= hit[j];
+    if (found) break;
+  }
+  while (i < n && !(element<Real>(x, i) == value)) i++;
+  return i;
+}
+
+// Where a block's differences are measured from: near their mean under b, so that what is summed is as small as what is wanted. The
+// mean is estimated from 64 classes spread over the block and the largest one, which alone decides where it dominates.
+template <class Real, class S> void find_references(const S *b, const S *o, int64_t n, double k, Part &p) {
+  using F = typename Vec<Real>::F;
+  constexpr int W = Vec<Real>::W, kVectors = 64 / W;
+  const Real top = largest<Real>(b, n);
+  const auto difference_at = [&](int64_t i) { return double(element<Real>(o, i)) - double(element<Real>(b, i)); };
+  p.top = top;
+  if (top == -INFINITY) {                            // no class of the base here: what the other has is measured from its own largest
+    p.top = largest<Real>(o, n); p.ref = 0;
+  } else if (std::isfinite(top)) {
+    p.ref = difference_at(find(b, n, top));
+    for (int64_t j = 0; j < n && !std::isfinite(p.ref); j++) p.ref = difference_at(j);
+    if (!std::isfinite(p.ref)) p.ref = 0;
+    if (n < 256) return;
+    const Real at = Real(p.ref), c = Real(k * kLog2e);
+    F weight{}, mean{};
+    for (int i = 0; i < kVectors; i++) {
+      const int64_t j = (n - W) / kVectors * i;
+      const F vb = load_as<F>(b + j), x = (load_as<F>(o + j) - vb) - at, a = (vb - top) * c;
+      const F w = select(x - x == Real(0), exp2_of_product(a, Real(1), Exp2<Real>::kFloor), F{});
+      weight += w; mean += select(w > Real(0), w * x, F{});
+    }
+    double w = 0, m = 0;
+    for (int j = 0; j < W; j++) { w += weight[j]; m += mean[j]; }
+    const double each = n / 64.;                     // classes that one of the sample stands for
+    p.ref = Real(p.ref + each * m / (1 + each * w));
+  }
+}
+
+// Sums are formed in vectors of Real over at most 64 terms a lane, then in fp64.
+template <class Real> struct Accumulator {
+  using F = typename Vec<Real>::F;
+  using I = typename Vec<Real>::I;
+  using D = typename Vec<Real>::D;
+  D s{}, d{}, k1{}, k2{}, t{}, n{}, ties{};
+  I wild{};
+  template <Shape kShape> KD_HD void add(Sums<F> &x, I &w) {
+    s += __builtin_convertvector(x.s, D); d += __builtin_convertvector(x.d, D); k1 += __builtin_convertvector(x.k1, D);
+    if (kShape == kTilted) { k2 += __builtin_convertvector(x.k2, D); t += __builtin_convertvector(x.t, D); }
+    if (kShape == kEntropy) { n += __builtin_convertvector(x.n, D); ties += __builtin_convertvector(x.ties, D); }
+    wild = w > wild ? w : wild;
+    x = Sums<F>{}; w = I{};
+  }
+  Real reach() const {
+    auto worst = wild[0];
+    for (int j = 1; j < Vec<Real>::W; j++) worst = wild[j] > worst ? wild[j] : worst;
+    return from_bits(worst);
+  }
+};
+
+// step over the block's vectors; the last, partial one is filled up with masked classes.
+template <class Real, class S, class Full, class Last, class Flush>
+KD_HD void each_vector(const S *b, const S *o, int64_t n, Full full, Last last, Flush flush) {
+  using F = typename Vec<Real>::F;
+  constexpr int W = Vec<Real>::W;
+  const int64_t whole = n / W * W;
+  for (int64_t i0 = 0; i0 < whole; i0 += 64 * W) {
+    const int64_t end = smaller(i0 + 64 * W, whole);
+    for (int64_t i = i0; i < end; i += W) {
+      __builtin_prefetch(o + i + kBlock<Real> / 8); __builtin_prefetch(b + i + kBlock<Real>);
+      full(i, load_as<F>(b + i), load_as<F>(o + i));
+    }
+    flush();
+  }
+  if (whole < n) {
+    Real tb[W], to[W];
+    for (int j = 0; j < W; j++) tb[j] = to[j] = -INFINITY;
+    copy_row(b + whole, n - whole, tb); copy_row(o + whole, n - whole, to);
+    last(whole, load<F>(tb), load<F>(to));
+    flush();
+  }
+}
+
+template <Shape kShape, Care kCare, class Real, class S>
+void sweep(const S *b, const S *o, int64_t n, const Plan &plan, Real *const *keep, Part &p, Real reach) {
+  using F = typename Vec<Real>::F;
+  using I = typename Vec<Real>::I;
+  constexpr bool kCarry = kCare != kFast;
+  const Real ref = Real(p.ref), low = kCarry ? Real(p.ref - ref) : 0;
+  const References<Real> r{Real(p.top), ref, low, Real(plan.c), Real(plan.tilt), Exp2<Real>::kFloor / Real(plan.c), reach};
+  Real *const e = keep[0], *const em = keep[1], *const et = keep[2];
+  Accumulator<Real> total;
+  Sums<F> s;
+  I wild{};
+  const auto put = [&](int64_t i, const Kept<F> &k) __attribute__((always_inline)) {
+    store(e + i, k.e);
+    if (em) store(em + i, k.em);
+    if (kShape == kTilted) store(et + i, k.et);
+  };
+  each_vector<Real>(b, o, n,
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, kCare == kMasked>(vb, vo, r, s, wild)); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, true>(vb, vo, r, s, wild)); },
+      [&]() __attribute__((always_inline)) { total.template add<kShape>(s, wild); });
+  p.s = sum_of<Real>(total.s); p.d = sum_of<Real>(total.d); p.k1 = sum_of<Real>(total.k1);
+  p.offset = plan.k * (double(ref) + low);
+  p.k2 = sum_of<Real>(total.k2); p.t = sum_of<Real>(total.t);
+  if (kShape == kEntropy) {
+    const double ties = sum_of<Real>(total.ties);
+    p.rest = p.s + (ties > 0 ? ties - 1 : 0); p.s += ties; p.n = sum_of<Real>(total.n) * kLn2;
+  }
+  p.care = total.reach() <= reach ? int(kCare) : kLost;
+}
+
+template <bool kMask, class Real> void sweep_moments(const Real *b, const Real *o, int64_t n, Real *const *keep, Part &p) {
+  using F = typename Vec<Real>::F;
+  using I = typename Vec<Real>::I;
+  Accumulator<Real> total;
+  Sums<F> s;
+  I wild{};
+  const Real ref = Real(p.ref), low = Real(p.ref - ref);
+  const auto put = [&](int64_t i, const Kept<F> &k) __attribute__((always_inline)) { store(keep[0] + i, k.e); store(keep[1] + i, k.em); };
+  each_vector<Real>(b, o, n,
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step_moments<kMask>(vb, vo, ref, low, s, wild)); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step_moments<true>(vb, vo, ref, low, s, wild)); },
+      [&]() __attribute__((always_inline)) { total.template add<kPlain>(s, wild); });
+  p.s = sum_of<Real>(total.s); p.d = sum_of<Real>(total.d); p.k1 = sum_of<Real>(total.k1);
+  p.offset = double(ref) + low;
+  p.care = std::isfinite(total.reach()) ? (kMask ? kMasked : kExact) : kLost;
+}
+
+template <class Real, class S>
+void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+  if constexpr (Half<S>::value) if (care != kFast) {   // the careful forms exist for Real alone
+    copy_row(b, n, wide_b); copy_row(o, n, wide_o);
+    return sweep(care, wide_b, wide_o, n, plan, keep, p, wide_b, wide_o);
+  }
+  const Real reach = kReach<Real> / Real(larger(1., std::fabs(plan.tilt)));
+  const auto with = [&](auto shape) {
+    constexpr Shape kShape = decltype(shape)::value;
+    if constexpr (!Half<S>::value) {
+      if (care == kExact) return sweep<kShape, kExact>(b, o, n, plan, keep, p, reach);
+      if (care == kMasked) return sweep<kShape, kMasked>(b, o, n, plan, keep, p, reach);
+    }
+    sweep<kShape, kFast>(b, o, n, plan, keep, p, reach);
+  };
+  if (plan.moments) {
+    if constexpr (!Half<S>::value) return care == kMasked ? sweep_moments<true>(b, o, n, keep, p) : sweep_moments<false>(b, o, n, keep, p);
+  } else if (plan.tilted) {
+    with(std::integral_constant<Shape, kTilted>{});
+  } else if (plan.entropy) {
+    with(std::integral_constant<Shape, kEntropy>{});
+  } else {
+    with(std::integral_constant<Shape, kPlain>{});
+  }
+}
+
+// A block from its logits: references (unless the row has given its own), then as much care as it turns out to need.
+template <class Real, class S>
+void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, const double *ref, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+  p = Part();
+  find_references<Real>(b, o, n, plan.moments ? 0 : plan.k, p);
+  if (ref) p.ref = *ref;
+  if (p.top == -INFINITY) {                          // no class at all, unless a nan hides there
+    for (int64_t i = 0; i < n; i++) if (element<Real>(b, i) != element<Real>(b, i) || element<Real>(o, i) != element<Real>(o, i)) p.care = kLost;
+    return;
+  }
+  if (!std::isfinite(p.top)) { p.care = kLost; return; }
+  sweep(plan.moments ? kExact : kFast, b, o, n, plan, keep, p, wide_b, wide_o);
+  if (p.care == kLost) return sweep(kMasked, b, o, n, plan, keep, p, wide_b, wide_o);
+  // The rounding of o - b, 2^-24 of the offset, must stay under 1e-6 of the differences that remain; 16-bit logits have none.
+  if (Half<S>::value || plan.moments) return;
+  const double d = p.d / p.s, own = p.k1 / p.s - (d - std::log1p(d)), off = plan.k * p.ref;
+  if (off * off > 512 * own) sweep(kExact, b, o, n, plan, keep, p, wide_b, wide_o);
+}
+
+template <class Real, class S> HardPart sweep_hard(const S *z, int64_t n, Real *e1) {
+  using F = typename Vec<Real>::F;
+  using D = typename Vec<Real>::D;
+  HardPart p;
+  const Real top = largest<Real>(z, n);
+  p.top = top;
+  if (!(std::fabs(p.top) < INFINITY)) {
+    std::memset(e1, 0, round_up(n, Vec<Real>::W) * sizeof(Real));
+    return p;
+  }
+  D rest{}, ties{};
+  F r{}, t{};
+  const auto full = [&](int64_t i, F vz, F) __attribute__((always_inline)) { store(e1 + i, step_hard(vz, top, r, t)); };
+  each_vector<Real>(z, z, n, full, full, [&]() __attribute__((always_inline)) {
+    rest += __builtin_convertvector(r, D); ties += __builtin_convertvector(t, D);
+    r = F{}; t = F{};
+  });
+  p.rest = sum_of<Real>(rest) + sum_of<Real>(ties) - 1;
+  p.s = 1 + p.rest;
+  return p;
+}
+
+// ---------------------------------------------------------------- emitting a block: sum_j factor[j] * kept[j]
+template <int kArrays, class Real>
+void emit(const Real *const *kept, const double *factors, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
+  using F = typename Vec<Real>::F;
+  const Real *rows[kArrays];
+  Real factor[kArrays];
+  for (int j = 0; j < kArrays; j++) { rows[j] = kept[j]; factor[j] = Real(factors[j]); }
+  store_row(out, dtype, i, n, streaming, Real(0), [=](int64_t l) __attribute__((always_inline)) {
+    F g = load<F>(rows[0] + l) * factor[0];
+    for (int j = 1; j < kArrays; j++) g += load<F>(rows[j] + l) * factor[j];
+    return g;
+  });
+}
+
+template <class Real> void emit(int arrays, const Real *const *kept, const double *factors, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
+  if (arrays == 1) emit<1>(kept, factors, out, dtype, i, n, streaming);
+  else if (arrays == 2) emit<2>(kept, factors, out, dtype, i, n, streaming);
+  else if (arrays == 3) emit<3>(kept, factors, out, dtype, i, n, streaming);
+  else emit<4>(kept, factors, out, dtype, i, n, streaming);
+}
+
+// ---------------------------------------------------------------- rows
+KD_HD const char *at(const void *p, int32_t dtype, const int64_t *stride, const kd_call &c, int64_t row) {
+  return (const char *)p + (row / c.inner * stride[0] + row % c.inner * stride[1]) * element_size(dtype);
+}
+
+// What one thread works with: room for a block, and its share of the workspace.
+template <class Real> struct Desk {
+  alignas(64) Real b[kSlot<Real>], o[kSlot<Real>], slot[4 * kSlot<Real>];
+  Real *workspace = nullptr;
+  int64_t capacity = 0;                              // blocks that fit the workspace
+};
+
+template <class Real> class RowJob {
+ public:
+  RowJob(const kd_call &c, const Plan &p) : c_(c), plan_(p), blocks_((c.vocab + kBlock<Real> - 1) / kBlock<Real>) {
+    third_ = p.tilted && !p.student_base;
+    arrays_ = 2 + third_ + hard();
+    size_ = element_size(c.student_dtype);
+  }
+  int64_t blocks() const { return blocks_; }
+  int64_t slot_bytes() const { return arrays_ * kSlot<Real> * sizeof(Real); }
+  bool hard() const { return c_.labels && (c_.hard_scale != 0 || c_.hard_grad_scale != 0); }
+
+  struct State { Part *parts; HardPart *hard_parts; Row row; HardPart hard; double weight; };
+
+  bool begin(State &s, int64_t row) const {          // false: the row counts for nothing
+    s.weight = c_.weight ? c_.weight[row] : 1;
+    if (s.weight != 0) return true;
+    c_.loss[row] = 0;
+    if (c_.grad) std::memset(grad(row), 0, c_.grad_width * size_);
+    return false;
+  }
+
+  void sweep_blocks(State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk) const {
+    const double ref = plan_.moments ? s.row.shift : s.row.shift / plan_.k;
+    bool lost = false;
+    for (int64_t i = lo; i < hi && !lost; i++) {     // once the row is lost, nothing that follows is used
+      const int64_t n = length(i);
+      Real *keep[4];
+      slots(desk, i, lo, keep);
+      with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
+        if (hard()) s.hard_parts[i] = sweep_hard(z, n, keep[3]);
+        if (plan_.careful) return;
+        measure_block(b, o, n, plan_, s.row.refine ? &ref : nullptr, keep, s.parts[i], desk.b, desk.o);
+        lost = s.parts[i].care == kLost;
+      });
+    }
+  }
+
+  void close(State &s, int64_t row) const {
+    bool lost = plan_.careful;
+    for (int64_t i = 0; i < blocks_ && !lost; i++) lost = s.parts[i].care == kLost;
+    const bool again = s.row.refine;
+    s.row = Row();
+    if (!lost) s.row = close_row(s.parts, int(blocks_), plan_);
+    if (again) s.row.refine = false;
+    s.row.lost |= lost;
+    if (!s.row.lost) finish(s, row, s.row.value);
+  }
+
+  void emit_blocks(const State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk, bool streaming) const {
+    for (int64_t i = hi - 1; i >= lo; i--) {         // backwards: the last block is still on the desk
+      const int64_t n = length(i);
+      Real *keep[4];
+      slots(desk, i, lo, keep);
+      const bool kept_here = i - lo < desk.capacity || i == hi - 1;
+      if (!kept_here) {
+        with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
+          Part p = s.parts[i];
+          if (hard()) sweep_hard(z, n, keep[3]);
+          if (!p.empty()) sweep(p.care, b, o, n, plan_, keep, p, desk.b, desk.o);
+        });
+      }
+      if (s.parts[i].empty()) for (int j = 0; j < 3; j++) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
+      const Coefficients k = coefficients(s.parts[i], s.row, plan_, s.weight * c_.grad_scale);
+      const Real *kept[4] = {keep[0]};
+      double factors[4] = {k.C};
+      int m = 1;
+      if (keep[1]) { kept[m] = keep[1]; factors[m++] = k.A; }
+      if (keep[2]) { kept[m] = keep[2]; factors[m++] = k.B; }
+      write(s, row, i, n, m, kept, factors, keep[3], streaming);
+    }
+  }
+
+  // A row that the sweep could not take, whole.
+  void careful_row(State &s, int64_t row, Desk<Real> &desk, bool streaming) const {
+    constexpr int64_t N = kBlock<double>;
+    alignas(64) double z[N], v[N], g[N];
+    const auto fill = [&](int64_t i, int64_t n) {
+      load_row(student(row), c_.student_dtype, i, n, z);
+      load_row(teacher(row), c_.teacher_dtype, i, n, v);
+      const int64_t padded = round_up(n, Vec<double>::W);
+      for (int64_t j = n; j < padded; j++) z[j] = v[j] = -INFINITY;
+      return padded;
+    };
+    Careful careful(plan_);
+    const double value = careful.measure([&](auto body) {
+      for (int64_t i = 0; i < c_.vocab; i += N) body(z, v, fill(i, smaller(N, c_.vocab - i)));
+    });
+    if (hard() && !plan_.careful) {                  // the sweep stopped where the row was lost
+      for (int64_t i = 0; i < blocks_; i++) {
+        with_block(row, i, desk, [&](auto *z, auto *, auto *) { s.hard_parts[i] = sweep_hard(z, length(i), desk.slot); });
+      }
+    }
+    finish(s, row, value);
+    if (!c_.grad) return;
+    const double scale = s.weight * c_.grad_scale;
+    Real *soft = desk.slot, *e1 = desk.slot + kSlot<Real>;
+    for (int64_t i = 0; i < blocks_; i++) {
+      const int64_t n = length(i), i0 = i * kBlock<Real>;
+      if (hard()) with_block(row, i, desk, [&](auto *z, auto *, auto *) { sweep_hard(z, n, e1); });
+      for (int64_t j = 0; j < n; j += N) {
+        const int64_t m = smaller(N, n - j);
+        careful.gradient(z, v, fill(i0 + j, m), g);
+        for (int64_t l = 0; l < m; l++) soft[j + l] = Real(g[l]);
+      }
+      const Real *kept[4] = {soft};
+      double factors[4] = {scale};
+      write(s, row, i, n, 1, kept, factors, e1, streaming);
+    }
+  }
+
+ private:
+  const char *student(int64_t row) const { return at(c_.student, c_.student_dtype, c_.student_stride, c_, row); }
+  const char *teacher(int64_t row) const { return at(c_.teacher, c_.teacher_dtype, c_.teacher_stride, c_, row); }
+  char *grad(int64_t row) const { return (char *)at(c_.grad, c_.student_dtype, c_.grad_stride, c_, row); }
+  int64_t length(int64_t block) const { return smaller(kBlock<Real>, c_.vocab - block * kBlock<Real>); }
+
+  // body(student, base, other): the block where it lies if both rows are stored alike, else as Reals on the desk.
+  template <class Body> void with_block(int64_t row, int64_t block, Desk<Real> &desk, Body body) const {
+    const int64_t i = block * kBlock<Real>;
+    const char *z = student(row), *v = teacher(row);
+    const auto with = [&](auto *z, auto *v) { body(z, plan_.student_base ? z : v, plan_.student_base ? v : z); };
+    if constexpr (sizeof(Real) == 4) if (c_.student_dtype == c_.teacher_dtype && !plan_.moments) {
+      if (c_.student_dtype == KD_BF16) return with((const bf16 *)z + i, (const bf16 *)v + i);
+      if (c_.student_dtype == KD_F16) return with((const f16 *)z + i, (const f16 *)v + i);
+    }
+    const auto fetch = [&](const char *p, int32_t dtype, Real *buffer) {
+      if (element_size(dtype) == sizeof(Real)) return (const Real *)p + i;
+      load_row(p, dtype, i, length(block), buffer);
+      return (const Real *)buffer;
+    };
+    Real *const first = plan_.student_base ? desk.b : desk.o, *const second = plan_.student_base ? desk.o : desk.b;
+    with(fetch(z, c_.student_dtype, first), fetch(v, c_.teacher_dtype, second));
+  }
+
+  // Where block i keeps e, em, et and the hard term's e1; null for what the family does not need.
+  void slots(Desk<Real> &desk, int64_t i, int64_t lo, Real **keep) const {
+    Real *p = i - lo < desk.capacity ? desk.workspace + (i - lo) * arrays_ * kSlot<Real> : desk.slot;
+    keep[0] = p; p += kSlot<Real>;
+    keep[1] = !plan_.tilted || third_ ? p : nullptr; p += keep[1] ? kSlot<Real> : 0;
+    keep[2] = plan_.tilted ? p : nullptr; p += keep[2] ? kSlot<Real> : 0;
+    keep[3] = p;
+  }
+
+  double logit(int64_t row, int64_t label) const {
+    double z;
+    load_row(student(row), c_.student_dtype, label, 1, &z);
+    return z;
+  }
+
+  void finish(State &s, int64_t row, double value) const {
+    double loss = c_.value_scale != 0 ? c_.value_scale * value : 0;
+    if (hard()) {
+      s.hard = merge_hard(s.hard_parts, int(blocks_));
+      loss += c_.hard_scale * (std::log1p(s.hard.rest) + (s.hard.top - logit(row, c_.labels[row])));
+    }
+    c_.loss[row] = s.weight * loss;
+  }
+
+  void write(const State &s, int64_t row, int64_t block, int64_t n, int m, const Real **kept, double *factors, const Real *e1, bool streaming) const {
+    const int64_t i0 = block * kBlock<Real>;
+    char *out = grad(row);
+    int64_t label = -1;
+    if (hard()) {
+      const double scale = s.weight * c_.hard_grad_scale;
+      const bool any = s.hard_parts[block].s > 0;
+      kept[m] = e1; factors[m++] = any ? scale * std::exp(s.hard_parts[block].top - s.hard.top) / s.hard.s : 0;
+      label = c_.labels[row] - i0;
+      if (label < 0 || label >= n) label = -1;
+    }
+    emit(m, kept, factors, out, c_.student_dtype, i0, n, streaming && label < 0);
+    if (label >= 0) {                                // q - 1 from the other classes: exact where q rounds to 1
+      double g = 0;
+      for (int j = 0; j + 1 < m; j++) g += double(Real(factors[j])) * kept[j][label];
+      const double below = std::expm1(logit(row, label + i0) - s.hard.top);
+      const Real value = Real(g - s.weight * c_.hard_grad_scale * (s.hard.rest - below) / s.hard.s);
+      store_row(out, c_.student_dtype, label + i0, 1, false, Real(0), [=](int64_t) { return splat<typename Vec<Real>::F>(value); });
+    }
+    if (block == blocks_ - 1 && c_.grad_width > c_.vocab) std::memset(out + c_.vocab * size_, 0, (c_.grad_width - c_.vocab) * size_);
+  }
+
+  const kd_call &c_;
+  const Plan &plan_;
+  const int64_t blocks_;
+  int64_t size_;
+  int arrays_;
+  bool third_;
+};
+
+template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Real>::State &s, int64_t row, Desk<Real> &desk, bool write, bool streaming) {
+  s.row = Row();
+  if (!job.begin(s, row)) return;
+  do {
+    job.sweep_blocks(s, row, 0, job.blocks(), desk);
+    job.close(s, row);
+  } while (s.row.refine);
+  if (s.row.lost) job.careful_row(s, row, desk, streaming);
+  else if (write) job.emit_blocks(s, row, 0, job.blocks(), desk, streaming);
+}
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+template <class T> T *allocate(int64_t n) { return n > 0 ? (T *)std::malloc(n * sizeof(T)) : nullptr; }
+
+template <class Real> void run(const kd_call &c, const Plan &plan) {
+  const RowJob<Real> job(c, plan);
+  const int64_t blocks = job.blocks(), row_bytes = c.grad_width * element_size(c.student_dtype), all = c.rows * row_bytes;
+  const bool streaming = c.grad && c.fresh && all > (int64_t(8) << 20);
+#if defined(__linux__)
+  if (streaming) {                                   // fewer page faults under a gradient that is new
+    const uintptr_t page = uintptr_t(2) << 20, lo = ((uintptr_t)c.grad + page - 1) / page * page, hi = ((uintptr_t)c.grad + all) / page * page;
+    if (hi > lo) madvise((void *)lo, hi - lo, MADV_HUGEPAGE);
+  }
+#endif
+  const bool small = c.rows * c.vocab < 32768;       // not worth waking a thread for
+  const int threads = small ? 1 : c.threads;
+  const bool split = c.rows < 4 * threads && blocks >= 2 * threads && threads > 1;
+
+  // The workspace: the gradient's last rows, which are written last, or else at most 1 % of its size.
+  const int64_t share = split ? (blocks + threads - 1) / threads : blocks, want = share > 1 && c.grad ? share * job.slot_bytes() + 64 : 0;
+  int64_t tail = want ? (threads * want + row_bytes - 1) / row_bytes : 0, room = 0;
+  if (tail > c.rows / 8 || !c.fresh || split) {
+    tail = 0;
+    const int64_t most = at_least(int64_t(double(all) * .009), int64_t(512) << 10) / threads;
+    room = want ? smaller(want, most) : 0;
+  }
+  char *const tail_start = tail ? (char *)c.grad + (all - tail * row_bytes) : nullptr;
+  const int64_t chunk = at_least(1, smaller(16, c.rows / (8 * threads)));
+
+  Part *shared_parts = split ? allocate<Part>(blocks) : nullptr;
+  HardPart *shared_hard = split ? allocate<HardPart>(blocks) : nullptr;
+  typename RowJob<Real>::State shared{shared_parts, shared_hard, Row(), HardPart(), 1};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Desk<Real> desk;
+    const int me = thread_number();
+    void *own = room ? std::malloc(room) : nullptr;
+    char *start = tail ? tail_start + me * want : (char *)own;
+    if (start) {
+      desk.workspace = (Real *)round_up((uintptr_t)start, 64);
+      desk.capacity = ((tail ? want : room) - 64) / job.slot_bytes();
+      if (desk.capacity < 0) desk.capacity = 0;
+    }
+    if (split) {
+      const int64_t lo = smaller(me * share, blocks), hi = smaller(lo + share, blocks);
+      for (int64_t row = 0; row < c.rows; row++) {
+        bool counts = true;
+#pragma omp barrier
+        if (me == 0) { shared.row = Row(); shared.weight = job.begin(shared, row) ? shared.weight : 0; }
+#pragma omp barrier
+        counts = shared.weight != 0;
+        while (counts) {
+          job.sweep_blocks(shared, row, lo, hi, desk);
+#pragma omp barrier
+          if (me == 0) job.close(shared, row);
+#pragma omp barrier
+          if (!shared.row.refine) break;
+        }
+        if (!counts) continue;
+        if (!shared.row.lost) { if (c.grad) job.emit_blocks(shared, row, lo, hi, desk, streaming); }
+        else if (me == 0) job.careful_row(shared, row, desk, streaming);
+      }
+    } else {
+      Part *parts = allocate<Part>(blocks);
+      HardPart *hard_parts = allocate<HardPart>(blocks);
+      typename RowJob<Real>::State s{parts, hard_parts, Row(), HardPart(), 1};
+#pragma omp for schedule(dynamic, chunk)
+      for (int64_t row = 0; row < c.rows - tail; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
+      desk.capacity = tail ? 0 : desk.capacity;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t row = c.rows - tail; row < c.rows; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
+      std::free(parts);
+      std::free(hard_parts);
+    }
+    std::free(own);
+    stream_fence();
+  }
+  std::free(shared_parts);
+  std::free(shared_hard);
+}
+
+// ---------------------------------------------------------------- log_softmax
+template <class Real> void log_softmax_rows(const kd_log_softmax_call &c) {
+  using F = typename Vec<Real>::F;
+  constexpr int W = Vec<Real>::W;
+  constexpr int64_t N = kBlock<Real>;
+  const double k = 1 / c.temperature;
+  const int64_t size = element_size(c.dtype), blocks = (c.vocab + N - 1) / N;
+  const bool streaming = c.rows * c.vocab * size > (int64_t(8) << 20);
+#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.rows * c.vocab >= 32768 && c.threads > 1)
+  for (int64_t row = 0; row < c.rows; row++) {
+    alignas(64) Real buffer[kSlot<Real>], up[kSlot<Real>];
+    const char *x = (const char *)c.logits + row * c.logits_stride * size, *u = c.upstream ? (const char *)c.upstream + row * c.upstream_stride * size : nullptr;
+    const auto fetch = [&](const char *p, int64_t i, Real *to) {
+      const int64_t n = smaller(N, c.vocab - i * N);
+      load_row(p, c.dtype, i * N, n, to);
+      for (int64_t j = n; j < round_up(n, W); j++) to[j] = p == x ? Real(-INFINITY) : Real(0);
+      return round_up(n, W);
+    };
+    // at T = inf every class that is not masked has the same logit
+    const auto scaled = [&](F v, Real top) { return k > 0 ? (v - top) * Real(k) : select(v == Real(-INFINITY), v, v - v); };
+    double top = -INFINITY, rest = 0, total = 0;
+    bool broken = false;
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t n = fetch(x, i, buffer);
+      const double t = largest<Real>(buffer, n);
+      if (t > top) { rest = top > -INFINITY ? (rest + 1) * std::exp(k > 0 ? (top - t) * k : 0) : 0; }
+      else if (t > -INFINITY) { rest += 0; }
+      const double next = t > top ? t : top;
+      typename Vec<Real>::D others{}, ties{}, sums{};
+      typename Vec<Real>::I nan{};
+      for (int64_t j = 0; j < n; j += W) {
+        const F v = load<F>(buffer + j), a = scaled(v, Real(next)) * Real(kLog2e);
+        const F e = exp2_of_product(a, Real(1), Exp2<Real>::kFloor);
+        nan |= v != v;
+        others += __builtin_convertvector(select(a == Real(0), F{}, e), typename Vec<Real>::D);
+        ties += __builtin_convertvector(select(a == Real(0), splat<F>(1), F{}), typename Vec<Real>::D);
+      }
+      for (int j = 0; j < W; j++) broken |= nan[j] != 0;
+      rest += sum_of<Real>(others) + sum_of<Real>(ties) - (t > top ? 1 : 0);
+      top = next;
+      if (u) {
+        const int64_t m = fetch(u, i, up);
+        for (int64_t j = 0; j < m; j += W) sums += __builtin_convertvector(load<F>(up + j), typename Vec<Real>::D);
+        total += sum_of<Real>(sums);
+      }
+    }
+    if (!std::isfinite(top)) broken = true;
+    const Real log_total = broken ? Real(NAN) : Real(std::log1p(rest)), inverse = Real(total / (1 + rest));
+    for (int64_t i = 0; i < blocks; i++) {
+      fetch(x, i, buffer);
+      if (u) fetch(u, i, up);
+      store_row((char *)c.out + row * c.out_stride * size, c.dtype, i * N, smaller(N, c.vocab - i * N), streaming, Real(0), [&](int64_t j) {
+        const F a = scaled(load<F>(buffer + j), Real(top));
+        if (!u) return F(a - log_total);
+        const F a2 = a * Real(kLog2e), e = exp2_of_product(a2, Real(1), Exp2<Real>::kFloor);
+        return F((load<F>(up + j) - e * inverse + log_total * Real(0)) * Real(k));
+      });
+    }
+    if (streaming) stream_fence();
+  }
+}
+
+}  // namespace
+}  // namespace KD_LEVEL
+}  // namespace kd
+
+extern "C" {
+int32_t KD_CONCAT(kd_loss_, KD_ISA)(kd_call *c) {
+  using namespace kd::KD_LEVEL;
+  const bool wide = c->student_dtype == KD_F64 || c->teacher_dtype == KD_F64;
+  const Plan plan = make_plan(c->divergence, c->order, c->temperature, wide);
+  if (wide) run<double>(*c, plan); else run<float>(*c, plan);
+  return KD_OK;
+}
+int32_t KD_CONCAT(kd_log_softmax_, KD_ISA)(const kd_log_softmax_call *c) {
+  using namespace kd::KD_LEVEL;
+  if (c->dtype == KD_F64) log_softmax_rows<double>(*c); else log_softmax_rows<float>(*c);
+  return KD_OK;
+}
+}
+
+#else  // ---------------------------------------------------------------- the C functions
+
+#define KD_LEVEL dispatch
+#include <cstdlib>
+#include "divergence.h"
+
+#define KD_DECLARE(level) extern "C" int32_t kd_loss_##level(kd_call *); extern "C" int32_t kd_log_softmax_##level(const kd_log_softmax_call *);
+#if defined(KD_X86_LEVELS)
+KD_DECLARE(v2) KD_DECLARE(v3) KD_DECLARE(v4)
+#else
+KD_DECLARE(base)
+#endif
+
+namespace {
+struct Level { const char *name; int32_t (*loss)(kd_call *); int32_t (*log_softmax)(const kd_log_softmax_call *); };
+
+// KDKERNELS_CPU_ISA = v2 or v3 asks for less than the processor has: to compare levels, and to test them.
+Level choose() {
+#if defined(KD_X86_LEVELS)
+  const char *asked = std::getenv("KDKERNELS_CPU_ISA");
+  const char most = asked && asked[0] == 'v' ? asked[1] : '4';
+  __builtin_cpu_init();
+#if defined(KD_HAS_v4)
+  if (most >= '4' && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return {"x86-64-v4", kd_loss_v4, kd_log_softmax_v4};
+#endif
+#if defined(KD_HAS_v3)
+  if (most >= '3' && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return {"x86-64-v3", kd_loss_v3, kd_log_softmax_v3};
+#endif
+  return {"x86-64-v2", kd_loss_v2, kd_log_softmax_v2};
+#else
+  return {"base", kd_loss_base, kd_log_softmax_base};
+#endif
+}
+const Level &level() { static const Level chosen = choose(); return chosen; }
+}  // namespace
+
+#define KD_API extern "C" __attribute__((visibility("default")))
+
+KD_API int32_t kd_loss(kd_call *c) {
+  if (!c || c->rows < 0 || c->vocab <= 0 || c->inner <= 0) return KD_BAD_CALL;
+  if (c->labels) {
+    for (int64_t r = 0; r < c->rows; r++) {
+      const bool counts = !c->weight || c->weight[r] != 0;
+      if (counts && (c->labels[r] < 0 || c->labels[r] >= c->vocab)) { c->bad_row = r; return KD_BAD_LABEL; }
+    }
+  }
+  return c->rows ? level().loss(c) : int32_t(KD_OK);
+}
+KD_API int32_t kd_log_softmax(const kd_log_softmax_call *c) { return c->rows ? level().log_softmax(c) : int32_t(KD_OK); }
+KD_API int64_t kd_call_size(void) { return sizeof(kd_call); }
+KD_API int64_t kd_log_softmax_call_size(void) { return sizeof(kd_log_softmax_call); }
+KD_API const char *kd_divergences(void) { return kd::dispatch::kNames; }
+KD_API const char *kd_isa(void) { return level().name; }
+KD_API int kd_openmp(void) {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+#endif

@@ -1,0 +1,222 @@
+// One row, the part that is the same on every device: the step of one element, the sums of a block, their merge and the closing of a row.
+//
+// A block is any set of classes of the row with its own references: top, the largest base logit, and ref, the difference o - b there.
+//     e = e^{(b - top)/T}     y = ((o - b) - ref)/T     em = e expm1(y)     et = e expm1(tilt y)
+// A row's gradient is linear in the three, with coefficients that are known when the row is closed:
+//     q - w = A em + B et + C e        (one triple of coefficients for each block)
+// so the exponentials are computed once and kept, or computed again where there is no room to keep them; both give the same bits.
+// A sum is never formed from terms of both signs that could cancel; everything per block and per row is fp64.
+#pragma once
+#include "divergence.h"
+
+namespace kd {
+namespace KD_LEVEL {
+
+template <class Real> struct References {
+  Real top, ref, ref_low;  // ref + ref_low: the reference in twice the precision, for kExact
+  Real c, tilt;
+  Real floor;      // smallest (b - top) that is not flushed: kFloor / c
+  Real reach;      // largest |y| in base 2 that the exponentials take
+};
+
+template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}; };
+template <class F> struct Kept { F e, em, et; };
+
+enum Shape { kPlain, kEntropy, kTilted };                // what is summed besides e, em and e psi
+enum Care { kFast, kExact, kMasked };                    // kExact: o - b with its rounding; kMasked: and -inf logits
+
+// o - b - ref. The rounding of o - b matters when a common offset is much larger than what remains of the difference.
+template <bool kCarry, class F> KD_HD F difference(F o, F b, typename Element<F>::Real ref, typename Element<F>::Real ref_low) {
+  const F hi = o - b;
+  if (!kCarry) return hi - ref;
+  const F back = hi - o, lo = (o - (hi - back)) - (b + back);
+  return (hi - ref) + (lo - ref_low);
+}
+
+// One element (or a vector of them). wild: bits of the largest |y|, or all ones for what no finite formula takes.
+template <Shape kShape, bool kCarry, bool kMask, class F>
+KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sums<F> &s, typename Element<F>::Int &wild) {
+  using Real = typename Element<F>::Real;
+  using Int = typename Element<F>::Int;
+  constexpr Real kInf = Real(INFINITY);
+  const F zero{}, a = b - r.top;
+  F e = exp2_of_product(a, r.c, r.floor), y = difference<kCarry>(o, b, r.ref, r.ref_low) * r.c;
+  Int no_b{}, no_o{};
+  if (kMask) {
+    no_b = b == -kInf; no_o = o == -kInf;
+    y = select(no_b | no_o, zero, y);
+  }
+  const Int far = bits(y) & Exp2<Real>::kAbs;                           // |y|; inf and nan come out on top
+  wild = far > wild ? far : wild;
+  const ExpM1<F> m = expm1_psi(y);
+  F em = e * m.m1, k1 = e * m.psi, et{}, k2{};
+  if (kShape == kTilted) {
+    const ExpM1<F> mt = expm1_psi(y * r.tilt);
+    et = e * mt.m1; k2 = e * mt.psi;
+  }
+  if (kMask) {
+    // p = 0 < q and the reverse, as limits: the terms of F stay finite where the divergence does
+    const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b;
+    const F x = difference<false>(o, splat<F>(r.top), r.ref, r.ref_low), q = exp2_of_product(x, r.c, r.floor);
+    em = select(only_o, q, em); k1 = select(only_o, q, k1);
+    Int lost = only_o & ~(x * r.c <= r.reach);
+    if (kShape == kTilted) {
+      em = select(only_b, -e, em); et = select(only_b, -e, et);
+      k1 = select(only_b, zero, k1); k2 = select(only_b, (r.tilt - Real(1)) * e, k2);
+      if (r.tilt < 0) lost |= only_b;
+    } else {
+      lost |= only_b;
+    }
+    wild = lost ? Int{} + Exp2<Real>::kAbs : wild;
+  }
+  s.s += kShape == kEntropy ? select(a == Real(0), zero, e) : e;        // the largest is left out: log1p of the others keeps digits
+  if (kShape == kEntropy) { s.ties += select(a == Real(0), splat<F>(1), zero); s.n -= select(e > zero, e * (a * r.c), zero); }
+  s.d += em; s.k1 += k1;
+  if (kShape == kTilted) { s.k2 += k2; s.t += e + et; }
+  return {e, em, et};
+}
+
+// T = inf: e is 1 (0 for a masked class), em the difference itself.
+template <bool kMask, class F>
+KD_HD Kept<F> step_moments(F b, F o, typename Element<F>::Real ref, typename Element<F>::Real ref_low, Sums<F> &s, typename Element<F>::Int &wild) {
+  using Real = typename Element<F>::Real;
+  using Int = typename Element<F>::Int;
+  F e = splat<F>(1), y = difference<true>(o, b, ref, ref_low);
+  if (kMask) {
+    const Int both = (b == -Real(INFINITY)) & (o == -Real(INFINITY));
+    e = select(both, F{}, e); y = select(both, F{}, y);
+  }
+  const Int far = bits(y) & Exp2<Real>::kAbs;
+  wild = far > wild ? far : wild;
+  s.s += e; s.d += y; s.k1 += y * y * Real(.5);
+  return {e, y, F{}};
+}
+
+// The hard term's softmax at T = 1, from the same student logits: e1 = e^{z - top}.
+template <class F> KD_HD F step_hard(F z, typename Element<F>::Real top, F &rest, F &ties) {
+  using Real = typename Element<F>::Real;
+  const Real c = Real(kLog2e);
+  const F a = z - top, e = exp2_of_product(a, c, Exp2<Real>::kFloor / c);
+  rest += select(a == Real(0), F{}, e); ties += select(a == Real(0), splat<F>(1), F{});
+  return e;
+}
+
+// ---------------------------------------------------------------- blocks and rows
+struct Part {
+  double top = -INFINITY, ref = 0;
+  double offset = 0;                  // ref as the step took it, in natural units
+  double s = 0;                       // sum e; 0 where the base has no class
+  double rest = 0;                    // s - 1 to its own digits (kEntropy)
+  double d = 0, k1 = 0, k2 = 0;       // sums of em, e psi(y), e psi(tilt y)
+  double t = 0;                       // sum of e + et
+  double n = 0;                       // sum of -e log e (kEntropy)
+  double unit = 0;                    // what e = 1 stands for in the row: e^{(top - row's top)/T} / total
+  int care = kFast;
+  KD_HD bool empty() const { return s == 0 && d == 0; }
+};
+
+struct HardPart { double top = -INFINITY, s = 0, rest = 0; };
+
+struct Row {
+  double top = -INFINITY, total = 0;  // largest base logit, sum of e^{(b - top)/T}
+  double shift = 0;                   // log sum b e^{(o - b)/T}, with b normalised: o's log-sum-exp minus b's
+  double F = 0, R = 1, log_r = 0, value = 0;
+  bool lost = false;                  // outside the range of the step: careful.h
+  bool refine = false;                // the references were far from shift: sweep again with shift as everyone's
+};
+
+struct Coefficients { double A, B, C; };
+
+// e^x - 1 and psi for h, which at T = inf are their first and second order
+KD_HD double expm1_of(double x, const Plan &plan) { return plan.moments ? x : std::expm1(x); }
+KD_HD double f_of(double x, const Plan &plan) { return plan.moments ? x * x / 2 : f_of(x, plan.tilt); }
+
+// Blocks are merged in their order, whatever ran where, so that results do not depend on the number of threads.
+// With u the block's unit and h = shift - offset what its y still has to lose:
+//     1 = sum u e^{-h} (s + d)
+//     F = sum u (e^{-tilt h} F_block + s f(-h) + d (expm1(-h) - expm1(-tilt h)) / (1 - tilt))
+inline Row close_row(Part *parts, int n, const Plan &plan) {
+  Row r;
+  for (int i = 0; i < n; i++) if (parts[i].s > 0) r.top = larger(parts[i].top, r.top);
+  double most = 0, origin = 0;
+  for (int i = 0; i < n; i++) {
+    Part &p = parts[i];
+    p.unit = p.empty() ? 0 : plan.moments ? 1 : std::exp(plan.k * (p.top - r.top));
+    const double mass = p.s * p.unit;
+    r.total += mass;
+    if (mass > most) { most = mass; origin = p.offset; }
+  }
+  if (!(most > 0) || !std::isfinite(r.total)) { r.lost = true; return r; }
+
+  double away = 0, direct = 0;        // e^{shift - origin} - 1, and e^{shift - origin} as a sum of positive terms
+  for (int i = 0; i < n; i++) {
+    Part &p = parts[i];
+    if (p.empty()) continue;
+    p.unit /= r.total;
+    const double far = p.offset - origin, x = expm1_of(far, plan);
+    if (!(std::fabs(far) <= 500 || plan.moments)) { r.lost = true; return r; }
+    away += p.unit * (p.s * x + (plan.moments ? p.d : p.d * (x + 1)));
+    direct += p.unit * (p.s + p.d) * (x + 1);
+  }
+  if (plan.moments) r.shift = plan.centered ? origin + away : 0;
+  else r.shift = origin + (std::fabs(away) < .5 ? std::log1p(away) : std::log(direct));
+
+  double gross = 0;                   // what F's terms would be without their signs
+  if (plan.tilted) r.R = 0;
+  for (int i = 0; i < n; i++) {
+    const Part &p = parts[i];
+    if (p.empty()) continue;
+    const double h = r.shift - p.offset, x = expm1_of(-h, plan), b = plan.tilt;
+    double own = p.k1, still = p.s * f_of(-h, plan), cross = p.d * x;
+    if (plan.tilted) {
+      const double xt = std::expm1(-b * h);
+      own = (1 + xt) * (p.k1 - p.k2 / b) / (1 - b); cross = p.d * (x - xt) / (1 - b);
+      r.R += p.unit * (1 + xt) * p.t;
+    }
+    r.F += p.unit * (own + still + cross);
+    gross += p.unit * (own + still + std::fabs(cross));
+  }
+  if (!(std::isfinite(r.shift) && std::isfinite(r.F) && std::isfinite(r.R))) { r.lost = true; return r; }
+  r.F = larger(r.F, 0.);
+  r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && gross > 64 * r.F;
+  r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;
+  r.value = plan.factor * (plan.tilted ? r.log_r / (plan.order - 1) : r.F);
+  if (plan.entropy) {                 // of the base: sum e (log total - log e), with total - 1 to its own digits
+    double others = 0;
+    bool first = true;
+    for (int i = 0; i < n; i++) {
+      if (first && parts[i].top == r.top) { others += parts[i].rest; first = false; } else { others += parts[i].unit * parts[i].s * r.total; }
+    }
+    for (int i = 0; i < n; i++) {
+      const Part &p = parts[i];
+      if (p.s > 0) r.value += p.unit * (p.n + p.s * (plan.k * (r.top - p.top) + std::log1p(others)));
+    }
+  }
+  return r;
+}
+
+// q - w = A em + B et + C e over a block, times scale.
+KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, double scale) {
+  if (p.empty()) return {0, 0, 0};
+  const double unit = p.unit * scale * plan.factor, h = r.shift - p.offset;
+  if (plan.moments) return {unit, 0, -unit * h};
+  const double A = unit * std::exp(-h), C = unit * std::expm1(-h);
+  if (!plan.tilted) return {A, 0, C};
+  const double bh = plan.tilt * h, B = -unit * std::exp(-bh - r.log_r), less = unit * std::expm1(-bh - r.log_r);
+  if (plan.student_base) return {0, B, -less};
+  return {A, B, C - less};
+}
+
+inline HardPart merge_hard(const HardPart *parts, int n) {
+  HardPart r;
+  int first = -1;
+  for (int i = 0; i < n; i++) if (parts[i].top > r.top) { r.top = parts[i].top; first = i; }
+  if (first < 0) return r;
+  r.rest = parts[first].rest;
+  for (int i = 0; i < n; i++) if (i != first && parts[i].s > 0) r.rest += parts[i].s * std::exp(parts[i].top - r.top);
+  r.s = 1 + r.rest;
+  return r;
+}
+
+}  // namespace KD_LEVEL
+}  // namespace kd

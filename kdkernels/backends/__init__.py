@@ -1,0 +1,58 @@
+"""Which backend runs a call: names, their order of preference for each kind of device, and the reason when one cannot.
+
+A backend is a module of this package with `name`, `unavailable(device) -> reason | None`, and the two functions of ops.py,
+`loss` and `log_softmax`. To add one, write the module and put it into `ORDER` and `_module`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+# device type -> backends, best first
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager")}
+OTHER_DEVICES: tuple[str, ...] = ("eager",)
+NAMES: tuple[str, ...] = ("auto", "cpu", "eager")
+
+_MODULES = {"cpu": "native", "eager": "eager"}
+
+
+@functools.cache
+def module(name: str) -> ModuleType:
+    """The backend of a name; imported when it is first asked for."""
+    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+
+
+def check(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend: must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+@functools.lru_cache(maxsize=64)
+def _resolve(name: str, device_type: str, device_index: int | None) -> ModuleType | str:
+    device = torch.device(device_type, device_index)
+    reasons = []
+    for candidate in ORDER.get(device_type, OTHER_DEVICES) if name == "auto" else (name,):
+        reason = module(candidate).unavailable(device)
+        if reason is None:
+            return module(candidate)
+        reasons.append(f"{candidate}: {reason}")
+    return f"backend: {name!r} cannot run on {device}: {'; '.join(reasons)}"
+
+
+def resolve(name: str, device: torch.device) -> ModuleType:
+    """The module that runs `name` on a device; RuntimeError with the reason, and the way to get it, when none can."""
+    check(name)
+    found = _resolve(name, device.type, device.index)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def describe(device: torch.device) -> list[tuple[str, str | None]]:
+    """Every backend with the reason why it cannot run on a device (None: it can), in order of preference."""
+    order = ORDER.get(device.type, OTHER_DEVICES)
+    return [(name, module(name).unavailable(device)) for name in (*order, *(n for n in _MODULES if n not in order))]

@@ -1,0 +1,456 @@
+"""The public functions: options checked once, shapes and masks resolved, factors folded, one operator called.
+
+Every factor that is known before the pass goes into it (T^2, the weights, the reduction's denominator, which stays on the device),
+so that the gradient comes out final and the backward has nothing to do for an upstream gradient of 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends, ops
+from .divergence import KL, Divergence, LogitMatching, parse
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+# ---------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a loss that are not tensors, checked, and what the operator takes of them."""
+
+    divergence: Divergence
+    text: str
+    temperature: float
+    t_squared: bool
+    soft_weight: float
+    hard_weight: float
+    ignore_index: int
+    reduction: str
+    vocab_size: int | None
+    inplace: bool
+    backend: str
+    value_scale: float = field(init=False)  # factor of D
+    grad_scale: float = field(init=False)  # factor of T dD/dz, or of the limit's gradient at T = inf
+
+    def __post_init__(self) -> None:
+        # comparisons with inf rather than math.isfinite: this is traced by torch.compile
+        T = self.temperature
+        for name, value in (("temperature", T), ("soft_weight", self.soft_weight), ("hard_weight", self.hard_weight)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: must be a number, got {value!r}")
+            if name != "temperature" and not -math.inf < value < math.inf:
+                raise ValueError(f"{name}: must be finite, got {value!r}")
+        if not T > 0:
+            raise ValueError(f"temperature: must be in (0, inf], got {T!r}")
+        if isinstance(self.divergence, LogitMatching) and T != math.inf:
+            raise ValueError("divergence: logit matching has no temperature; use logit_matching_loss")
+        if T == math.inf:
+            if self.divergence.limit_factor is None:
+                raise ValueError(f"temperature: inf has no limit for {self.divergence}: T^2 D grows without bound")
+            if not self.t_squared:
+                raise ValueError("temperature: inf without t_squared=True is zero everywhere; t_squared=True gives the limit of T^2 D")
+        if self.reduction == "batchmean":
+            raise ValueError('reduction: "batchmean" is spelled "mean" here: the sum over rows divided by the counted rows')
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}")
+        if self.vocab_size is not None and (
+            isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size < 1
+        ):
+            raise ValueError(f"vocab_size: must be a positive integer or None, got {self.vocab_size!r}")
+        backends.check(self.backend)
+        scale = self.soft_weight * (T**2 if self.t_squared and T != math.inf else 1.0)
+        object.__setattr__(self, "value_scale", scale)
+        object.__setattr__(self, "grad_scale", scale / T if T != math.inf else scale)
+
+
+def options(
+    divergence: Divergence | str = "kl",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Options:
+    """The one place where options are checked; the same options are checked once."""
+    make = _options if torch.compiler.is_compiling() else _known_options
+    return make(divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace, backend)
+
+
+def _options(divergence, *rest) -> Options:
+    if isinstance(divergence, str):
+        return Options(parse(divergence), divergence, *rest)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence: must be a Divergence or its text form, got {divergence!r}")
+    return Options(divergence, divergence.text, *rest)
+
+
+_known_options = functools.lru_cache(maxsize=256)(_options)
+
+
+def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None, token_weight: Tensor | None, o: Options) -> int:
+    """Raise for tensors that do not fit together or with the options; the number of classes that count."""
+    for name, x in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: must be a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    if student.dim() == 0 or student.shape[:-1] != teacher.shape[:-1] or teacher.dim() == 0:
+        raise ValueError(
+            f"student_logits and teacher_logits: must be (..., V) with the same leading shape, got {tuple(student.shape)} "
+            f"and {tuple(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"teacher_logits: must be on the student's device {student.device}, got {teacher.device}")
+    vocab = student.shape[-1]
+    if o.vocab_size is None:
+        if teacher.shape[-1] != vocab:
+            sizes = f"the student's is {vocab}, the teacher's {teacher.shape[-1]}"
+            raise ValueError(f"vocab_size: required when the vocabularies differ; {sizes}")
+        if vocab == 0:
+            raise ValueError("student_logits: the last dimension, the vocabulary, is empty")
+    elif o.vocab_size > min(vocab, teacher.shape[-1]):
+        raise ValueError(f"vocab_size: {o.vocab_size} is more than the student's {vocab} or the teacher's {teacher.shape[-1]} classes")
+    else:
+        vocab = o.vocab_size
+    if labels is not None:
+        _check_per_row("labels", labels, student, "an int64 tensor", isinstance(labels, Tensor) and labels.dtype == torch.int64)
+    elif o.hard_weight:
+        raise ValueError(f"hard_weight: {o.hard_weight} needs labels")
+    if token_weight is not None:
+        is_float = isinstance(token_weight, Tensor) and token_weight.dtype.is_floating_point
+        _check_per_row("token_weight", token_weight, student, "a floating-point tensor", is_float)
+        if token_weight.requires_grad:
+            raise ValueError("token_weight: receives no gradient; pass token_weight.detach()")
+    if teacher.requires_grad:
+        raise ValueError("teacher_logits: never receive a gradient; pass teacher_logits.detach()")
+    if o.inplace:
+        if student.requires_grad and student.is_leaf:
+            raise ValueError("inplace: student_logits is a leaf that requires grad; its values would be lost")
+        if any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)):
+            raise ValueError("inplace: student_logits is expanded; its rows share storage")
+        if not _in_place_layout(student):
+            raise ValueError("inplace: student_logits would be copied first; its last dimension must be contiguous and its rows regular")
+    return vocab
+
+
+def _check_per_row(name: str, x: Tensor, student: Tensor, kind: str, is_kind: bool) -> None:
+    if not is_kind:
+        raise TypeError(f"{name}: must be {kind}, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.shape != student.shape[:-1]:
+        raise ValueError(f"{name}: must be {tuple(student.shape[:-1])}, the logits' leading shape; got {tuple(x.shape)}")
+    if x.device != student.device:
+        raise ValueError(f"{name}: must be on the logits' device {student.device}, got {x.device}")
+
+
+def _in_place_layout(x: Tensor) -> bool:
+    """Whether rows can be addressed as they lie: last dimension contiguous, leading ones folding into two."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return False
+    return x.dim() <= 3 or all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 3))
+
+
+def _rows_addressable(x: Tensor) -> Tensor:
+    return x if _in_place_layout(x) else x.contiguous()
+
+
+# ---------------------------------------------------------------- autograd
+
+Factors = tuple[str, float, float, float, float, float, int, str]  # the operator's arguments after the tensors
+
+
+class _Total(torch.autograd.Function):
+    """Sum of the row losses; the forward fills the gradient, the backward multiplies it by the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool):
+        grad = student.detach() if inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        rows = ops.loss_and_grad(student.detach(), teacher, labels, weight, grad, *factors)
+        ctx.save_for_backward(grad)
+        ctx.boost, ctx.inplace, ctx.applied = boost, inplace, None
+        return rows.sum().to(_value_dtype(student))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if ctx.inplace and ctx.applied is not None:
+            raise RuntimeError("fused_kd_loss(inplace=True): a second backward through the same loss; its logits are gone")
+        (grad,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():  # a graph that plans its own memory
+            grad = grad * (upstream / ctx.boost).to(grad.dtype)
+        elif torch.is_grad_enabled():  # create_graph
+            ctx.applied = upstream
+            grad = _OnceDifferentiable.apply(_anchor(), grad, upstream, ctx.boost)
+        elif ctx.applied is None:
+            ctx.applied = upstream
+            _multiply_(grad, upstream / ctx.boost if ctx.boost != 1 else upstream)
+        else:  # retain_graph: what the first backward returned may be somebody's by now
+            grad = grad * (upstream / ctx.applied).to(grad.dtype)
+        return grad, None, None, None, None, None, None
+
+
+class _PerRow(torch.autograd.Function):
+    """Row losses; the backward runs the operator again with the upstream gradient in the rows' weights."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, weight, factors: Factors, inplace: bool):
+        rows = ops.loss(student.detach(), teacher, labels, weight, *factors)
+        ctx.save_for_backward(student, teacher, labels, weight)
+        ctx.factors, ctx.inplace = factors, inplace
+        return rows.view(student.shape[:-1]).to(_value_dtype(student))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        student, teacher, labels, weight = ctx.saved_tensors
+        with torch.no_grad():
+            scale = upstream.double() if weight is None else torch.where(weight != 0, upstream.double() * weight, 0.0)
+            grad = student.detach() if ctx.inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
+            ops.loss_and_grad(student.detach(), teacher, labels, scale, grad, *ctx.factors)
+        if torch.is_grad_enabled():
+            grad = _OnceDifferentiable.apply(_anchor(), grad, None, 1.0)
+        return grad, None, None, None, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """grad * upstream / boost, with an error where a second derivative is asked for."""
+
+    @staticmethod
+    def forward(ctx, anchor, grad, upstream, boost):
+        return grad.clone() if upstream is None else grad * (upstream / boost).to(grad.dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError('fused_kd_loss: the fused backends are differentiable once; backend="eager" is differentiable to any order')
+
+
+def _anchor() -> Tensor:
+    """What makes the first derivative differentiable, so that the second one meets the error."""
+    return torch.zeros((), requires_grad=True)
+
+
+def _multiply_(grad: Tensor, factor: Tensor) -> None:
+    """In place by a 0-d factor; on the CPU, where looking at it costs nothing, not at all when it is 1."""
+    if factor.device.type != "cpu" or factor.item() != 1.0:
+        with torch.autograd._unsafe_preserve_version_counter(grad):  # a second backward may still unpack it
+            grad.mul_(factor)
+
+
+def _value_dtype(student: Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def _loss(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, o: Options, token_weight: Tensor | None, num_items: int | Tensor | None
+) -> Tensor:
+    vocab = _check_tensors(student, teacher, labels, token_weight, o)
+    if o.backend != "eager" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError('fused_kd_loss: torch.func transforms need backend="eager"')
+    if num_items is not None:
+        if o.reduction != "mean":
+            raise ValueError(f'num_items: replaces the denominator of reduction="mean"; reduction is {o.reduction!r}')
+        if isinstance(num_items, Tensor):
+            if num_items.dim():
+                raise ValueError(f"num_items: must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+        elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)) or not num_items > 0:
+            raise ValueError(f"num_items: must be positive, got {num_items!r}")
+
+    weight = None
+    if token_weight is not None:
+        weight = token_weight.double()
+    if labels is not None:
+        counted = labels != o.ignore_index
+        weight = counted.double() if weight is None else torch.where(counted, weight, 0.0)
+        labels = labels if o.hard_weight else None
+    denominator: float | Tensor = 1.0
+    if o.reduction == "mean":
+        rows = math.prod(student.shape[:-1])
+        denominator = num_items if num_items is not None else torch.sym_max(rows, 1) if weight is None else weight.sum()
+        if isinstance(denominator, Tensor):
+            denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, torch.float64))
+
+    if o.backend == "eager" and not o.inplace:
+        return _differentiable(student, teacher, labels, weight, o, vocab, denominator)
+
+    value, grad, hard, hard_grad = o.value_scale, o.grad_scale, float(o.hard_weight), float(o.hard_weight)
+    needs_grad = torch.is_grad_enabled() and student.requires_grad
+    post, boost = None, 1.0
+    if o.reduction == "none":
+        pass
+    elif student.dtype == torch.float16 and needs_grad:
+        # Divided by the number of rows before the upstream gradient (a loss scale, often 65536) has multiplied it, an fp16 gradient
+        # would underflow. It is kept near 1 instead, and the backward applies upstream and denominator together.
+        if weight is not None:
+            most = weight.abs().amax() if weight.numel() else weight.new_ones(())
+            most = torch.where(most > 0, most, 1.0)
+            weight = weight / most
+            post = most / denominator
+        elif denominator != 1.0:
+            post = 1.0 / denominator
+        boost = 2.0 ** math.floor(math.log2(16384.0 / max(abs(grad) + abs(hard), 1e-300)))
+        grad, hard_grad = grad * boost, hard_grad * boost
+    elif torch.compiler.is_compiling() or isinstance(denominator, torch.SymInt):
+        post = 1.0 / denominator  # the number of rows may be a symbol, which a factor of the operator must not become
+    elif isinstance(denominator, Tensor):
+        weight = weight / denominator if weight is not None else (1.0 / denominator).expand(student.shape[:-1])
+    else:
+        value, grad, hard, hard_grad = (x / denominator for x in (value, grad, hard, hard_grad))
+
+    factors: Factors = (o.text, float(o.temperature), value, grad, hard, hard_grad, vocab, o.backend)
+    x, y = _rows_addressable(student), _rows_addressable(teacher)
+    if o.reduction == "none":
+        return _PerRow.apply(x, y, labels, weight, factors, o.inplace)
+    if needs_grad:
+        total = _Total.apply(x, y, labels, weight, factors, boost, o.inplace)
+    else:
+        total = ops.loss(x.detach(), y, labels, weight, *factors).sum().to(_value_dtype(student))
+    return total if post is None else (total * post).to(total.dtype)
+
+
+def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, denominator) -> Tensor:
+    """The eager backend past the operator: plain autograd, differentiable to any order."""
+    from .backends import eager
+
+    leading = student.shape[:-1]
+    z, v = student[..., :vocab].reshape(-1, vocab), teacher[..., :vocab].reshape(-1, vocab)
+    labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
+    if labels is not None and student.device.type == "cpu":
+        ops.check_labels(labels, weight, vocab)
+    rows = eager.rows(z, v, labels, weight, o.text, float(o.temperature), o.value_scale, float(o.hard_weight))
+    dtype = _value_dtype(student)
+    return rows.view(leading).to(dtype) if o.reduction == "none" else (rows.sum() / denominator).to(dtype)
+
+
+def fused_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | str = "kl",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Distillation loss between a teacher's and a student's logits, value and gradient in one pass over them.
+
+    Per row, with p = softmax(teacher / T), q = softmax(student / T):
+
+        loss = soft_weight * (T^2 if t_squared else 1) * D(p, q)  +  hard_weight * CE(label, softmax(student))
+
+    T^2 multiplies value and gradient of the soft term, never the cross entropy, which is at T = 1. Hinton, Vinyals and Dean (2015),
+    section 2; soft_weight = 0.9, hard_weight = 0.1, t_squared = True is eq. 1.13 of Grätzer's thesis with beta = 0.9.
+
+    Args:
+        student_logits: (..., V) bfloat16, float16, float32 or float64. Any strides; copied where the last dimension is not contiguous.
+        teacher_logits: (..., V), same leading shape; its dtype may differ. It never receives a gradient.
+        labels: (...) int64, already shifted. Rows whose label is ignore_index count for nothing, whatever hard_weight is.
+        divergence: a `Divergence` or its text form: "kl", "cross_entropy", "renyi(0.5)", ...
+        temperature: T in (0, inf]. inf is the limit of T^2 D, (k/2) Var(student - teacher), and needs t_squared=True.
+        t_squared: multiply the soft term by T^2, so that its gradient does not vanish at high temperature.
+        soft_weight, hard_weight: weights of the two terms.
+        ignore_index: the label of rows that do not count.
+        token_weight: (...) weight of each row, >= 0; rows of weight 0 are ignored rows, and are not read.
+        reduction: "mean" over the counted rows (divided by the sum of their weights; 0 when there are none), "sum", or "none".
+        num_items: number or 0-d tensor, in place of mean's denominator: gradient accumulation, data parallel.
+        vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
+        inplace: the gradient takes the student logits' storage; they are gone afterwards, and one backward is possible.
+        backend: "auto", "cpu" or "eager". "eager" is differentiable to any order, the others once.
+
+    Returns:
+        A scalar, or (...) for reduction="none"; float64 for a float64 student, else float32. A row with nan or +inf gives nan, and
+        classes at -inf are masked: D is +inf where a class is masked in the student alone (orders below 1 excepted).
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before anything is computed. RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import fused_kd_loss
+        >>> student = torch.randn(8, 32000, requires_grad=True)
+        >>> teacher, labels = torch.randn(8, 32000), torch.randint(32000, (8,))
+        >>> loss = fused_kd_loss(student, teacher, labels, temperature=2.0, t_squared=True, soft_weight=0.9, hard_weight=0.1)
+        >>> loss.backward()
+    """
+    o = options(divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace, backend)
+    return _loss(student_logits, teacher_logits, labels, o, token_weight, num_items)
+
+
+def logit_matching_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    center: bool = False,
+    *,
+    labels: Tensor | None = None,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Logit matching, |z - v|^2 / (2 V) per row, with gradient (z - v) / V: Chen et al., eq. 2.
+
+    With center=True the rows' means are taken off first, Var(z - v) / 2 with gradient ((z - v) - mean(z - v)) / V, which is what
+    T^2 KL(p, q) becomes at T = inf: the two agree when the means of student and teacher do. Classes at -inf in both are left out;
+    V counts the others. The remaining arguments, the result and the errors are those of `fused_kd_loss`.
+    """
+    divergence = KL() if center else LogitMatching()
+    o = options(divergence, math.inf, True, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace, backend)
+    return _loss(student_logits, teacher_logits, labels, o, token_weight, num_items)
+
+
+class _TemperedLogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, temperature: float, backend: str):
+        ctx.save_for_backward(logits)
+        ctx.temperature, ctx.backend = temperature, backend
+        return ops.log_softmax(logits.detach(), None, temperature, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (logits,) = ctx.saved_tensors
+        return ops.log_softmax(logits.detach(), upstream.to(logits.dtype), ctx.temperature, ctx.backend), None, None
+
+
+def tempered_log_softmax(logits: Tensor, temperature: float = 1.0, *, backend: str = "auto") -> Tensor:
+    r"""log softmax(x / T) over the last dimension, (..., V) in the logits' dtype; T = inf is the uniform -log V.
+
+    Hinton, Vinyals and Dean (2015), eq. 1. The gradient is (u - softmax(x / T) sum u) / T for an upstream u, computed from the logits:
+    nothing but them is kept. Raises TypeError for logits that are not floating point, ValueError for T outside (0, inf].
+    """
+    o = options(temperature=temperature, t_squared=True, backend=backend)
+    if not isinstance(logits, Tensor) or logits.dtype not in DTYPES:
+        raise TypeError(f"logits: must be bfloat16, float16, float32 or float64, got {getattr(logits, 'dtype', type(logits).__name__)}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: must be (..., V) with V > 0, got {tuple(logits.shape)}")
+    if backend == "eager":
+        from .backends import eager
+
+        return eager.log_softmax(logits, None, float(o.temperature))
+    return _TemperedLogSoftmax.apply(logits, float(o.temperature), backend)

@@ -1,0 +1,77 @@
+"""The operators: one per capability, opaque to torch.compile, each asking `backends` who runs it.
+
+`torch.ops.kdkernels.loss` gives the loss of each row in fp64; `loss_and_grad` also fills a gradient buffer, in the same pass.
+Every factor is the host's: the functions of functional.py fold weights, T^2 and reductions into them. The autograd.Functions
+live there too, outside the operator, which is cheaper than registering a backward for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+_library = torch.library.Library("kdkernels", "DEF")
+
+# student, teacher  (..., V) logits. Of a row the first `vocab` classes count
+# labels            (...) int64 or None. Checked on the CPU where weight is not 0
+# weight            (...) float64 or None; a row of weight 0 is not read
+# grad              the buffer of the gradient, in the student's shape and dtype; may be the student's own storage
+# returns           (rows,) float64: weight * (value_scale * D + hard_scale * CE), D the limit of T^2 D at T = inf
+#                   grad = weight * (grad_scale * T dD/dz + hard_grad_scale * dCE/dz)
+_OPTIONS = ", ".join(
+    ["str divergence", *(f"float {x}" for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale"))]
+    + ["int vocab", "str backend"]
+)
+_library.define(f"loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> Tensor")
+_library.define(f"loss_and_grad(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor(a!) grad, {_OPTIONS}) -> Tensor")
+# log softmax(x / T) over the last dimension, or, given upstream, the gradient (upstream - softmax * sum(upstream)) / T
+_library.define("log_softmax(Tensor logits, Tensor? upstream, float temperature, str backend) -> Tensor")
+
+
+@torch.library.impl(_library, "loss_and_grad", "CompositeExplicitAutograd")
+def _loss_and_grad(student, teacher, labels, weight, grad, divergence, temperature, *rest) -> Tensor:
+    *factors, vocab, backend = rest
+    run = backends.resolve(backend, student.device)
+    if run.name != "cpu" and labels is not None and student.device.type == "cpu":
+        check_labels(labels, weight, vocab)
+    return run.loss(student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab)
+
+
+@torch.library.impl(_library, "loss", "CompositeExplicitAutograd")
+def _loss(student, teacher, labels, weight, *options) -> Tensor:
+    return _loss_and_grad(student, teacher, labels, weight, None, *options)
+
+
+@torch.library.impl(_library, "log_softmax", "CompositeExplicitAutograd")
+def _log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float, backend: str) -> Tensor:
+    return backends.resolve(backend, logits.device).log_softmax(logits, upstream, temperature)
+
+
+@torch.library.register_fake("kdkernels::loss", lib=_library)
+@torch.library.register_fake("kdkernels::loss_and_grad", lib=_library)
+def _(student, *rest):
+    return student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("kdkernels::log_softmax", lib=_library)
+def _(logits, upstream, temperature, backend):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def check_labels(labels: Tensor, weight: Tensor | None, vocab: int) -> None:
+    """What the C++ library checks itself, for the backends that index with labels: ValueError outside [0, vocab)."""
+    bad = (labels < 0) | (labels >= vocab)
+    if weight is not None:
+        bad &= weight != 0
+    if bad.any():
+        row = int(bad.reshape(-1).nonzero()[0])
+        raise ValueError(f"labels: row {row} has label {labels.reshape(-1)[row].item()}; labels are in [0, {vocab}) or ignore_index")
+
+
+loss = torch.ops.kdkernels.loss.default
+loss_and_grad = torch.ops.kdkernels.loss_and_grad.default
+log_softmax = torch.ops.kdkernels.log_softmax.default

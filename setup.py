@@ -1,0 +1,118 @@
+"""Builds the C++ library with the compiler alone: no torch, no Python headers, one file for every version of both.
+
+A machine without a compiler gets the package without the library, which then runs on the eager backend; _build.txt in the package
+keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 leaves the library out on purpose.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# Never -ffast-math: it flushes denormals in the whole process and breaks -inf and nan. Without -fno-trapping-math nothing vectorises.
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-trapping-math -fno-math-errno -ffp-contract=fast -Wall -Wno-psabi".split()
+X86_LEVELS = {
+    "v2": ["-march=x86-64-v2"],
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+
+
+class NoCompiler(Exception):
+    pass
+
+
+def find_compiler() -> list[str]:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name.split()
+    raise NoCompiler("no C++ compiler was found ($CXX, c++, g++, clang++)")
+
+
+def accepts(compiler: list[str], flags: list[str], source: str = "int main() { return 0; }") -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source)
+        return not subprocess.run([*compiler, *flags, str(path), "-o", str(Path(folder, "probe"))], capture_output=True).returncode
+
+
+def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str]:
+    """Compile csrc/cpu.cpp once per instruction-set level and once for the C functions; what was found, for _build.txt."""
+    compiler = find_compiler()
+    openmp = ["-fopenmp"] if accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_thread_num(); }") else []
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64") and not os.environ.get("KDKERNELS_CROSS")
+    levels = {k: v for k, v in X86_LEVELS.items() if accepts(compiler, v)} if on_x86 else {"base": []}
+    jobs = {f"cpu_{level}": [f"-DKD_ISA={level}", *flags] for level, flags in levels.items()}
+    jobs["cpu_api"] = [*(["-DKD_X86_LEVELS"] if on_x86 else []), *(f"-DKD_HAS_{level}" for level in levels)]
+    objects.mkdir(parents=True, exist_ok=True)
+    newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / "csrc").glob("*.h"), ROOT / "setup.py"])
+
+    def compile_one(job: tuple[str, list[str]]) -> Path:
+        out = objects / f"{job[0]}{'_omp' if openmp else ''}.o"
+        if not out.exists() or out.stat().st_mtime < newest:
+            subprocess.run([*compiler, *FLAGS, *openmp, *job[1], "-c", *map(str, sources), "-o", str(out)], check=True)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        built = list(pool.map(compile_one, jobs.items()))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([*compiler, "-shared", *openmp, *map(str, built), "-o", str(target)], check=True)
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return {"compiler": version, "levels": " ".join(levels), "openmp": "yes" if openmp else "no: single-threaded"}
+
+
+# name -> (source, build function); a CUDA library goes here
+LIBRARIES = {"kdkernels._cpu": ("csrc/cpu.cpp", build_cpu)}
+
+
+class BuildLibraries(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        record = target.parent / "_build.txt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if os.environ.get("KDKERNELS_CPU") == "0":
+                raise NoCompiler("left out: KDKERNELS_CPU=0 was set when kdkernels was built")
+            found = LIBRARIES[ext.name][1]([ROOT / s for s in ext.sources], target, Path(self.build_temp).resolve())
+        except NoCompiler as error:
+            target.unlink(missing_ok=True)
+            found = {"error": str(error)}
+            self.warn(f"{error}: kdkernels will run on the eager backend only, many times slower")
+        if found.get("openmp", "yes") != "yes":
+            self.warn("the compiler has no OpenMP: the CPU library is single-threaded")
+        record.write_text("".join(f"{key}: {value}\n" for key, value in found.items()))
+
+    def get_ext_filename(self, name: str) -> str:
+        return name.replace(".", "/") + ".so"  # loaded with ctypes: no Python ABI in the name
+
+    def get_outputs(self) -> list[str]:
+        return [x for x in super().get_outputs() if Path(x).exists()]
+
+    def copy_extensions_to_source(self) -> None:  # editable installs: build_extension has written in place
+        for name in ("_cpu.so", "_build.txt"):
+            built = Path(self.build_lib, "kdkernels", name)
+            if built.exists():
+                shutil.copy2(built, ROOT / "kdkernels" / name)
+
+
+class AnyPython(bdist_wheel):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension(name, [source]) for name, (source, _) in LIBRARIES.items()],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython},
+)

@@ -1,0 +1,36 @@
+"""The accuracy that every backend holds, for fp32 inputs against 60 digits. Gradients are T dD/dz; norms are Euclidean over a row.
+
+A value comes back in fp32, whose own rounding (6e-8) is allowed on top. `spread` is the largest logit range of the row over T: at low
+temperature and small vocabularies a row is a few classes, and the rounding of one exponent, spread * 6e-8, is not averaged away.
+"""
+
+import math
+
+ROUND = 6e-8
+
+
+def value_bound(order: float, vocab: int, T: float, spread: float, D: float) -> float:
+    if order == 1:
+        relative = 3e-7 if vocab >= 32768 and T >= 0.5 else 1e-6 * (1 + spread)
+    else:
+        relative = 2e-5 if vocab >= 32768 and T >= 0.5 else 2e-5 + 1e-6 * spread
+    return (relative + ROUND) * D + 1e-30
+
+
+def gradient_bound(order: float, norm: float) -> float:
+    return max(1e-6 * norm, 1e-7) if order == 1 else max(3e-6 * norm, 1e-6)
+
+
+def cast_bound(dtype, exact):
+    """One rounding of a 16-bit gradient: half a unit of the last place, of the smallest normal number at least."""
+    import torch
+
+    info = torch.finfo(dtype)
+    return exact.abs() * info.eps * 0.5 * (1 + 1e-3) + info.smallest_normal * info.eps * 0.5
+
+
+def spread_of(z, v, T: float) -> float:
+    if math.isinf(T):
+        return 0.0
+    finite = [x[x > -math.inf] for x in (z, v)]
+    return max(float(x.max() - x.min()) for x in finite) / T

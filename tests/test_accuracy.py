@@ -1,0 +1,152 @@
+"""Value and gradient of every backend against the oracle, at the bounds of bounds.py, over temperature, order, vocabulary and kind of row.
+
+`python tests/test_accuracy.py [backend]` prints the largest error as a fraction of its bound in each cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from bounds import cast_bound, gradient_bound, spread_of, value_bound
+from rows import KINDS, make_rows
+
+from kdkernels import fused_kd_loss
+
+TEMPERATURES = (0.05, 0.1, 1.0, 2.0, 4.0, 20.0, 100.0, 1e4, 1e6, math.inf)
+ORDERS = (0.0, 0.01, 0.5, 0.9, 0.9999, 1.0, 1.0001, 1.5, 2.0, 5.0, 20.0, math.inf)
+VOCABS = (1, 2, 31, 1023, 50257, 128256)
+BACKENDS = ("cpu", "eager")
+
+
+@functools.cache
+def expected(kind, vocab, T, order, student=torch.float32, teacher=None, rows=1, seed=0):
+    z, v = make_rows(kind, rows, vocab, student, teacher, seed)
+    name = "kl" if order == 1 else f"renyi({order!r})"
+    wide = lambda x: x.double().numpy()  # noqa: E731
+    return z, v, [oracle.divergence_row(wide(z[i]), wide(v[i]), name, T) for i in range(rows)]
+
+
+def measured(z, v, T, order, backend):
+    z = z.clone().requires_grad_()
+    limit = math.isinf(T)
+    loss = fused_kd_loss(z, v, divergence=f"renyi({order!r})", temperature=T, t_squared=limit, reduction="none", backend=backend)
+    # the gradient through "sum" is the fused one; T^2 D / T = T dD/dz keeps it clear of fp16's small numbers
+    fused_kd_loss(
+        z,
+        v,
+        divergence=f"renyi({order!r})",
+        temperature=T,
+        soft_weight=1 if limit else T,
+        t_squared=limit,
+        reduction="sum",
+        backend=backend,
+    ).backward()
+    return loss.detach(), z.grad
+
+
+def cases(sweep: bool):
+    """The grid, or of it a set in which every pair of (T, order, vocab, kind) that matters meets."""
+    grid = [
+        (T, order, vocab, kind)
+        for T, order, vocab, kind in itertools.product(TEMPERATURES, ORDERS, VOCABS, KINDS)
+        if not (math.isinf(T) and math.isinf(order))
+    ]
+    if sweep:
+        return grid
+    small = [c for c in grid if c[2] < 50257]
+    large = [c for c in grid if c[2] >= 50257 and c[3] in ("plain", "close", "peaked_teacher")]
+    return small[::13] + large[::29]
+
+
+def errors(T, order, vocab, kind, backend):
+    """[(error, bound)] of value and gradient for one case."""
+    z, v, exact = expected(kind, vocab, T, order)
+    loss, grad = measured(z, v, T, order, backend)
+    out = []
+    for i, (D, g) in enumerate(exact):
+        # 1e-45: the smallest float
+        out.append((abs(float(loss[i]) - float(D)), value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D)) + 1e-45))
+        out.append((float(np.linalg.norm(grad[i].numpy() - g)), gradient_bound(order, float(np.linalg.norm(g)))))
+    return out
+
+
+def check(T, order, vocab, kind, backend):
+    for what, (error, bound) in zip(("value", "gradient"), errors(T, order, vocab, kind, backend), strict=True):
+        assert error <= bound, f"{what}: error {error:.3g}, bound {bound:.3g}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("T", "order", "vocab", "kind"), cases(False))
+def test_bounds(T, order, vocab, kind, backend):
+    check(T, order, vocab, kind, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("T", "order", "vocab", "kind"), cases(True))
+def test_bounds_everywhere(T, order, vocab, kind, backend):
+    check(T, order, vocab, kind, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [31, 1023, 50257])
+@pytest.mark.parametrize("order", [0.0, 0.5, 1.0, 2.0, math.inf])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float64),
+    ],
+)
+def test_sixteen_bit_inputs(student, teacher, order, vocab, backend):
+    """The inputs are exact, so the value is held to the bound of fp32, and the gradient to one rounding of its dtype."""
+    for T in (1.0, 4.0):
+        z, v, exact = expected("plain", vocab, T, order, student, teacher)
+        loss, grad = measured(z, v, T, order, backend)
+        for i, (D, g) in enumerate(exact):
+            assert abs(float(loss[i]) - float(D)) <= value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D))
+            assert grad.dtype == student
+            g = torch.from_numpy(g.astype(np.float64))
+            slack = gradient_bound(order, float(g.norm()))  # before the rounding, the bound of fp32 on each class
+            allowed = cast_bound(student, g) + slack if student != torch.float32 else torch.full_like(g, slack)
+            assert ((grad[i].double() - g).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp64_is_fp64(backend):
+    for T, order in itertools.product((0.5, 2.0, 1e4, 1e6, math.inf), (0.01, 0.5, 1.0, 1.0001, 5.0)):
+        for kind in ("plain", "offset", "peaked_teacher"):
+            z, v = make_rows(kind, 2, 257, torch.float64)
+            z = z + 1e-9 * torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            loss, grad = measured(z, v, T, order, backend)
+            assert loss.dtype == grad.dtype == torch.float64
+            for i in range(2):
+                D, g = oracle.divergence_row(z[i].numpy(), v[i].numpy(), f"renyi({order!r})" if order != 1 else "kl", T)
+                assert float(loss[i]) == pytest.approx(float(D), rel=1e-9)
+                assert float(np.linalg.norm(grad[i].numpy() - g)) <= 1e-9 * float(np.linalg.norm(g))
+
+
+def main() -> None:
+    import sys
+
+    backend, worst = (sys.argv[1:] or ["cpu"])[0], {}
+    for T, order, vocab, kind in cases(True) if "all" in sys.argv else [c for c in cases(True) if c[2] in (2, 31, 1023, 50257)][::7]:
+        for what, (error, bound) in zip("vg", errors(T, order, vocab, kind, backend), strict=True):
+            key = (what, order, vocab)
+            if error / bound >= worst.get(key, (-1,))[0]:
+                worst[key] = (error / bound, T, kind)
+    for key in sorted(worst):
+        print(*key, "{:.3f} of the bound at T = {:g}, {}".format(*worst[key]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The oracle agrees with itself (two engines), with golden numbers, and with theory."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from rows import make_rows
+
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
+NAMES = ["kl", "cross_entropy", *(f"renyi({a})" for a in (0.01, 0.5, 0.9999, 1.0001, 2, 20)), "renyi(0)", "renyi(inf)"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("T", [0.05, 1.0, 4.0, 1e4, 1e6])
+def test_engines_agree(name, T):
+    for kind in ("plain", "close", "dominant", "offset"):
+        z, v = (x[0].numpy() for x in make_rows(kind, 1, 101))
+        D, g = oracle.divergence_row(z, v, name, T, "mpmath")
+        E, h = oracle.divergence_row(z, v, name, T, "longdouble")
+        # the rounding of one difference of logits of this size over T, in a sum of squares: what 80 bits can give
+        room = 1e-12 if kind == "offset" else 1e-13
+        assert abs(D - E) <= room * (1 + 300 / T * 1e-3) * abs(D) + 1e-33
+        assert np.linalg.norm(g - h) <= 1e-12 * np.linalg.norm(g) + 1e-18
+
+
+def test_golden_numbers():
+    z, v = np.array(GOLDEN["student_logits"]), np.array(GOLDEN["teacher_logits"])
+    known = [name for name in GOLDEN["values"] if name in ("kl", "cross_entropy") or name.startswith("renyi(")]
+    assert len(known) == 8
+    for name in known:
+        for T, values in GOLDEN["values"][name].items():
+            for i, value in enumerate(values):
+                assert float(oracle.divergence_row(z[i], v[i], name, float(T))[0]) == pytest.approx(value, rel=1e-14)
+
+
+@pytest.mark.parametrize("name", ["kl", "renyi(0.5)", "renyi(2)", "renyi(inf)"])
+def test_gradient_is_the_derivative(name):
+    z, v = (x[0].double() for x in make_rows("plain", 1, 12))
+    T, eps = 2.0, 1e-6
+    _, g = oracle.divergence_row(z.numpy(), v.numpy(), name, T)
+    for k in range(12):
+        up, down = z.clone(), z.clone()
+        up[k] += eps
+        down[k] -= eps
+        slope = (oracle.divergence_row(up.numpy(), v.numpy(), name, T)[0] - oracle.divergence_row(down.numpy(), v.numpy(), name, T)[0]) / (
+            2 * eps
+        )
+        assert float(slope * T) == pytest.approx(float(g[k]), abs=1e-8)
+
+
+@pytest.mark.parametrize("order", [0, 0.01, 0.5, 1, 2, 20, math.inf])
+@pytest.mark.parametrize("engine", ["mpmath", "longdouble"])
+def test_restricted_support(order, engine):
+    """P = Q restricted to A: D_alpha = -log Q(A) for every order (Grätzer, eq. 1.20)."""
+    z = make_rows("plain", 1, 40)[0][0].numpy().astype(np.longdouble)
+    v = z.copy()
+    v[::3] = -np.inf
+    q = np.exp(z - z.max())
+    expected = -np.log(q[np.isfinite(v)].sum() / q.sum())
+    D, g = oracle.divergence_row(z, v, "kl" if order == 1 else f"renyi({order})", 1.0, engine)
+    assert float(D) == pytest.approx(float(expected), rel=1e-15)
+    assert abs(g.sum()) < 1e-17
+
+
+def test_hard_and_log_softmax():
+    z = make_rows("plain", 1, 50)[0][0].double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(z[None], torch.tensor([7]))
+    (g,) = torch.autograd.grad(loss, z)
+    D, h = oracle.hard_row(z.detach().numpy(), 7)
+    assert float(D) == pytest.approx(loss.item(), rel=1e-14)
+    np.testing.assert_allclose(h.astype(float), g.numpy(), atol=1e-16)
+    np.testing.assert_allclose(
+        oracle.log_softmax_row(z.detach().numpy(), 3.0).astype(float), (z.detach() / 3).log_softmax(-1).numpy(), rtol=1e-14
+    )
