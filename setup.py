@@ -26,6 +26,12 @@ X86_LEVELS = {
 }
 
 
+def replace(source: Path, target: Path) -> None:
+    """Copy in one step: a running process keeps the library it has mapped."""
+    shutil.copy2(source, target.with_suffix(".new"))
+    os.replace(target.with_suffix(".new"), target)
+
+
 class NoCompiler(Exception):
     pass
 
@@ -64,7 +70,9 @@ def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         built = list(pool.map(compile_one, jobs.items()))
     target.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([*compiler, "-shared", *openmp, *map(str, built), "-o", str(target)], check=True)
+    linked = objects / target.name
+    subprocess.run([*compiler, "-shared", *openmp, *map(str, built), "-o", str(linked)], check=True)
+    replace(linked, target)
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return {"compiler": version, "levels": " ".join(levels), "openmp": "yes" if openmp else "no: single-threaded"}
 
@@ -100,7 +108,7 @@ class BuildLibraries(build_ext):
         for name in ("_cpu.so", "_build.txt"):
             built = Path(self.build_lib, "kdkernels", name)
             if built.exists():
-                shutil.copy2(built, ROOT / "kdkernels" / name)
+                replace(built, ROOT / "kdkernels" / name)
 
 
 class AnyPython(bdist_wheel):

@@ -164,7 +164,7 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, Real *const *kee
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
   const Real ref = Real(p.ref), low = kCarry ? Real(p.ref - ref) : 0;
-  const References<Real> r{Real(p.top), ref, low, Real(plan.c), Real(plan.tilt), Exp2<Real>::kFloor / Real(plan.c), reach};
+  const References<Real> r{Real(p.top), ref, low, Real(plan.c), Real(plan.tilt), Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
   Real *const e = keep[0], *const em = keep[1], *const et = keep[2];
   Accumulator<Real> total;
   Sums<F> s;
@@ -267,7 +267,7 @@ template <class Real, class S> HardPart sweep_hard(const S *z, int64_t n, Real *
     rest += __builtin_convertvector(r, D); ties += __builtin_convertvector(t, D);
     r = F{}; t = F{};
   });
-  p.rest = sum_of<Real>(rest) + sum_of<Real>(ties) - 1;
+  p.rest = sum_of<Real>(rest) + (sum_of<Real>(ties) - 1);
   p.s = 1 + p.rest;
   return p;
 }
@@ -316,7 +316,7 @@ template <class Real> class RowJob {
   int64_t slot_bytes() const { return arrays_ * kSlot<Real> * sizeof(Real); }
   bool hard() const { return c_.labels && (c_.hard_scale != 0 || c_.hard_grad_scale != 0); }
 
-  struct State { Part *parts; HardPart *hard_parts; Row row; HardPart hard; double weight; };
+  struct State { Part *parts; HardPart *hard_parts; Row row; HardPart hard; double weight, label; };   // label: its logit
 
   bool begin(State &s, int64_t row) const {          // false: the row counts for nothing
     s.weight = c_.weight ? c_.weight[row] : 1;
@@ -368,6 +368,7 @@ template <class Real> class RowJob {
       }
       if (s.parts[i].empty()) for (int j = 0; j < 3; j++) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
       const Coefficients k = coefficients(s.parts[i], s.row, plan_, s.weight * c_.grad_scale);
+      if (plan_.student_base && plan_.tilted && s.parts[i].care == kMasked) separate_lone(keep[0], keep[2], n, k);
       const Real *kept[4] = {keep[0]};
       double factors[4] = {k.C};
       int m = 1;
@@ -448,17 +449,25 @@ template <class Real> class RowJob {
     keep[3] = p;
   }
 
-  double logit(int64_t row, int64_t label) const {
-    double z;
-    load_row(student(row), c_.student_dtype, label, 1, &z);
-    return z;
+  // Classes that the teacher masks have et = -e, and q = (C - B) e as their gradient. Where C and B are much larger than their
+  // difference (the supports have little in common), e takes the ratio, so that the two are not subtracted class by class.
+  static void separate_lone(Real *e, Real *et, int64_t n, const Coefficients &k) {
+    const double q = k.C - k.B;
+    if (!(std::fabs(k.C) > std::fabs(q))) return;
+    const Real ratio = Real(q / k.C);
+    for (int64_t j = 0; j < n; j++) {
+      const bool lone = et[j] == -e[j];
+      e[j] = lone ? e[j] * ratio : e[j];
+      et[j] = lone ? 0 : et[j];
+    }
   }
 
   void finish(State &s, int64_t row, double value) const {
     double loss = c_.value_scale != 0 ? c_.value_scale * value : 0;
     if (hard()) {
       s.hard = merge_hard(s.hard_parts, int(blocks_));
-      loss += c_.hard_scale * (std::log1p(s.hard.rest) + (s.hard.top - logit(row, c_.labels[row])));
+      load_row(student(row), c_.student_dtype, c_.labels[row], 1, &s.label);
+      loss += c_.hard_scale * (std::log1p(s.hard.rest) + (s.hard.top - s.label));
     }
     c_.loss[row] = s.weight * loss;
   }
@@ -478,7 +487,7 @@ template <class Real> class RowJob {
     if (label >= 0) {                                // q - 1 from the other classes: exact where q rounds to 1
       double g = 0;
       for (int j = 0; j + 1 < m; j++) g += double(Real(factors[j])) * kept[j][label];
-      const double below = std::expm1(logit(row, label + i0) - s.hard.top);
+      const double below = std::expm1(s.label - s.hard.top);
       const Real value = Real(g - s.weight * c_.hard_grad_scale * (s.hard.rest - below) / s.hard.s);
       store_row(out, c_.student_dtype, label + i0, 1, false, Real(0), [=](int64_t) { return splat<typename Vec<Real>::F>(value); });
     }
@@ -541,7 +550,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
 
   Part *shared_parts = split ? allocate<Part>(blocks) : nullptr;
   HardPart *shared_hard = split ? allocate<HardPart>(blocks) : nullptr;
-  typename RowJob<Real>::State shared{shared_parts, shared_hard, Row(), HardPart(), 1};
+  typename RowJob<Real>::State shared{shared_parts, shared_hard, Row(), HardPart(), 1, 0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Desk<Real> desk;
@@ -575,7 +584,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
     } else {
       Part *parts = allocate<Part>(blocks);
       HardPart *hard_parts = allocate<HardPart>(blocks);
-      typename RowJob<Real>::State s{parts, hard_parts, Row(), HardPart(), 1};
+      typename RowJob<Real>::State s{parts, hard_parts, Row(), HardPart(), 1, 0};
 #pragma omp for schedule(dynamic, chunk)
       for (int64_t row = 0; row < c.rows - tail; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
       desk.capacity = tail ? 0 : desk.capacity;
@@ -629,7 +638,7 @@ template <class Real> void log_softmax_rows(const kd_log_softmax_call &c) {
         ties += __builtin_convertvector(select(a == Real(0), splat<F>(1), F{}), typename Vec<Real>::D);
       }
       for (int j = 0; j < W; j++) broken |= nan[j] != 0;
-      rest += sum_of<Real>(others) + sum_of<Real>(ties) - (t > top ? 1 : 0);
+      rest += sum_of<Real>(others) + (sum_of<Real>(ties) - (t > top ? 1 : 0));
       top = next;
       if (u) {
         const int64_t m = fetch(u, i, up);

@@ -17,6 +17,7 @@ template <class Real> struct References {
   Real c, tilt;
   Real floor;      // smallest (b - top) that is not flushed: kFloor / c
   Real reach;      // largest |y| in base 2 that the exponentials take
+  bool other_is_student;
 };
 
 template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}; };
@@ -72,7 +73,11 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
   s.s += kShape == kEntropy ? select(a == Real(0), zero, e) : e;        // the largest is left out: log1p of the others keeps digits
   if (kShape == kEntropy) { s.ties += select(a == Real(0), splat<F>(1), zero); s.n -= select(e > zero, e * (a * r.c), zero); }
   s.d += em; s.k1 += k1;
-  if (kShape == kTilted) { s.k2 += k2; s.t += e + et; }
+  if (kShape == kTilted) {
+    s.k2 += k2; s.t += e + et;
+    // the student's own mask: sums count the class, the gradient does not
+    if (kMask && r.other_is_student) { e = select(no_o, zero, e); em = select(no_o, zero, em); et = select(no_o, zero, et); }
+  }
   return {e, em, et};
 }
 
@@ -176,7 +181,8 @@ inline Row close_row(Part *parts, int n, const Plan &plan) {
     r.F += p.unit * (own + still + cross);
     gross += p.unit * (own + still + std::fabs(cross));
   }
-  if (!(std::isfinite(r.shift) && std::isfinite(r.F) && std::isfinite(r.R))) { r.lost = true; return r; }
+  const bool finite = std::isfinite(r.shift) && std::isfinite(r.F) && std::isfinite(r.R);
+  if (!finite || !(r.R > 0)) { r.lost = true; return r; }       // R = 0: no class in common
   r.F = larger(r.F, 0.);
   r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && gross > 64 * r.F;
   r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;

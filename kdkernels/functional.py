@@ -179,6 +179,7 @@ class _Total(torch.autograd.Function):
     def forward(ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool):
         grad = student.detach() if inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
         rows = ops.loss_and_grad(student.detach(), teacher, labels, weight, grad, *factors)
+        _announce(student, inplace)
         ctx.save_for_backward(grad)
         ctx.boost, ctx.inplace, ctx.applied = boost, inplace, None
         return rows.sum().to(_value_dtype(student))
@@ -218,6 +219,7 @@ class _PerRow(torch.autograd.Function):
             scale = upstream.double() if weight is None else torch.where(weight != 0, upstream.double() * weight, 0.0)
             grad = student.detach() if ctx.inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
             ops.loss_and_grad(student.detach(), teacher, labels, scale, grad, *ctx.factors)
+            _announce(student, ctx.inplace)
         if torch.is_grad_enabled():
             grad = _OnceDifferentiable.apply(_anchor(), grad, None, 1.0)
         return grad, None, None, None, None, None
@@ -233,6 +235,12 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError('fused_kd_loss: the fused backends are differentiable once; backend="eager" is differentiable to any order')
+
+
+def _announce(student: Tensor, inplace: bool) -> None:
+    """Tell autograd that the logits are gone, so that whoever saved them finds out."""
+    if inplace and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(student)
 
 
 def _anchor() -> Tensor:

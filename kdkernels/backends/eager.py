@@ -87,7 +87,11 @@ def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> 
     x = logits.double()
     scaled = x / temperature if math.isfinite(temperature) else torch.where(x > -math.inf, x - x.detach(), x)
     if upstream is None:
-        return scaled.log_softmax(-1).to(logits.dtype)
+        broken = ~(x.amax(-1, keepdim=True) < math.inf) | (x == -math.inf).all(-1, keepdim=True)
+        top = scaled.argmax(-1, keepdim=True)
+        scaled = scaled - scaled.gather(-1, top)
+        others = scaled.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True)
+        return torch.where(broken, math.nan, scaled - torch.log1p(others)).to(logits.dtype)
     u = upstream.double()
     return ((u - scaled.softmax(-1) * u.sum(-1, keepdim=True)) / temperature).to(logits.dtype)
 
@@ -162,12 +166,20 @@ class _Row:
         return torch.where(lost, infinite, log_r.squeeze(-1) / -b)
 
     def cross_entropy(self, labels: Tensor) -> Tensor:
-        """Hard cross entropy at T = 1, (rows,)."""
-        e = self._exp(self.z, self.top_z, self.no_z, 1.0)
-        total = _log_total(e, self.z, self.top_z, self.no_z)
-        label = labels.unsqueeze(-1)
-        z = torch.where(self.no_z.gather(-1, label), -math.inf, self.z.gather(-1, label))
-        return (total - (z - self.top_z)).squeeze(-1)
+        """Hard cross entropy at T = 1, (rows,); nan for a label outside the vocabulary.
+
+        log1p(sum of e^{z_j - z_r} over j != r) - (z_label - z_r), with r the label where that is a largest class: the other classes
+        alone are then what value and gradient are made of.
+        """
+        known = (labels >= 0) & (labels < self.z.shape[-1])
+        label = torch.where(known, labels, 0).unsqueeze(-1)
+        lost = ~known | self.no_z.gather(-1, label).squeeze(-1)
+        z = torch.where(self.no_z, -math.inf, self.z.detach())
+        r = torch.where(z.gather(-1, label) == self.top_z, label, z.argmax(-1, keepdim=True))
+        x = self.z - self.z.gather(-1, r)
+        others = torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1)
+        value = torch.log1p(others) - torch.where(r == label, 0.0, x.gather(-1, label)).squeeze(-1)
+        return value + torch.where(lost, torch.where(known, math.inf, math.nan), 0.0)
 
     def _limit(self, divergence: math_of.Divergence) -> Tensor:
         """T = inf: (k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching."""
