@@ -17,8 +17,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Never -ffast-math: it flushes denormals in the whole process and breaks -inf and nan. Without -fno-trapping-math nothing vectorises.
-FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-trapping-math -fno-math-errno -ffp-contract=fast -Wall -Wno-psabi".split()
+# Never -ffast-math: it flushes denormals in the whole process and breaks -inf and nan. Without -fno-trapping-math nothing vectorises;
+# -fwrapv because exponents are shifted and added as integers.
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-trapping-math -fno-math-errno -ffp-contract=fast -fwrapv -fno-exceptions -Wall -Wno-psabi".split()
 X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
@@ -89,7 +90,7 @@ class BuildLibraries(build_ext):
         try:
             if os.environ.get("KDKERNELS_CPU") == "0":
                 raise NoCompiler("left out: KDKERNELS_CPU=0 was set when kdkernels was built")
-            found = LIBRARIES[ext.name][1]([ROOT / s for s in ext.sources], target, Path(self.build_temp).resolve())
+            found = LIBRARIES[ext.name][1]([ROOT / s for s in ext.sources], target, ROOT / "build" / "objects")
         except NoCompiler as error:
             target.unlink(missing_ok=True)
             found = {"error": str(error)}

@@ -45,10 +45,13 @@ class Careful {
     }
     if (std::isinf(plan_.order)) {
       least_ = -max_of(-least_v_);
-      VD set{};
-      blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { set += select(z - v == least_, exp_z(z), VD{}); }); });
-      const double chosen = sum_of(set);
-      ratio_ = chosen > 0 ? (sz - chosen) / chosen : 0;
+      // q over the set where d is smallest, relative to its own largest: all of it may be far below the row's
+      VD top = splat<VD>(-INFINITY), set{};
+      blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { top = select(z - v == least_, larger(z, top), top); }); });
+      top_set_ = max_of(top);
+      blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { set += select(z - v == least_, exp_set(z), VD{}); }); });
+      const double chosen = sum_of(set), rest = sz - chosen * std::exp((top_set_ - top_z_) * k_);
+      in_set_ = lone_p ? 0 : rest / chosen * inv_z_;
       return lone_p ? INFINITY : larger(shift_ - (least_ - (top_z_ - top_v_)) * k_, 0.);
     }
     top_u_ = max_of(mu_);
@@ -79,6 +82,7 @@ class Careful {
   }
   static VL masked(VD x) { return x == -INFINITY; }
   VD exp_z(VD z) const { return exp2_flushed((z - top_z_) * plan_.c); }
+  VD exp_set(VD z) const { return exp2_flushed((z - top_set_) * plan_.c); }
   VD exp_v(VD v) const { return exp2_flushed((v - top_v_) * plan_.c); }
   // ((z - v) - (top_z - top_v)) / T in base 2, 0 where a class is masked
   VD diff(VD z, VD v) const { return select(masked(z) | masked(v), VD{}, (z - v) - (top_z_ - top_v_)) * plan_.c; }
@@ -115,8 +119,10 @@ class Careful {
     const VD series = near_zero(d, near).psi;
     VD term;
     if (plan_.tilted) {
-      const VD t = tilted(z, v) * inv_u_ * R;
-      term = select(near, p * (series - near_zero(b_ * d, near).psi / b_), (q - p) - (t - p) / b_);
+      const VL close = abs_of(b_ * d) < .5;
+      const ExpM1<VD> m = near_zero(b_ * d, close);
+      const VD powers = select(close, p * m.m1, tilted(z, v) * inv_u_ * R - p);
+      term = select(near, p * (series - m.psi / b_), (q - p) - powers / b_);
       term = select(no_v, q, select(no_z, p * (1 / b_ - 1), term)) / (1 - b_);
     } else {
       term = select(near, p * series, (q - p) - p * d);
@@ -131,7 +137,7 @@ class Careful {
     if (plan_.moments) return select(no_z | no_v, VD{}, ((z - v) - shift_) * inv_v_ * plan_.factor);
     const VD q = exp_z(z) * inv_z_;
     if (plan_.order == 0) return select(no_v, q, -q * ratio_);
-    if (std::isinf(plan_.order)) return select(no_z, VD{}, select(z - v == least_, -q * ratio_, q));
+    if (std::isinf(plan_.order)) return select(no_z, VD{}, select(z - v == least_, -exp_set(z) * in_set_, q));
     const VD p = exp_v(v) * inv_v_, d = log_ratio(z, v);
     const bool plain = !plan_.tilted || infinite_;
     const VD x = plain ? VD{} : b_ * d - log_r_, w = plain ? p : tilted(z, v) * inv_u_;
@@ -159,7 +165,7 @@ class Careful {
   VD mz = splat<VD>(-INFINITY), mv = splat<VD>(-INFINITY), mu_ = splat<VD>(-INFINITY), least_v_ = splat<VD>(INFINITY);
   VL nan{}, lone_p_{}, lone_q_{};
   VD sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
-  double top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0;
+  double top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0;
   bool broken_ = false, infinite_ = false;
 };
 

@@ -164,7 +164,7 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, Real *const *kee
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
   const Real ref = Real(p.ref), low = kCarry ? Real(p.ref - ref) : 0;
-  const References<Real> r{Real(p.top), ref, low, Real(plan.c), Real(plan.tilt), Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
+  const References<Real> r{Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, Real(plan.tilt), Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
   Real *const e = keep[0], *const em = keep[1], *const et = keep[2];
   Accumulator<Real> total;
   Sums<F> s;
@@ -242,10 +242,10 @@ void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, const do
     return;
   }
   if (!std::isfinite(p.top)) { p.care = kLost; return; }
-  sweep(plan.moments ? kExact : kFast, b, o, n, plan, keep, p, wide_b, wide_o);
+  sweep(plan.moments || (plan.exact && !Half<S>::value) ? kExact : kFast, b, o, n, plan, keep, p, wide_b, wide_o);
   if (p.care == kLost) return sweep(kMasked, b, o, n, plan, keep, p, wide_b, wide_o);
   // The rounding of o - b, 2^-24 of the offset, must stay under 1e-6 of the differences that remain; 16-bit logits have none.
-  if (Half<S>::value || plan.moments) return;
+  if (Half<S>::value || p.care != kFast) return;
   const double d = p.d / p.s, own = p.k1 / p.s - (d - std::log1p(d)), off = plan.k * p.ref;
   if (off * off > 512 * own) sweep(kExact, b, o, n, plan, keep, p, wide_b, wide_o);
 }
@@ -687,17 +687,16 @@ int32_t KD_CONCAT(kd_log_softmax_, KD_ISA)(const kd_log_softmax_call *c) {
 #include <cstdlib>
 #include "divergence.h"
 
-#define KD_DECLARE(level) extern "C" int32_t kd_loss_##level(kd_call *); extern "C" int32_t kd_log_softmax_##level(const kd_log_softmax_call *);
-#if defined(KD_X86_LEVELS)
-KD_DECLARE(v2) KD_DECLARE(v3) KD_DECLARE(v4)
-#else
-KD_DECLARE(base)
-#endif
+#define KD_DECLARE(level) \
+  extern "C" int32_t kd_loss_##level(kd_call *); \
+  extern "C" int32_t kd_log_softmax_##level(const kd_log_softmax_call *);
+KD_DECLARE(v2) KD_DECLARE(v3) KD_DECLARE(v4) KD_DECLARE(base)
 
 namespace {
 struct Level { const char *name; int32_t (*loss)(kd_call *); int32_t (*log_softmax)(const kd_log_softmax_call *); };
 
-// KDKERNELS_CPU_ISA = v2 or v3 asks for less than the processor has: to compare levels, and to test them.
+// The best level that was built and that the processor has; "none" without one. KDKERNELS_CPU_ISA = v2 or v3 asks for less, to
+// compare levels and to test them.
 Level choose() {
 #if defined(KD_X86_LEVELS)
   const char *asked = std::getenv("KDKERNELS_CPU_ISA");
@@ -711,7 +710,10 @@ Level choose() {
   if (most >= '3' && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return {"x86-64-v3", kd_loss_v3, kd_log_softmax_v3};
 #endif
-  return {"x86-64-v2", kd_loss_v2, kd_log_softmax_v2};
+#if defined(KD_HAS_v2)
+  if (__builtin_cpu_supports("sse4.2")) return {"x86-64-v2", kd_loss_v2, kd_log_softmax_v2};
+#endif
+  return {"none", nullptr, nullptr};
 #else
   return {"base", kd_loss_base, kd_log_softmax_base};
 #endif
@@ -722,7 +724,7 @@ const Level &level() { static const Level chosen = choose(); return chosen; }
 #define KD_API extern "C" __attribute__((visibility("default")))
 
 KD_API int32_t kd_loss(kd_call *c) {
-  if (!c || c->rows < 0 || c->vocab <= 0 || c->inner <= 0) return KD_BAD_CALL;
+  if (!c || c->rows < 0 || c->vocab <= 0 || c->inner <= 0 || !level().loss) return KD_BAD_CALL;
   if (c->labels) {
     for (int64_t r = 0; r < c->rows; r++) {
       const bool counts = !c->weight || c->weight[r] != 0;

@@ -76,8 +76,9 @@ struct Plan {
   bool centered = true;                 // logit matching compares z and v themselves, not their shapes
   bool careful = false;                 // orders 0 and inf, temperatures beyond the range of the tile step
   double order = 1, tilt = 0, factor = 1;
+  bool exact = false;                   // high temperature: D is a small multiple of the squares of rounding errors' size
   double k = 0;                         // 1 / T, as c ln 2, so that rows are computed at one temperature throughout
-  double c = 0;                         // log2(e) / T, rounded to the Real of the rows
+  double c = 0, c_low = 0;              // log2(e) / T, rounded to the Real of the rows, and what that left
 };
 
 inline Plan make_plan(int32_t divergence, double order, double temperature, bool wide) {
@@ -87,8 +88,9 @@ inline Plan make_plan(int32_t divergence, double order, double temperature, bool
   p.entropy = divergence == kCrossEntropy;
   p.order = divergence == kRenyi ? order : 1;
   p.c = kLog2e / temperature;
-  if (!wide) p.c = float(p.c);
-  p.k = p.c * kLn2;
+  p.exact = temperature >= 64;
+  if (!wide) { p.c_low = p.c - float(p.c); p.c = float(p.c); }
+  p.k = (p.exact ? p.c + p.c_low : p.c) * kLn2;
   p.student_base = p.order <= .5;
   p.tilted = p.order != 1;
   p.tilt = p.student_base ? p.order : 1 - p.order;

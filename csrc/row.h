@@ -14,7 +14,7 @@ namespace KD_LEVEL {
 
 template <class Real> struct References {
   Real top, ref, ref_low;  // ref + ref_low: the reference in twice the precision, for kExact
-  Real c, tilt;
+  Real c, c_low, tilt;     // c + c_low likewise
   Real floor;      // smallest (b - top) that is not flushed: kFloor / c
   Real reach;      // largest |y| in base 2 that the exponentials take
   bool other_is_student;
@@ -24,7 +24,7 @@ template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}; };
 template <class F> struct Kept { F e, em, et; };
 
 enum Shape { kPlain, kEntropy, kTilted };                // what is summed besides e, em and e psi
-enum Care { kFast, kExact, kMasked };                    // kExact: o - b with its rounding; kMasked: and -inf logits
+enum Care { kFast, kExact, kMasked };                    // kExact: (o - b)/T without its rounding errors; kMasked: and -inf logits
 
 // o - b - ref. The rounding of o - b matters when a common offset is much larger than what remains of the difference.
 template <bool kCarry, class F> KD_HD F difference(F o, F b, typename Element<F>::Real ref, typename Element<F>::Real ref_low) {
@@ -41,7 +41,8 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
   using Int = typename Element<F>::Int;
   constexpr Real kInf = Real(INFINITY);
   const F zero{}, a = b - r.top;
-  F e = exp2_of_product(a, r.c, r.floor), y = difference<kCarry>(o, b, r.ref, r.ref_low) * r.c;
+  const F t = difference<kCarry>(o, b, r.ref, r.ref_low);
+  F e = exp2_of_product(a, r.c, r.floor), y = kCarry ? t * r.c + t * r.c_low : t * r.c;
   Int no_b{}, no_o{};
   if (kMask) {
     no_b = b == -kInf; no_o = o == -kInf;

@@ -155,7 +155,9 @@ def kl_term(p, q, d, abs, where):
 
 
 def power_term(p, q, t, d, tilt, abs, where):
-    """p f(d), the term of F, with t = p^order q^(1 - order); the powers are only subtracted where they differ."""
+    """p f(d), the term of F, with t = p^order q^(1 - order); powers are only subtracted where they differ."""
     near = (abs(d) < 0.5) & (abs(tilt * d) < 0.5)
     x = where(near, d, 0.0)
-    return where(near, p * (psi_series(x) - psi_series(tilt * x) / tilt), (q - p) - (t - p) / tilt) / (1 - tilt)
+    y = where(abs(tilt * d) < 0.5, tilt * d, 0.0)
+    powers = where(abs(tilt * d) < 0.5, p * (y + psi_series(y)), t - p)
+    return where(near, p * (psi_series(x) - psi_series(tilt * x) / tilt), (q - p) - powers / tilt) / (1 - tilt)

@@ -291,7 +291,7 @@ def _loss(
         if isinstance(denominator, Tensor):
             denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, torch.float64))
 
-    if o.backend == "eager" and not o.inplace:
+    if o.backend == "eager" and not o.inplace and not torch.compiler.is_compiling():
         return _differentiable(student, teacher, labels, weight, o, vocab, denominator)
 
     value, grad, hard, hard_grad = o.value_scale, o.grad_scale, float(o.hard_weight), float(o.hard_weight)

@@ -9,9 +9,10 @@ import math
 ROUND = 6e-8
 
 
-def value_bound(order: float, vocab: int, T: float, spread: float, D: float) -> float:
+def value_bound(order: float, vocab: int, T: float, spread: float, D: float, single: bool = False) -> float:
+    """single: one class, an outlier, makes up most of D, so that its rounding errors meet no others to average with."""
     if order == 1:
-        relative = 3e-7 if vocab >= 32768 and T >= 0.5 else 1e-6 * (1 + spread)
+        relative = (4e-7 if single else 3e-7) if vocab >= 32768 and T >= 0.5 else 1e-6 * (1 + spread)
     else:
         relative = 2e-5 if vocab >= 32768 and T >= 0.5 else 2e-5 + 1e-6 * spread
     return (relative + ROUND) * D + 1e-30

@@ -71,7 +71,12 @@ def errors(T, order, vocab, kind, backend):
     out = []
     for i, (D, g) in enumerate(exact):
         # 1e-45: the smallest float
-        out.append((abs(float(loss[i]) - float(D)), value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D)) + 1e-45))
+        out.append(
+            (
+                abs(float(loss[i]) - float(D)),
+                value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D), kind.startswith("outlier")) + 1e-45,
+            )
+        )
         out.append((float(np.linalg.norm(grad[i].numpy() - g)), gradient_bound(order, float(np.linalg.norm(g)))))
     return out
 

@@ -7,6 +7,7 @@ only as good as its unused branch.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -35,50 +36,54 @@ def rows(
 ) -> Tensor:
     """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0 are not looked at."""
     z, v = student.double(), teacher.detach().double()
-    if weight is not None:
-        counts = (weight != 0).unsqueeze(-1)
-        z, v = torch.where(counts, z, 0.0), torch.where(counts, v, 0.0)
-    broken = ~((z.amax(-1, keepdim=True) < math.inf) & (v.amax(-1, keepdim=True) < math.inf))
-    broken |= (z == -math.inf).all(-1, keepdim=True) | (v == -math.inf).all(-1, keepdim=True)
-    row = _Row(torch.where(broken, 0.0, z), torch.where(broken, 0.0, v), temperature)
-    loss = value_scale * row.divergence(math_of.parse(divergence)) if value_scale else z.new_zeros(z.shape[0])
+    clean_z, clean_v, labels, broken = _clean(z, v, labels, weight)
+    row = _Row(clean_z, clean_v, temperature)
+    loss = value_scale * row.divergence(math_of.parse(divergence)) if value_scale else clean_z.new_zeros(z.shape[0])
     if labels is not None and hard_scale:
-        loss = loss + hard_scale * row.cross_entropy(labels if weight is None else torch.where(weight != 0, labels, 0))
+        loss = loss + hard_scale * row.cross_entropy(labels)
     # nan in value and gradient of the broken rows, 0 added to the others
     poison = torch.where(broken, math.nan, 0.0)
     loss = loss + (poison * torch.where(broken, z, row.z)).sum(-1)
     return loss if weight is None else torch.where(weight != 0, weight.double() * loss, 0.0)
 
 
+def _clean(z: Tensor, v: Tensor, labels: Tensor | None, weight: Tensor | None):
+    """(z, v, labels, broken): rows that count for nothing and rows with nan or +inf, or without a class, as rows of zeros."""
+    counts = torch.ones_like(z[:, :1], dtype=torch.bool) if weight is None else (weight != 0).unsqueeze(-1)
+    z, v = torch.where(counts, z, 0.0), torch.where(counts, v, 0.0)
+    top = torch.maximum(z.amax(-1, keepdim=True), v.amax(-1, keepdim=True))  # nan where either is
+    broken = ~(top < math.inf) | (z == -math.inf).all(-1, keepdim=True) | (v == -math.inf).all(-1, keepdim=True)
+    labels = labels if labels is None else torch.where(counts.squeeze(-1), labels, 0)
+    return torch.where(broken, 0.0, z), torch.where(broken, 0.0, v), labels, broken
+
+
 def loss(student, teacher, labels, weight, grad, divergence, temperature, value_scale, grad_scale, hard_scale, hard_grad_scale, vocab):
-    """The operator's contract (ops.py): the loss of each row, and its gradient written into `grad`."""
-    width = student.shape[-1]
-    z, v = student.detach().reshape(-1, width), teacher.detach().reshape(-1, teacher.shape[-1])
-    out = z.new_empty(z.shape[0], dtype=torch.float64)
+    """The operator's contract (ops.py): the loss of each row, and its gradient, from its formula, written into `grad`."""
+    if student.dim() == 1:
+        student, teacher, labels, weight, grad = (x if x is None else x.unsqueeze(0) for x in (student, teacher, labels, weight, grad))
+    leading, width = student.shape[:-1], student.shape[-1]
+    count = math.prod(leading)
+    out = student.new_empty(count, dtype=torch.float64)
+    which = math_of.parse(divergence)
     step = max(1, CHUNK_BYTES // (8 * max(vocab, 1)))
-    for start in range(0, z.shape[0], step):
-        part = slice(start, start + step)
-        pick = lambda x: None if x is None else x.reshape(-1)[part]  # noqa: B023, E731
-        y, w = pick(labels), pick(weight)
-        with torch.enable_grad():
-            x = z[part, :vocab].double().requires_grad_(grad is not None)
-            soft = rows(x, v[part, :vocab], None, w, divergence, temperature, 1.0, 0.0)
-            hard = rows(x, x, y, w, "kl", 1.0, 0.0, 1.0) if y is not None and (hard_scale or hard_grad_scale) else None
-        out[part] = (value_scale * soft.detach() if value_scale else 0) + (hard_scale * hard.detach() if hard is not None else 0)
-        if grad is not None:
-            # grad_scale belongs to T dD/dz, which at T = inf is the limit's own gradient
-            factor = grad_scale * (1.0 if math.isinf(temperature) else temperature)
-            total = factor * soft.sum() + (hard_grad_scale * hard.sum() if hard is not None else 0)
-            (g,) = torch.autograd.grad(total, x)
-            if w is not None:
-                g = torch.where((w != 0).unsqueeze(-1), g, 0.0)
-            target = grad.view(-1, width)[part] if grad.is_contiguous() else None
-            if target is None:  # the student's own storage, in whatever layout it has
-                grad.flatten(0, -2)[part, :vocab] = g.to(grad.dtype)
-                grad.flatten(0, -2)[part, vocab:] = 0
-            else:
-                target[:, :vocab] = g
-                target[:, vocab:] = 0
+    for start in range(0, count, step):
+        index = torch.arange(start, min(start + step, count), device=student.device)
+        at = tuple(torch.unravel_index(index, leading))
+        z, v = student[(*at, slice(vocab))].double(), teacher[(*at, slice(vocab))].double()
+        y, w = (x if x is None else x[at] for x in (labels, weight))
+        out[index] = rows(z, v, y, w, divergence, temperature, value_scale, hard_scale)
+        if grad is None:
+            continue
+        z, v, y, broken = _clean(z, v, y, w)
+        row = _Row(z, v, temperature)
+        g = grad_scale * row.gradient(which)
+        if y is not None and hard_grad_scale:
+            g = g + hard_grad_scale * row.cross_entropy_gradient(y)
+        g = torch.where(broken, math.nan, g)
+        if w is not None:
+            g = torch.where((w != 0).unsqueeze(-1), w.double().unsqueeze(-1) * g, 0.0)
+        grad[(*at, slice(vocab))] = g.to(grad.dtype)
+        grad[(*at, slice(vocab, width))] = 0
     return out
 
 
@@ -111,9 +116,9 @@ class _Row:
     def _exp(self, x: Tensor, top: Tensor, masked: Tensor, temperature: float) -> Tensor:
         return torch.where(masked, 0.0, ((x - top) / temperature).exp())
 
-    def divergence(self, divergence: math_of.Divergence) -> Tensor:
-        if math.isinf(self.temperature):
-            return self._limit(divergence)
+    @functools.cached_property
+    def soft(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(p, q, d, y, c): both distributions, d = log q - log p, y = d + c before the log-sum-exps were known."""
         T = self.temperature
         ez, ev = self._exp(self.z, self.top_z, self.no_z, T), self._exp(self.v, self.top_v, self.no_v, T)
         sz, sv = ez.sum(-1, keepdim=True), ev.sum(-1, keepdim=True)
@@ -122,71 +127,121 @@ class _Row:
         away = torch.where(near, ev * torch.expm1(torch.where(near, y, 0.0)), ez - ev).sum(-1, keepdim=True) / sv
         near = away.abs() < 0.5
         c = torch.where(near, torch.log1p(torch.where(near, away, 0.0)), sz.log() - sv.log())
-        p, q, d = ev / sv, ez / sz, y - c
+        return ev / sv, ez / sz, y - c, y, c
 
+    def tilted(self, order: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(w, log R, disjoint): w = softmax of order v + (1 - order) z over T, R = sum p^order q^(1 - order)."""
+        p, q, d, y, c = self.soft
+        b, T = 1 - order, self.temperature
+        a = torch.where(self.no_v, 0.0, (self.v - self.top_v) / T)
+        u = torch.where(self.masked, -math.inf, a + b * y)
+        top = u.detach().amax(-1, keepdim=True)
+        disjoint = top == -math.inf
+        top = torch.where(disjoint, 0.0, top)
+        eu = torch.where(self.masked, 0.0, (torch.where(self.masked, top, a + b * y) - top).exp())
+        su = torch.where(disjoint, 1.0, eu.sum(-1, keepdim=True))
+        log_r = top + su.log() - torch.where(self.no_v, 0.0, a.exp()).sum(-1, keepdim=True).log() - b * c
+        near = (log_r.abs() < 0.5) & ~disjoint
+        w = eu / su
+        term = math_of.power_term(p, q, w * torch.where(near, log_r, 0.0).exp(), d, b, torch.abs, torch.where)
+        term = torch.where(self.no_v, q / (1 - b), torch.where(self.no_z, p / b, term))
+        F = torch.where(self.no_z & self.no_v, 0.0, term).sum(-1, keepdim=True)
+        return w, torch.where(near, torch.log1p(torch.where(near, -b * (1 - b) * F, 0.0)), log_r), disjoint
+
+    def divergence(self, divergence: math_of.Divergence) -> Tensor:
+        """D, (rows,); the limit of T^2 D at T = inf."""
+        if math.isinf(self.temperature):
+            return self._limit(divergence)
+        p, q, d, y, c = self.soft
+        order, lone = divergence.order, self.only_v.any(-1)
         term = math_of.kl_term(p, q, d, torch.abs, torch.where)
         kl = torch.where(self.only_z, q, torch.where(self.no_z, 0.0, term)).sum(-1)
         # rows whose D is +inf have KL's gradient q - p at the classes the student has
-        lone = (p * self.only_v).sum(-1)
-        infinite = kl + lone * (c - c.detach()).squeeze(-1) + math.inf
-
-        order, support = divergence.order, self.only_v.any(-1)
+        infinite = kl + (p * self.only_v).sum(-1) * (c - c.detach()).squeeze(-1) + math.inf
         if order == 1:
-            value = torch.where(support, infinite, kl)
+            value = torch.where(lone, infinite, kl)
             if isinstance(divergence, math_of.CrossEntropy):
-                logp = torch.where(self.no_v, 0.0, (self.v - self.top_v) / T - _log_total(ev, self.v, self.top_v, self.no_v))
-                value = value - (p * logp).sum(-1)
+                T = self.temperature
+                total = _log_total(self._exp(self.v, self.top_v, self.no_v, T), self.v, self.top_v, self.no_v)
+                value = value - (p * torch.where(self.no_v, 0.0, (self.v - self.top_v) / T - total)).sum(-1)
             return value
         if order == 0:
-            inside, outside = torch.where(self.no_v, 0.0, ez).sum(-1), torch.where(self.no_v, ez, 0.0).sum(-1)
-            empty = inside == 0
-            return torch.where(empty, infinite, torch.log1p(outside / torch.where(empty, 1.0, inside)))
+            inside, outside = torch.where(self.no_v, 0.0, q).sum(-1), torch.where(self.no_v, q, 0.0).sum(-1)
+            return torch.where(inside == 0, infinite, torch.log1p(outside / torch.where(inside == 0, 1.0, inside)))
         if math.isinf(order):
-            gap = torch.where(self.no_v, math.inf, torch.where(self.no_z, -math.inf, (self.z - self.v).detach()))
-            least = gap == gap.amin(-1, keepdim=True)
-            share = torch.where(least, q, 0.0).detach()
-            share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+            least, share, _ = self._least()
             value = (c.squeeze(-1) - (share * y).sum(-1)).clamp_min(0.0)
-            return torch.where(support, (c - c.detach()).squeeze(-1) + math.inf, value)
+            value = torch.where((least | self.no_z).all(-1), 0.0, value)  # p = q
+            return torch.where(lone, (c - c.detach()).squeeze(-1) + math.inf, value)
+        _, log_r, disjoint = self.tilted(order)
+        return torch.where(lone if order > 1 else disjoint.squeeze(-1), infinite, log_r.squeeze(-1) / (order - 1))
 
-        b = 1 - order
-        u = torch.where(self.masked, -math.inf, (self.v - self.top_v) / T + b * y)
-        top = u.detach().amax(-1, keepdim=True)
-        disjoint = top == -math.inf
-        eu = torch.where(self.masked, 0.0, (torch.where(self.masked, 0.0, u) - torch.where(disjoint, 0.0, top)).clamp_max(0.0).exp())
-        su = torch.where(disjoint, 1.0, eu.sum(-1, keepdim=True))
-        log_r = torch.where(disjoint, 0.0, top) + su.log() - sv.log() - b * c
-        near = (log_r.abs() < 0.5) & ~disjoint
-        t = eu / su * torch.where(near, log_r, 0.0).exp()
-        term = math_of.power_term(p, q, t, d, b, torch.abs, torch.where)
-        term = torch.where(self.no_v, q / (1 - b), torch.where(self.no_z, p / b, term))
-        F = torch.where(self.no_z & self.no_v, 0.0, term).sum(-1, keepdim=True)
-        log_r = torch.where(near, torch.log1p(torch.where(near, -b * (1 - b) * F, 0.0)), log_r)
-        lost = support if order > 1 else disjoint.squeeze(-1)
-        return torch.where(lost, infinite, log_r.squeeze(-1) / -b)
+    def gradient(self, divergence: math_of.Divergence) -> Tensor:
+        """T dD/dz = q - w, (rows, vocab), from the table of formulas; the limit's own gradient at T = inf."""
+        order = divergence.order
+        if math.isinf(self.temperature):
+            n, x = self._differences(divergence)
+            return order * x / n
+        p, q, d, _, _ = self.soft
+        if order == 0:
+            inside, outside = torch.where(self.no_v, 0.0, q).sum(-1, keepdim=True), torch.where(self.no_v, q, 0.0).sum(-1, keepdim=True)
+            return torch.where(self.no_v, q, -q * torch.where(inside == 0, 0.0, outside / torch.where(inside == 0, 1.0, inside)))
+        if math.isinf(order):
+            least, share, rest = self._least()
+            return torch.where(least, -share * rest, q)
+        w, x = p, torch.zeros_like(d)
+        if order != 1:
+            tilted, log_r, disjoint = self.tilted(order)
+            lost = self.only_v.any(-1, keepdim=True) if order > 1 else disjoint
+            w, x = torch.where(lost, p, tilted), torch.where(lost, 0.0, (1 - order) * d - log_r)
+        near = (d.abs() < 0.5) & (x.abs() < 0.5) & ~self.masked
+        return torch.where(near, p * (torch.expm1(d) - torch.expm1(x)), torch.where(self.no_z, 0.0, q - w))
 
-    def cross_entropy(self, labels: Tensor) -> Tensor:
-        """Hard cross entropy at T = 1, (rows,); nan for a label outside the vocabulary.
+    def _least(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The classes where d is smallest, as far as the logits as given can tell them apart; q restricted to them; q of the others."""
+        gap = torch.where(self.no_v, math.inf, torch.where(self.no_z, -math.inf, (self.z - self.v).detach()))
+        least = (gap == gap.amin(-1, keepdim=True)) & ~self.masked
+        top = torch.where(least, self.z.detach(), -math.inf).amax(-1, keepdim=True)
+        share = torch.where(least, ((self.z.detach() - torch.where(top > -math.inf, top, 0.0)) / self.temperature).exp(), 0.0)
+        share = share / torch.where(top > -math.inf, share.sum(-1, keepdim=True), 1.0)
+        return least, share, torch.where(least, 0.0, self.soft[1]).sum(-1, keepdim=True)
 
-        log1p(sum of e^{z_j - z_r} over j != r) - (z_label - z_r), with r the label where that is a largest class: the other classes
-        alone are then what value and gradient are made of.
+    def _hard(self, labels: Tensor):
+        """(label, r, x, others): x = z - z_r, others the sum of e^x over j != r, r the label where that is a largest class.
+
+        The other classes alone are then what value and gradient are made of where q of the label rounds to 1.
         """
-        known = (labels >= 0) & (labels < self.z.shape[-1])
-        label = torch.where(known, labels, 0).unsqueeze(-1)
-        lost = ~known | self.no_z.gather(-1, label).squeeze(-1)
+        label = labels.clamp(0, self.z.shape[-1] - 1).unsqueeze(-1)
         z = torch.where(self.no_z, -math.inf, self.z.detach())
         r = torch.where(z.gather(-1, label) == self.top_z, label, z.argmax(-1, keepdim=True))
         x = self.z - self.z.gather(-1, r)
-        others = torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1)
-        value = torch.log1p(others) - torch.where(r == label, 0.0, x.gather(-1, label)).squeeze(-1)
-        return value + torch.where(lost, torch.where(known, math.inf, math.nan), 0.0)
+        return label, r, x, torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1, keepdim=True)
 
-    def _limit(self, divergence: math_of.Divergence) -> Tensor:
-        """T = inf: (k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching."""
+    def cross_entropy(self, labels: Tensor) -> Tensor:
+        """Hard cross entropy at T = 1, (rows,); nan for a label outside the vocabulary."""
+        label, r, x, others = self._hard(labels)
+        value = torch.log1p(others) - torch.where(r == label, 0.0, x.gather(-1, label))
+        lost = torch.where(self.no_z.gather(-1, label), math.inf, 0.0)
+        return (value + torch.where(label == labels.unsqueeze(-1), lost, math.nan)).squeeze(-1)
+
+    def cross_entropy_gradient(self, labels: Tensor) -> Tensor:
+        """softmax(z) - onehot(label), (rows, vocab)."""
+        label, r, x, others = self._hard(labels)
+        q = torch.where(self.no_z, 0.0, x.exp()) / (1 + others)
+        at_label = torch.where(r == label, -others / (1 + others), q.gather(-1, label) - 1)
+        return torch.where(label == labels.unsqueeze(-1), q.scatter(-1, label, at_label), math.nan)
+
+    def _differences(self, divergence: math_of.Divergence) -> tuple[Tensor, Tensor]:
+        """T = inf: the classes both have, and z - v over them, centred but for logit matching."""
         n = (~self.masked).sum(-1, keepdim=True).clamp_min(1)
         x = torch.where(self.masked, 0.0, self.z - self.v)
         if not isinstance(divergence, math_of.LogitMatching):
             x = torch.where(self.masked, 0.0, x - x.sum(-1, keepdim=True) / n)
+        return n, x
+
+    def _limit(self, divergence: math_of.Divergence) -> Tensor:
+        """(k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching."""
+        n, x = self._differences(divergence)
         value = divergence.order / 2 * (x * x).sum(-1) / n.squeeze(-1)
         differ = self.only_z.any(-1) if divergence.order == 0 else (self.only_z | self.only_v).any(-1)
         return value + torch.where(differ, math.inf, 0.0)

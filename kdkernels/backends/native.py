@@ -81,9 +81,10 @@ def library() -> Library | str:
         reason = dict(line.split(": ", 1) for line in lines if ": " in line).get("error", "the C++ library was not built")
         return f"{reason}; install a C++ compiler and reinstall kdkernels"
     try:
-        return Library(LIBRARY)
+        found = Library(LIBRARY)
     except OSError as error:
         return str(error)
+    return found if found.isa != "none" else "the processor has none of the instruction sets the library was built for"
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -1,0 +1,69 @@
+"""Walks the CPU library through its paths on small inputs, against the eager backend: for builds under sanitizers and odd compilers."""
+
+import itertools
+import math
+import os
+from pathlib import Path
+
+import torch
+from rows import KINDS, make_rows, with_masks
+
+from kdkernels import fused_kd_loss, tempered_log_softmax
+from kdkernels.backends import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def compare(z, v, y, **options):
+    a, b = (z.clone().requires_grad_() for _ in range(2))
+    x = a * 1
+    loss = fused_kd_loss(x, v, y, hard_weight=0.25, backend="cpu", **options)
+    loss.sum().backward()
+    options.pop("inplace", None)
+    expected = fused_kd_loss(b, v, y, hard_weight=0.25, backend="eager", **options)
+    expected.sum().backward()
+    spread = 60 / options.get("temperature", 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-4 + 1e-6 * spread, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(a.grad, b.grad, rtol=2e-2, atol=1e-2 if z.dtype in (torch.bfloat16, torch.float16) else 1e-5, equal_nan=True)
+
+
+def main():
+    if path := os.environ.get("KDKERNELS_TEST_LIBRARY"):
+        native.LIBRARY = Path(path)
+    assert not isinstance(native.library(), str), native.library()
+    divergences = ("kl", "cross_entropy", "renyi(0)", "renyi(0.3)", "renyi(0.7)", "renyi(3)", "renyi(inf)")
+    y = torch.tensor([0, -100, 2, 1])
+    for vocab, (divergence, kind) in zip(
+        itertools.cycle((1, 7, 16, 33, 130, 4096, 4099, 9001)), itertools.product(divergences, KINDS), strict=False
+    ):
+        for T in (0.05, 2.0, math.inf):
+            if math.isinf(T) and divergence in ("cross_entropy", "renyi(inf)"):
+                continue
+            z, v = make_rows(kind, 4, vocab)
+            compare(
+                z, v, y % vocab if vocab > 2 else None, divergence=divergence, temperature=T, t_squared=math.isinf(T)
+            ) if vocab > 2 else None
+            fused_kd_loss(z, v, divergence=divergence, temperature=T, t_squared=True, backend="cpu")
+    for student, teacher in itertools.product(DTYPES, DTYPES):
+        for vocab in (5, 4100):
+            z, v = make_rows("plain", 4, vocab, student, teacher)
+            compare(z, v, y.clamp(max=4), temperature=2.0)
+            compare(z, v, y.clamp(max=4), divergence="renyi(0.7)", inplace=True)
+            compare(z, v, y.clamp(max=2), vocab_size=vocab - 1, reduction="none")
+    for where in ("both", "teacher", "student"):
+        for divergence in divergences:
+            z, v = with_masks(*make_rows("plain", 4, 4100), where)
+            fused_kd_loss(z, v, divergence=divergence, backend="cpu")
+    z, v = make_rows("plain", 40, 9000)  # the tail of the gradient is the workspace; then a split row; then a broken one
+    compare(z, v, None if z is None else torch.zeros(40, dtype=torch.int64), divergence="renyi(0.7)")
+    z, v = make_rows("plain", 1, 70000)
+    compare(z, v, torch.tensor([69999]))
+    z[0, 5] = math.nan
+    fused_kd_loss(z, v, backend="cpu")
+    for dtype in DTYPES:
+        x = make_rows("plain", 3, 4100, dtype)[0].requires_grad_()
+        tempered_log_softmax(x, 2.0, backend="cpu").sum().backward()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The build: without a compiler, without OpenMP, at every instruction-set level, under sanitizers, and what loading it leaves alone."""
+
+import collections
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kdkernels
+from kdkernels.backends import native
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels of x86-64")
+
+
+def run(*command, env=None, cwd=ROOT, check=True):
+    done = subprocess.run([*map(str, command)], env={**os.environ, **(env or {})}, cwd=cwd, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def build(tmp_path, env=None):
+    """setup.py build in a copy of the sources; the built package's folder."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("csrc", "kdkernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"))
+    run(sys.executable, "setup.py", "-q", "build", "--build-lib", "out", env=env, cwd=tmp_path)
+    return tmp_path / "out" / "kdkernels"
+
+
+def test_without_a_compiler(tmp_path):
+    """The install succeeds, says so, and the package runs on the eager backend."""
+    package = build(tmp_path, {"PATH": str(tmp_path), "CXX": ""})
+    assert not (package / "_cpu.so").exists()
+    assert "no C++ compiler was found" in (package / "_build.txt").read_text()
+    code = "import torch, kdkernels; print(kdkernels.fused_kd_loss(torch.ones(2, 3), torch.zeros(2, 3)).item())"
+    assert run(sys.executable, "-c", code, cwd=package.parent).stdout.strip() == "0.0"
+    info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
+    assert 'backend="auto" is eager' in info and "no C++ compiler was found" in info
+
+
+def test_without_openmp(tmp_path):
+    """A compiler that does not know -fopenmp gives a library that is right, and says that it is single-threaded."""
+    compiler = tmp_path / "c++-without-openmp"
+    compiler.write_text(
+        '#!/bin/sh\nfor x in "$@"; do [ "$x" = -fopenmp ] && exit 1; [ "$x" = -march=x86-64-v4 ] && exit 1; done\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    package = build(tmp_path, {"CXX": str(compiler)})
+    assert "openmp: no" in (package / "_build.txt").read_text()
+    if platform.machine() == "x86_64":
+        assert "levels: v2 v3\n" in (package / "_build.txt").read_text()
+    library = native.Library(package / "_cpu.so")
+    assert not library.openmp
+    info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
+    assert "single-threaded" in info
+    run(sys.executable, TESTS / "exercise.py", cwd=package.parent)
+
+
+def test_wheel(tmp_path):
+    """One wheel for every Python and torch: py3-none, the library inside, the sources not needed at run time."""
+    build(tmp_path)
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "wheels", ".", cwd=tmp_path)
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    assert re.fullmatch(r"kdkernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"kdkernels/_cpu.so", "kdkernels/_build.txt", "kdkernels/backends/native.py"} <= set(names)
+    assert not [n for n in names if n.endswith((".cpp", ".h", ".o"))]
+
+
+def test_a_library_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(kdkernels.divergence.REGISTRY, "new", kdkernels.KL)
+    with pytest.raises(OSError, match="divergences are kl,cross_entropy,renyi,logit_matching, this package's .*new; reinstall"):
+        native.Library(native.LIBRARY)
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "Call", native.LogSoftmaxCall)
+    with pytest.raises(OSError, match="kd_call has .* bytes"):
+        native.Library(native.LIBRARY)
+
+
+def test_loading_leaves_denormals_alone():
+    code = (
+        "import ctypes, numpy as np\n"
+        "tiny = lambda: float(np.float32(1e-38) * np.float32(0.1) + np.float32(1e-45) * np.float32(1))\n"
+        "before = tiny(); assert before > 0\n"
+        f"lib = ctypes.CDLL({str(native.LIBRARY)!r}); lib.kd_isa()\n"
+        "assert tiny() == before\n"
+    )
+    run(sys.executable, "-c", code)
+
+
+@x86
+def test_levels_share_no_code():
+    """The linker keeps one copy of an inline function: one that several levels define would run AVX-512 on a machine without it."""
+    defined = collections.Counter()
+    objects = list((ROOT / "build").rglob("cpu_v*.o"))
+    if not objects:
+        pytest.skip("no object files of a build beside the sources")
+    for path in objects:
+        names = {line.split()[-1] for line in run("nm", "--defined-only", path).stdout.splitlines() if line.split()[-2] in "WVu"}
+        defined.update(names)
+    assert not [name for name, n in defined.items() if n > 1]
+
+
+@x86
+@pytest.mark.parametrize("level", ["v2", "v3"])
+def test_every_level_is_right(level):
+    """The accuracy tests again, on the levels below this machine's own."""
+    env = {"KDKERNELS_CPU_ISA": level}
+    assert f"x86-64-{level}" in run(sys.executable, "-m", "kdkernels", "info", env=env).stdout
+    tests = [TESTS / "test_accuracy.py", TESTS / "test_functional.py"]
+    done = run(sys.executable, "-m", "pytest", "-q", *tests, "-k", "cpu and not fp64 or bits or workspace or inplace", env=env)
+    assert " passed" in done.stdout
+
+
+def test_sanitizers(tmp_path):
+    """AddressSanitizer and UBSan over every path of the library: dtypes, layouts, masks, careful rows, odd lengths."""
+    compiler = shutil.which("g++")
+    runtime = [Path(run(compiler, f"-print-file-name=lib{x}.so").stdout.strip()) for x in ("asan", "ubsan")] if compiler else []
+    if not all(x.is_absolute() and x.exists() for x in runtime) or not runtime:
+        pytest.skip("no g++ with sanitizers")
+    flags = "-O1 -g -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math -fwrapv -fopenmp -Wno-psabi"
+    flags += " -fsanitize=address,undefined -fno-sanitize-recover=all"
+    level = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
+    isa, dispatch = ("v3", ["-DKD_X86_LEVELS", "-DKD_HAS_v3"]) if level else ("base", [])
+    jobs = [[*level, f"-DKD_ISA={isa}"], dispatch]
+    for i, extra in enumerate(jobs):
+        run(compiler, *[f for f in flags.split() if f != "-shared"], *extra, "-c", ROOT / "csrc/cpu.cpp", "-o", tmp_path / f"{i}.o")
+    run(compiler, *flags.split(), tmp_path / "0.o", tmp_path / "1.o", "-o", tmp_path / "_cpu.so")
+    env = {
+        "LD_PRELOAD": " ".join(map(str, runtime)),
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
+        "KDKERNELS_TEST_LIBRARY": str(tmp_path / "_cpu.so"),
+        "KDKERNELS_CPU_ISA": "v3",
+        "OMP_NUM_THREADS": "2",
+    }
+    done = run(sys.executable, TESTS / "exercise.py", env=env, check=False)
+    assert done.returncode == 0 and "ERROR" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-3000:]
+
+
+def test_aarch64_compiles(tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++")
+    for extra in (["-DKD_ISA=base"], []):
+        run(compiler, "-O3", "-std=c++17", "-fPIC", "-Wno-psabi", *extra, "-c", ROOT / "csrc/cpu.cpp", "-o", tmp_path / "x.o")

@@ -1,0 +1,72 @@
+"""The registry and the text forms; golden numbers through the public function; who imports whom."""
+
+import ast
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import KL, CrossEntropy, Renyi, fused_kd_loss, parse
+
+PACKAGE = Path(kdkernels.__file__).parent
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
+
+
+@pytest.mark.parametrize("divergence", [KL(), CrossEntropy(), *(Renyi(a) for a in (0, 0.5, 1, 2, 1 / 3, 1e-12, 0.9999, math.inf))])
+def test_text_forms_round_trip(divergence):
+    assert parse(str(divergence)) == divergence == parse(f"  {divergence.text} ")
+    assert pickle.loads(pickle.dumps(divergence)) == divergence and hash(divergence) == hash(parse(divergence.text))
+    assert fused_kd_loss(torch.ones(1, 3), torch.zeros(1, 3), divergence=divergence).item() >= 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_golden_numbers(backend, dtype):
+    z, v = (torch.tensor(GOLDEN[x], dtype=dtype) for x in ("student_logits", "teacher_logits"))
+    names = [x for x in GOLDEN["values"] if x.split("(")[0] in kdkernels.divergence.REGISTRY]
+    assert len(names) == 8
+    for name in names:
+        for T, values in GOLDEN["values"][name].items():
+            loss = fused_kd_loss(z, v, divergence=name, temperature=float(T), reduction="none", backend=backend)
+            rel = 1e-12 if dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(loss.double(), torch.tensor(values, dtype=torch.float64), rtol=rel, atol=0)
+
+
+def test_layers_import_one_way():
+    """modules -> functional -> ops -> backends -> divergence; a backend imports no other."""
+    layers = ["divergence", "backends", "ops", "functional", "modules"]
+
+    def imported(path):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [node.module] if node.module else [a.name for a in node.names]
+                yield from (name.split(".")[0] for name in base)
+
+    for i, layer in enumerate(layers):
+        files = sorted((PACKAGE / layer).glob("*.py")) if (PACKAGE / layer).is_dir() else [PACKAGE / f"{layer}.py"]
+        for path in files:
+            for name in imported(path):
+                if layer == "backends" and path.stem == "__init__":
+                    assert name in ("divergence",), (path, name)
+                elif name in layers:
+                    assert layers.index(name) < i, (path, name)
+                elif layer == "backends":
+                    assert name not in ("eager", "native"), (path, name)
+    for path in (PACKAGE / "backends").glob("*.py"):
+        assert "import_module" in path.read_text() or path.stem != "__init__"
+
+
+def test_importing_loads_no_library():
+    """Neither the shared library nor triton nor the compiler of torch comes with `import kdkernels`."""
+    code = (
+        "import torch, sys; before = set(sys.modules); import kdkernels; new = set(sys.modules) - before;"
+        "assert not [m for m in new if m.split('.')[0] == 'triton' or m.startswith(('torch._dynamo', 'torch._inductor'))], new;"
+        "assert 'kdkernels.backends.native' not in new and 'kdkernels/_cpu.so' not in open('/proc/self/maps').read()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,123 @@
+"""The operators as torch sees them: opcheck, torch.compile, torch.export, autocast, torch.func, pickle."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from rows import make_rows
+
+from kdkernels import KDLoss, fused_kd_loss, logit_matching_loss, tempered_log_softmax
+
+FACTORS = ("renyi(0.5)", 2.0, 1.0, 0.5, 0.3, 0.3, 90)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "auto"])
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(backend, full):
+    z, v = make_rows("plain", 4, 100)
+    y, w = (torch.tensor([1, 2, 3, 4]), torch.rand(4).double()) if full else (None, None)
+    factors = (*FACTORS, backend)
+    torch.library.opcheck(torch.ops.kdkernels.loss.default, (z, v, y, w, *factors))
+    torch.library.opcheck(torch.ops.kdkernels.loss_and_grad.default, (z, v, y, w, torch.empty_like(z), *factors))
+    torch.library.opcheck(torch.ops.kdkernels.log_softmax.default, (z, v if full else None, 2.0, backend))
+
+
+CASES = {
+    "kl": {},
+    "hard": {"hard_weight": 0.3, "temperature": 2.0, "t_squared": True, "divergence": "renyi(0.5)"},
+    "none": {"reduction": "none", "hard_weight": 0.3},
+    "sum": {"reduction": "sum", "divergence": "renyi(inf)"},
+    "limit": {"temperature": math.inf, "t_squared": True},
+    "vocab": {"vocab_size": 90},
+    "fp16": {"hard_weight": 0.1},
+    "inplace": {"inplace": True},
+    "eager": {"backend": "eager", "divergence": "renyi(2)"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(name, dynamic):
+    """One graph, also with dynamic shapes, and the same numbers."""
+    torch._dynamo.reset()
+    options = CASES[name]
+    dtype = torch.float16 if name == "fp16" else torch.float32
+
+    def f(z, v, y):
+        return fused_kd_loss(z * 1.5, v, y, **options).sum() * 2
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic)
+    for rows in (5, 4) if dynamic else (4,):
+        z, v = make_rows("plain", rows, 100, dtype)
+        y = torch.arange(rows)
+        y[1] = -100
+        a, b = (z.clone().requires_grad_() for _ in range(2))
+        la, lb = compiled(a, v, y), f(b, v, y)
+        la.backward()
+        lb.backward()
+        torch.testing.assert_close(la, lb, rtol=1e-6, atol=0)
+        torch.testing.assert_close(a.grad, b.grad, rtol=2e-3 if name == "fp16" else 1e-5, atol=1e-4 if name == "fp16" else 1e-8)
+
+
+def test_compile_other_functions():
+    torch._dynamo.reset()
+    z, v = make_rows("plain", 3, 100)
+
+    def f(z):
+        return tempered_log_softmax(z, 2.0).square().sum() + logit_matching_loss(z, v)
+
+    a, b = (z.clone().requires_grad_() for _ in range(2))
+    torch.compile(f, fullgraph=True)(a).backward()
+    f(b).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_export():
+    z, v = make_rows("plain", 4, 100)
+    n = torch.export.Dim("n")
+    exported = torch.export.export(KDLoss(temperature=2.0, t_squared=True), (z, v), dynamic_shapes=({0: n}, {0: n}))
+    other = make_rows("independent", 3, 100)
+    torch.testing.assert_close(exported.module()(*other), KDLoss(temperature=2.0, t_squared=True)(*other))
+
+
+def test_autocast():
+    """A bf16 projection under autocast, an fp32 loss, gradients in the parameters' dtype."""
+    w, h = torch.randn(16, 100, requires_grad=True), torch.randn(4, 16)
+    v = torch.randn(4, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = h @ w
+        loss = fused_kd_loss(logits, v, torch.tensor([1, 2, 3, 4]), hard_weight=0.1)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    exact = h.bfloat16().float() @ w.detach().bfloat16().float()
+    exact = exact.bfloat16().float().requires_grad_()
+    fused_kd_loss(exact, v, torch.tensor([1, 2, 3, 4]), hard_weight=0.1).backward()
+    torch.testing.assert_close(w.grad, h.t() @ exact.grad, rtol=3e-2, atol=1e-2)
+
+
+def test_torch_func():
+    z, v = make_rows("plain", 3, 20)
+    expected = z.clone().requires_grad_()
+    fused_kd_loss(expected, v).backward()
+    got = torch.func.grad(lambda z: fused_kd_loss(z, v, backend="eager"))(z)
+    torch.testing.assert_close(got, expected.grad, rtol=1e-5, atol=1e-8)
+    with pytest.raises(RuntimeError, match='backend="eager"'):
+        torch.func.grad(lambda z: fused_kd_loss(z, v))(z)
+
+
+def test_copies():
+    z, v = make_rows("plain", 3, 20)
+    module = KDLoss(divergence="renyi(0.5)", temperature=2.0)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(z, v), module(z, v)) and repr(other) == repr(module)
+
+
+def test_no_grad_and_frozen_student():
+    z, v = make_rows("plain", 3, 20)
+    with torch.no_grad():
+        assert fused_kd_loss(z.clone().requires_grad_(), v).grad_fn is None
+    assert not fused_kd_loss(z, v).requires_grad
+    with torch.inference_mode():
+        assert fused_kd_loss(z * 1, v * 1).isfinite()
