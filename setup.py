@@ -19,7 +19,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # Never -ffast-math: it flushes denormals in the whole process and breaks -inf and nan. Without -fno-trapping-math nothing vectorises;
 # -fwrapv because exponents are shifted and added as integers.
-FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-trapping-math -fno-math-errno -ffp-contract=fast -fwrapv -fno-exceptions -Wall -Wno-psabi".split()
+FLAGS = [
+    *"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wno-psabi".split(),
+    *"-fno-trapping-math -fno-math-errno -ffp-contract=fast -fwrapv -fno-exceptions".split(),
+]
 X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
