@@ -57,6 +57,8 @@ template <class Real, class S> Real element(const S *x, int64_t i) {
 }
 
 template <class Real, class S> Real largest(const S *x, int64_t n) {
+  if constexpr (std::is_same<S, bf16>::value) return largest_half((const uint16_t *)x, n, half_value<bf16>, 0xff80);
+  if constexpr (std::is_same<S, f16>::value) return largest_half((const uint16_t *)x, n, half_value<f16>, 0xfc00);
   using F = typename Vec<Real>::F;
   constexpr int W = Vec<Real>::W;
   F a = splat<F>(-INFINITY), b = a;
@@ -144,7 +146,7 @@ KD_HD void each_vector(const S *b, const S *o, int64_t n, Full full, Last last, 
   for (int64_t i0 = 0; i0 < whole; i0 += 64 * W) {
     const int64_t end = smaller(i0 + 64 * W, whole);
     for (int64_t i = i0; i < end; i += W) {
-      __builtin_prefetch(o + i + kBlock<Real> / 8); __builtin_prefetch(b + i + kBlock<Real>);
+      __builtin_prefetch(o + i + kBlock<Real>); __builtin_prefetch(b + i + kBlock<Real>);   // the next block
       full(i, load_as<F>(b + i), load_as<F>(o + i));
     }
     flush();

@@ -93,6 +93,8 @@ KD_HD void stream_fence() {
 }
 
 // ---- 16-bit floats as integers. Nothing here depends on the denormal mode of the thread.
+typedef int16_t VS __attribute__((vector_size(kVectorBytes)));   // twice as many of them as a VH
+
 struct bf16 { uint16_t u; };
 struct f16 { uint16_t u; };
 
@@ -108,9 +110,9 @@ KD_HD VF widen(VH h, f16) {
   return (VF)(select(magnitude >= 0x7c00, special, select(magnitude < 0x0400, subnormal, normal)) | sign);
 }
 
-KD_HD VH narrow(VF x, bf16) {   // to nearest, ties to even; nan stays nan
+KD_HD VH narrow(VF x, bf16) {   // to nearest, ties to even; a nan of arithmetic (0x7fc00000) stays one
   const VI u = (VI)x;
-  return __builtin_convertvector(select(x != x, (VI{} + 0x7fc0), (u + 0x7fff + ((u >> 16) & 1)) >> 16), VH);
+  return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, VH);
 }
 KD_HD VH narrow(VF x, f16) {
   const VI u = (VI)x & 0x7fffffff, sign = ((VI)x >> 16) & 0x8000;
@@ -149,6 +151,32 @@ inline void copy_row(const bf16 *p, int64_t n, float *out) { widen_row(p, n, out
 inline void copy_row(const f16 *p, int64_t n, float *out) { widen_row(p, n, out); }
 inline void copy_row(const float *p, int64_t n, float *out) { std::memcpy(out, p, 4 * n); }
 inline void copy_row(const double *p, int64_t n, double *out) { std::memcpy(out, p, 8 * n); }
+
+// The largest of n/step whole vectors' worth of 16-bit floats, compared as the integers that order like them; -inf without any.
+// A nan may win or lose.
+inline float largest_half(const uint16_t *p, int64_t n, float (*value)(uint16_t), uint16_t least) {
+  constexpr int W = sizeof(VS) / 2;
+  const auto key = [](VS x) { return x ^ ((x >> 15) & 0x7fff); };
+  VS low{};
+  low += int16_t(least);
+  VS a = key(low), b = a;
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    const VS x = key(load<VS>(p + i)), y = key(load<VS>(p + i + W));
+    a = x > a ? x : a; b = y > b ? y : b;
+  }
+  a = key(a > b ? a : b);
+  float top = value(least);
+  for (int j = 0; j < W; j++) top = larger(value(uint16_t(a[j])), top);
+  for (; i < n; i++) top = larger(value(p[i]), top);
+  return top;
+}
+template <class E> float half_value(uint16_t u) {
+  const E e{u};
+  float x;
+  widen_row(&e, 1, &x);
+  return x;
+}
 
 constexpr int64_t kChunk = 512;     // doubles pass through floats in pieces of this many
 

@@ -1,4 +1,4 @@
-"""`python -m kdkernels info`: what this machine runs, and why it does not run the rest."""
+"""`python -m kdkernels info`: what this machine runs, and why it does not run the rest. `python -m kdkernels bench`: how fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, bench
 
 
 def info() -> str:
@@ -42,8 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kdkernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what was chosen, what is not available, and why")
-    parser.parse_args(argv)
-    print(info())
+    benchmark = commands.add_parser("bench", help="the fused loss against PyTorch's own, checked and timed on this machine")
+    bench.add_arguments(benchmark)
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info())
+    else:
+        bench.main(args)
     return 0
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, ops
+from . import backends, ops, recycle
 from .divergence import KL, Divergence, LogitMatching, parse
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -177,7 +177,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool):
-        grad = student.detach() if inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        grad = student.detach() if inplace else _new_gradient(student)
         rows = ops.loss_and_grad(student.detach(), teacher, labels, weight, grad, *factors)
         _announce(student, inplace)
         ctx.save_for_backward(grad)
@@ -217,7 +217,7 @@ class _PerRow(torch.autograd.Function):
         student, teacher, labels, weight = ctx.saved_tensors
         with torch.no_grad():
             scale = upstream.double() if weight is None else torch.where(weight != 0, upstream.double() * weight, 0.0)
-            grad = student.detach() if ctx.inplace else torch.empty(student.shape, dtype=student.dtype, device=student.device)
+            grad = student.detach() if ctx.inplace else _new_gradient(student)
             ops.loss_and_grad(student.detach(), teacher, labels, scale, grad, *ctx.factors)
             _announce(student, ctx.inplace)
         if torch.is_grad_enabled():
@@ -235,6 +235,12 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError('fused_kd_loss: the fused backends are differentiable once; backend="eager" is differentiable to any order')
+
+
+def _new_gradient(student: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or type(student) is not Tensor:  # a fake tensor has no memory to recycle
+        return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return recycle.empty(student)
 
 
 def _announce(student: Tensor, inplace: bool) -> None:

@@ -1,0 +1,58 @@
+"""Large CPU gradients in memory that has been touched before.
+
+A new gradient of a few hundred megabytes is fresh memory in every step: the kernel zeroes each page on first touch, which can cost more
+than the loss itself (on a virtual machine, twice as much). PyTorch's CPU allocator gives freed memory back at once; here the last
+block is kept, marked MADV_FREE: the system may take its pages whenever it needs memory, and until it does the next step finds them.
+KDKERNELS_RECYCLE=0 turns this off.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+SMALLEST = 8 << 20  # below this, malloc reuses memory by itself often enough
+_possible = os.environ.get("KDKERNELS_RECYCLE") != "0" and hasattr(mmap, "MADV_FREE")
+_lock = threading.RLock()  # a finalizer may run inside `empty`
+_kept: mmap.mmap | None = None
+
+
+def empty(like: Tensor) -> Tensor:
+    """torch.empty(like.shape) in like's dtype and device, contiguous."""
+    size = math.prod(like.shape) * like.element_size()
+    if not _possible or like.device.type != "cpu" or size < SMALLEST:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    block = _take(size)
+    view = memoryview(block)  # dies with the tensor's storage
+    weakref.finalize(view, _release, block)
+    return torch.frombuffer(view, dtype=like.dtype, count=size // like.element_size()).view(like.shape)
+
+
+def clear() -> None:
+    """Give the kept block back."""
+    global _kept
+    with _lock:
+        _kept = None
+
+
+def _take(size: int) -> mmap.mmap:
+    global _kept
+    with _lock:
+        if _kept is not None and size <= len(_kept) <= 2 * size:
+            block, _kept = _kept, None
+            return block
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _release(block: mmap.mmap) -> None:
+    global _kept
+    with _lock:
+        if _kept is None or len(_kept) < len(block):
+            block.madvise(mmap.MADV_FREE)
+            _kept = block

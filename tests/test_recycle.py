@@ -1,0 +1,69 @@
+"""Gradients in recycled memory: never shared while alive, found again when not, and given up under pressure."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from rows import make_rows
+
+from kdkernels import fused_kd_loss, recycle
+
+pytestmark = pytest.mark.skipif(not recycle._possible, reason="no MADV_FREE")
+ROWS, VOCAB = 64, 40000  # 10 MB in fp32
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(recycle, "_kept", None)
+
+
+def gradient(z, v):
+    x = z.clone().requires_grad_()
+    fused_kd_loss(x, v, temperature=2.0).backward()
+    return x.grad
+
+
+def test_memory_is_found_again_but_never_shared():
+    z, v = make_rows("plain", ROWS, VOCAB)
+    first = gradient(z, v)
+    second = gradient(z, v)
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+    pointer, expected = second.data_ptr(), second.clone()
+    row = second[3]  # a view keeps the block
+    del second
+    gc.collect()
+    third = gradient(z, v)
+    assert third.data_ptr() != pointer and torch.equal(row, expected[3])
+    del row
+    fourth = gradient(z, v)
+    assert fourth.data_ptr() == pointer and torch.equal(fourth, expected)
+
+
+def test_sizes():
+    like = torch.empty(ROWS, VOCAB)
+    block = recycle.empty(like)
+    assert block.shape == like.shape and block.is_contiguous() and block.dtype == like.dtype
+    pointer = block.data_ptr()
+    del block
+    assert recycle.empty(like[: ROWS - 1]).data_ptr() == pointer  # a little smaller: reused
+    assert recycle.empty(torch.empty(4 * ROWS, VOCAB)).data_ptr() != pointer
+    assert recycle.empty(torch.empty(3, 5)).shape == (3, 5)
+    assert recycle.empty(like.bfloat16()).dtype == torch.bfloat16
+
+
+def test_threads():
+    z, v = make_rows("plain", ROWS, VOCAB)
+    expected, wrong = gradient(z, v), []
+
+    def work():
+        for _ in range(5):
+            if not torch.equal(gradient(z, v), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
