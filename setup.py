@@ -58,7 +58,7 @@ def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str
     """Compile csrc/cpu.cpp once per instruction-set level and once for the C functions; what was found, for _build.txt."""
     compiler = find_compiler()
     openmp = ["-fopenmp"] if accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_thread_num(); }") else []
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64") and not os.environ.get("KDKERNELS_CROSS")
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     levels = {k: v for k, v in X86_LEVELS.items() if accepts(compiler, v)} if on_x86 else {"base": []}
     jobs = {f"cpu_{level}": [f"-DKD_ISA={level}", *flags] for level, flags in levels.items()}
     jobs["cpu_api"] = [*(["-DKD_X86_LEVELS"] if on_x86 else []), *(f"-DKD_HAS_{level}" for level in levels)]

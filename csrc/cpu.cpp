@@ -515,13 +515,14 @@ template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Re
   else if (write) job.emit_blocks(s, row, 0, job.blocks(), desk, streaming);
 }
 
-inline int thread_number() {
+// Of the parallel region we are in, which may have fewer threads than were asked for.
 #if defined(_OPENMP)
-  return omp_get_thread_num();
+inline int thread_number() { return omp_get_thread_num(); }
+inline int thread_count() { return omp_get_num_threads(); }
 #else
-  return 0;
+inline int thread_number() { return 0; }
+inline int thread_count() { return 1; }
 #endif
-}
 
 template <class T> T *allocate(int64_t n) { return n > 0 ? (T *)std::malloc(n * sizeof(T)) : nullptr; }
 
@@ -536,7 +537,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   }
 #endif
   const bool small = c.rows * c.vocab < 32768;       // not worth waking a thread for
-  const int threads = small ? 1 : c.threads;
+  const int threads = small || c.threads < 1 ? 1 : c.threads;
   const bool split = c.rows < 4 * threads && blocks >= 2 * threads && threads > 1;
 
   // The workspace: the gradient's last rows, which are written last, or else at most 1 % of its size.
@@ -565,7 +566,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
       if (desk.capacity < 0) desk.capacity = 0;
     }
     if (split) {
-      const int64_t lo = smaller(me * share, blocks), hi = smaller(lo + share, blocks);
+      const int64_t mine = (blocks + thread_count() - 1) / thread_count(), lo = smaller(me * mine, blocks), hi = smaller(lo + mine, blocks);
       for (int64_t row = 0; row < c.rows; row++) {
         bool counts = true;
 #pragma omp barrier

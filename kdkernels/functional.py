@@ -181,24 +181,25 @@ class _Total(torch.autograd.Function):
         rows = ops.loss_and_grad(student.detach(), teacher, labels, weight, grad, *factors)
         _announce(student, inplace)
         ctx.save_for_backward(grad)
-        ctx.boost, ctx.inplace, ctx.applied = boost, inplace, None
+        # applied: what the gradient as it lies there is multiplied with; spent: somebody may hold it
+        ctx.applied, ctx.inplace, ctx.spent = boost, inplace, False
         return rows.sum().to(_value_dtype(student))
 
     @staticmethod
     def backward(ctx, upstream):
-        if ctx.inplace and ctx.applied is not None:
+        if ctx.inplace and ctx.spent:
             raise RuntimeError("fused_kd_loss(inplace=True): a second backward through the same loss; its logits are gone")
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling():  # a graph that plans its own memory
-            grad = grad * (upstream / ctx.boost).to(grad.dtype)
+            grad = grad * (upstream / ctx.applied)
         elif torch.is_grad_enabled():  # create_graph
+            grad = _OnceDifferentiable.apply(_anchor(), grad, upstream / ctx.applied)
+        elif not ctx.spent:
+            _multiply_(grad, upstream / ctx.applied)
             ctx.applied = upstream
-            grad = _OnceDifferentiable.apply(_anchor(), grad, upstream, ctx.boost)
-        elif ctx.applied is None:
-            ctx.applied = upstream
-            _multiply_(grad, upstream / ctx.boost if ctx.boost != 1 else upstream)
         else:  # retain_graph: what the first backward returned may be somebody's by now
-            grad = grad * (upstream / ctx.applied).to(grad.dtype)
+            grad = grad * (upstream / ctx.applied)
+        ctx.spent = True
         return grad, None, None, None, None, None, None
 
 
@@ -221,16 +222,16 @@ class _PerRow(torch.autograd.Function):
             ops.loss_and_grad(student.detach(), teacher, labels, scale, grad, *ctx.factors)
             _announce(student, ctx.inplace)
         if torch.is_grad_enabled():
-            grad = _OnceDifferentiable.apply(_anchor(), grad, None, 1.0)
+            grad = _OnceDifferentiable.apply(_anchor(), grad, torch.ones((), device=grad.device))
         return grad, None, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """grad * upstream / boost, with an error where a second derivative is asked for."""
+    """grad * factor, with an error where a second derivative is asked for."""
 
     @staticmethod
-    def forward(ctx, anchor, grad, upstream, boost):
-        return grad.clone() if upstream is None else grad * (upstream / boost).to(grad.dtype)
+    def forward(ctx, anchor, grad, factor):
+        return grad * factor
 
     @staticmethod
     def backward(ctx, *_):

@@ -30,6 +30,8 @@ def compare(z, v, y, **options):
 def main():
     if path := os.environ.get("KDKERNELS_TEST_LIBRARY"):
         native.LIBRARY = Path(path)
+    if threads := os.environ.get("KDKERNELS_TEST_THREADS"):
+        torch.set_num_threads(int(threads))
     assert not isinstance(native.library(), str), native.library()
     divergences = ("kl", "cross_entropy", "renyi(0)", "renyi(0.3)", "renyi(0.7)", "renyi(3)", "renyi(inf)")
     y = torch.tensor([0, -100, 2, 1])

@@ -146,6 +146,12 @@ def test_sanitizers(tmp_path):
     assert done.returncode == 0 and "ERROR" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-3000:]
 
 
+def test_fewer_threads_than_asked_for():
+    """OpenMP may give less: no block of a split row is forgotten."""
+    run(sys.executable, TESTS / "exercise.py", env={"OMP_THREAD_LIMIT": "1", "KDKERNELS_TEST_THREADS": "4"})
+    run(sys.executable, TESTS / "exercise.py", env={"OMP_DYNAMIC": "true", "KDKERNELS_TEST_THREADS": "5"})
+
+
 def test_aarch64_compiles(tmp_path):
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:

@@ -378,6 +378,20 @@ def test_second_backward_does_not_scale_twice(dtype):
         torch.autograd.grad(loss, z)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_backwards_of_every_kind_in_any_order(dtype):
+    """create_graph, retain_graph and plain backwards with different upstream gradients do not disturb each other."""
+    z, v = make_rows("plain", 3, 500, dtype)
+    z.requires_grad_()
+    (unit,) = torch.autograd.grad(fused_kd_loss(z, v, reduction="sum", backend="eager"), z)
+    tolerance = {"rtol": 3e-3, "atol": 1e-6} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-8}
+    for first in (True, False):
+        loss = fused_kd_loss(z, v, reduction="sum")
+        for create_graph, scale in ((first, 2.0), (not first, 5.0), (first, 0.5)):
+            (g,) = torch.autograd.grad(loss, z, torch.tensor(scale), retain_graph=True, create_graph=create_graph)
+            torch.testing.assert_close(g.detach(), scale * unit, **tolerance)
+
+
 def test_accumulated_gradients_are_not_aliased():
     z, v = make_rows("plain", 3, 500)
     z.requires_grad_()
