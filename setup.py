@@ -4,6 +4,7 @@ A machine without a compiler gets the package without the library, which then ru
 keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 leaves the library out on purpose.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -62,11 +63,12 @@ def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str
     levels = {k: v for k, v in X86_LEVELS.items() if accepts(compiler, v)} if on_x86 else {"base": []}
     jobs = {f"cpu_{level}": [f"-DKD_ISA={level}", *flags] for level, flags in levels.items()}
     jobs["cpu_api"] = [*(["-DKD_X86_LEVELS"] if on_x86 else []), *(f"-DKD_HAS_{level}" for level in levels)]
+    objects = objects / hashlib.sha256(" ".join([*compiler, *FLAGS, *openmp]).encode()).hexdigest()[:12]
     objects.mkdir(parents=True, exist_ok=True)
     newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / "csrc").glob("*.h"), ROOT / "setup.py"])
 
     def compile_one(job: tuple[str, list[str]]) -> Path:
-        out = objects / f"{job[0]}{'_omp' if openmp else ''}.o"
+        out = objects / f"{job[0]}.o"
         if not out.exists() or out.stat().st_mtime < newest:
             subprocess.run([*compiler, *FLAGS, *openmp, *job[1], "-c", *map(str, sources), "-o", str(out)], check=True)
         return out

@@ -49,9 +49,9 @@ def test_nonnegative_and_zero_sum(backend, divergence, g, vocab, T, scale, dtype
     norm = grad.double().norm(dim=-1)
     room = 3e-6 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(dtype).eps
     subnormal = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * vocab
-    assert (
-        grad.double().sum(-1).abs() <= room * norm * vocab**0.5 + subnormal + {torch.float32: 2e-7, torch.float64: 2e-16}.get(dtype, 2e-16)
-    ).all()
+    # where q - w is a difference of numbers near 1: the rounding of an exponent in fp64 or, in the fp32 path, of fp32
+    absolute = 2e-16 * (1 + 60 / T) if dtype != torch.float32 else 2e-7
+    assert (grad.double().sum(-1).abs() <= room * norm * vocab**0.5 + subnormal + absolute).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
