@@ -7,12 +7,12 @@ SOURCES = $(wildcard csrc/*) setup.py pyproject.toml
 
 .venv/ready: constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ruff pytest pytest-benchmark hypothesis mpmath
+	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ruff
 	touch $@
 
 # editable, so that the tests see these sources; run again when the C++ changes
 .venv/installed: .venv/ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[test]'
 	touch $@
 
 bench: .venv/installed

@@ -35,12 +35,3 @@ def test_quickstart(capsys):
         assert result["last"] < 0.7 * result["first"]
         assert result["perplexity"] < 700
     assert "held-out perplexity" in capsys.readouterr().out
-
-
-def test_bench(capsys):
-    from kdkernels.__main__ import main
-
-    small = ["--shapes", "8x5000", "--dtypes", "fp32", "bf16", "fp16", "--repeats", "1", "--no-compile"]
-    assert main(["bench", *small, "--divergences", "kl", "renyi(2)", "--temperatures", "1", "4"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("\nkdkernels ") == 12 and " x " in out

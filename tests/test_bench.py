@@ -1,0 +1,103 @@
+"""`python -m kdkernels bench`: its reference is right, it refuses wrong results, and what it writes can be read back."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from kdkernels import parse
+from kdkernels.__main__ import main
+from kdkernels.bench import contenders, measure
+from kdkernels.bench.reference import reference
+
+
+@pytest.mark.parametrize("T", [0.5, 2.0, 100.0, 1e4, 1e6, math.inf])
+@pytest.mark.parametrize("divergence", ["kl", "cross_entropy", "renyi(0.5)", "renyi(0.9999)", "renyi(5)"])
+def test_reference(divergence, T):
+    """Against 60 digits; T^2 belongs to the loss."""
+    if math.isinf(T) and divergence == "cross_entropy":
+        pytest.skip("no limit")
+    z, v = (torch.randn(2, 200, generator=torch.Generator().manual_seed(i)) * 3 for i in (1, 2))
+    values, grads = reference(z, v, parse(divergence), T)
+    for i in range(len(z)):
+        D, g = oracle.divergence_row(z[i].numpy(), v[i].numpy(), divergence, T)
+        square, slope = (1, 1) if math.isinf(T) else (np.longdouble(T) ** 2, np.longdouble(T))
+        assert abs(values[i] / (square * D) - 1) < 1e-9
+        assert np.abs(grads[i] - slope * g).max() < 1e-9 * np.abs(slope * g).max()
+
+
+SMALL = ["bench", "--shapes", "8x5000", "--repeats", "1", "--device", "cpu"]
+
+
+def test_table_json_and_plot(capsys, tmp_path):
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.svg")]
+    cases = ["--dtypes", "fp32", "bf16", "fp16", "--divergences", "kl", "renyi(2)", "--temperatures", "1", "4", "inf"]
+    assert main([*SMALL, "--no-compile", *cases, *files]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\nkdkernels ") == 18 and " x " in out and "kl_div(log_target=True)" in out
+    results = json.loads((tmp_path / "b.json").read_text())
+    assert results["machine"]["torch"] == torch.__version__ and len(results["cases"]) == 18
+    for case in results["cases"]:
+        for name, x in case["contenders"].items():
+            assert 0 < x["ms_p20"] <= x["ms"] <= x["ms_p80"], name
+        fused = case["contenders"]["kdkernels"]
+        assert fused["speed_up"] == 1 and fused["loss_error"] < 1e-6
+    assert "<svg" in (tmp_path / "b.svg").read_text()
+
+
+def test_torch_compile_takes_part(capsys):
+    assert main([*SMALL, "--dtypes", "fp32", "--divergences", "kl"]) == 0
+    assert "torch.compile " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor, upstream", [(1.001, 1.0), (1.0, 1.001)])
+def test_no_time_for_a_wrong_result(monkeypatch, capsys, factor, upstream):
+    """A wrong loss, and a right loss with a wrong gradient."""
+    right = contenders.fused
+
+    def wrong(divergence, T):
+        loss = right(divergence, T)
+        return lambda z, v: factor * (upstream * loss(z, v) + (1 - upstream) * loss(z, v).detach())
+
+    monkeypatch.setattr(contenders, "fused", wrong)
+    with pytest.raises(SystemExit, match="wrong here"):
+        main([*SMALL, "--no-compile"])
+    assert " x\n" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (["--shapes", "8by5"], "8by5"),
+        (["--shapes", "0x5"], "0x5"),
+        (["--divergences", "renyi(inf)"], "orders"),
+        (["--divergences", "hellinger"], "hellinger"),
+        (["--temperatures", "0"], "temperature"),
+        (["--divergences", "cross_entropy", "--temperatures", "inf"], "no limit"),
+        (["--plot", "b.gif"], "b.gif"),
+    ],
+)
+def test_bad_arguments(monkeypatch, bad, says):
+    monkeypatch.setattr(measure.Bench, "run", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(SystemExit, match=says):
+        main([*SMALL, *bad])
+
+
+@pytest.mark.parametrize("missing", ["tqdm", "matplotlib"])
+def test_what_is_missing_is_named(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=missing):
+        main([*SMALL, "--plot", "b.svg"])
+
+
+def test_memory_is_seen():
+    """One gradient for the fused loss, several for eager: the measure itself, on a size that malloc gives back."""
+    case = measure.Case(64, 40000, "fp32", "kl", 2.0)
+    memory = {name: x["memory_in_gradients"] for name, x in measure.Bench("cpu", 1, compiled=False).run(case)["contenders"].items()}
+    if memory["kdkernels"] is None:
+        pytest.skip("this system does not tell")
+    assert 0.9 < memory["kdkernels"] < 1.3 and memory["kl_div(log_target=True)"] > 3.5
