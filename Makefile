@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: bench test slow lint format sanitize clean
+.PHONY: bench regress test slow lint format clean
 
 .venv/ready: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,10 @@ SOURCES = $(wildcard csrc/*) setup.py pyproject.toml
 
 bench: .venv/installed
 	$(BIN)/python -m kdkernels bench
+
+# times of the pytest-benchmark suite, saved, and compared with those saved before
+regress: .venv/installed
+	$(BIN)/python -m pytest benchmarks --benchmark-autosave --benchmark-compare
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -1,6 +1,5 @@
-"""Every Python snippet of the README runs, in order, and the quick start learns something."""
+"""Every Python snippet of the README, and the docstring's example, runs."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -24,14 +23,3 @@ def test_docstring_example():
     scope: dict = {}
     exec("\n".join(lines), scope)
     assert scope["student"].grad.isfinite().all()
-
-
-def test_quickstart(capsys):
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
-    for divergence in ("kl", "renyi(0.5)"):
-        result = quickstart.main(["--steps", "25", "--vocab", "1000", "--files", "8", "--divergence", divergence])
-        assert result["last"] < 0.7 * result["first"]
-        assert result["perplexity"] < 700
-    assert "held-out perplexity" in capsys.readouterr().out

@@ -139,7 +139,7 @@ class Bench:
         recycle.clear()
         gc.collect()
         if self.device.type == "cpu":
-            return _resident_peak(step)
+            return resident_peak(step)
         if self.device.type != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -181,7 +181,9 @@ class _Check:
         )
 
 
-def _resident_peak(step: Callable[[], object]) -> int | None:
+def resident_peak(step: Callable[[], object]) -> int | None:
+    """Bytes of memory that a call holds at its peak beyond what the process held before; None where the system does not tell."""
+
     def status(key: str) -> int:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -1,0 +1,80 @@
+"""The distillation example learns and can be interrupted; the benchmark suite and the accuracy figure run."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    example, out = load("examples/distill_text.py"), tmp_path_factory.mktemp("whole")
+    return example, example.main(["--quick", "--out", str(out)]), out
+
+
+def test_distillation_learns(distilled):
+    example, results, out = distilled
+    students = results["students"]
+    assert set(students) == set(example.LOSSES)
+    for name, x in students.items():
+        first, last = x["curve"][0][1], x["curve"][-1][1]
+        assert last < (first if name == "hard labels" else 0.93 * first), name  # at first it knows the tokens' frequencies
+    assert results["teacher"]["perplexity"] < min(x["perplexity"] for x in students.values())
+    table = next(out.rglob("distill_text.md")).read_text()
+    assert all(f"| {name} |" in table for name in students)
+    assert "<svg" in next(out.rglob("distill_text.svg")).read_text()
+
+
+def test_fused_and_eager_students_are_the_same(distilled):
+    """The same loss in two spellings, from the same weights on the same batches, ends in the same place."""
+    fused, eager = (distilled[1]["students"][name] for name in ("KL", "KL, eager PyTorch"))
+    assert fused["perplexity"] == pytest.approx(eager["perplexity"], rel=1e-3)
+
+
+def test_interrupted_distillation_goes_on(distilled, tmp_path, monkeypatch):
+    """Stopped in the teacher, then in the students, it ends with the figures of the run that was not."""
+    example, whole, _ = distilled
+    keep = example.keep
+    for last in ("teacher", "students"):
+
+        def stop(path, *args, last=last, **more):
+            keep(path, *args, **more)
+            if path.stem == last:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(example, "keep", stop)
+        with pytest.raises(KeyboardInterrupt):
+            example.main(["--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(example, "keep", keep)
+    results = example.main(["--quick", "--out", str(tmp_path)])
+    for name, x in results["students"].items():
+        assert x["perplexity"] == whole["students"][name]["perplexity"], name
+        assert [tuple(point) for point in x["curve"]] == [tuple(point) for point in whole["students"][name]["curve"]]
+
+
+def test_accuracy_figure(tmp_path):
+    records = load("benchmarks/accuracy.py").main(["--out", str(tmp_path), "--shape", "2x3000", "--points", "4"])
+    assert "<svg" in (tmp_path / "docs/figures/accuracy.svg").read_text()
+    assert len((tmp_path / "benchmarks/results/accuracy.csv").read_text().splitlines()) == len(records) + 1
+    fused = [r for r in records if r["contender"] == "kdkernels"]
+    assert len(fused) == 12 and all(r["loss_error"] < 2e-6 and r["grad_error"] < 1e-6 for r in fused)
+    assert any(r["grad_error"] > 1e-2 for r in records)  # eager's, at 1e6: the figure has something to show
+
+
+def test_benchmark_suite():
+    """Its checks, on the small cases; times are for `make regress`."""
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-disable", "-k", "tiny or one-row or log_softmax"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
