@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> dict[str, Numbers]:
         for name, draw in FIGURES.items():
             figure, results[name] = draw(args.quick)
             path = args.out / f"{name}.svg"
-            figure.savefig(path, metadata={"Date": None})
+            figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
             plt.close(figure)
             print(path)
             for what, number in results[name].items():

@@ -44,7 +44,7 @@ def clear() -> None:
 def _take(size: int) -> mmap.mmap:
     global _kept
     with _lock:
-        if _kept is not None and size <= len(_kept) <= 2 * size:
+        if _kept is not None and size <= len(_kept):  # pages beyond size stay marked
             block, _kept = _kept, None
             return block
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -5,23 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distill_text
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
 
-def load(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
-    example, out = load("examples/distill_text.py"), tmp_path_factory.mktemp("whole")
-    return example, example.main(["--quick", "--out", str(out)]), out
+    out = tmp_path_factory.mktemp("whole")
+    return distill_text, distill_text.main(["--quick", "--out", str(out)]), out
 
 
 def test_distillation_learns(distilled):
@@ -65,7 +58,10 @@ def test_interrupted_distillation_goes_on(distilled, tmp_path, monkeypatch):
 
 
 def test_accuracy_figure(tmp_path):
-    records = load("benchmarks/accuracy.py").main(["--out", str(tmp_path), "--shape", "2x3000", "--points", "4"])
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks/accuracy.py")
+    accuracy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(accuracy)
+    records = accuracy.main(["--out", str(tmp_path), "--shape", "2x3000", "--points", "4"])
     assert "<svg" in (tmp_path / "docs/figures/accuracy.svg").read_text()
     assert len((tmp_path / "benchmarks/results/accuracy.csv").read_text().splitlines()) == len(records) + 1
     fused = [r for r in records if r["contender"] == "kdkernels"]

@@ -48,6 +48,8 @@ def test_sizes():
     del block
     assert recycle.empty(like[: ROWS - 1]).data_ptr() == pointer  # a little smaller: reused
     assert recycle.empty(torch.empty(4 * ROWS, VOCAB)).data_ptr() != pointer
+    first, second = [recycle.empty(like).data_ptr() for _ in range(2)]
+    assert first == second  # the larger block serves what is much smaller too, or that would never be recycled again
     assert recycle.empty(torch.empty(3, 5)).shape == (3, 5)
     assert recycle.empty(like.bfloat16()).dtype == torch.bfloat16
 

@@ -54,10 +54,11 @@ def plot(results: dict, path: str) -> None:
     """Time of a step and error of its gradient, a group of bars for each case, both on logarithmic axes."""
     import matplotlib.pyplot as plt
 
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "kdkernels"}  # text as text, and the same bits every time
     cases = results["cases"]
     names = list(dict.fromkeys(name for case in cases for name in case["contenders"]))
     colours = ["#0072B2", "#E69F00", "#D55E00", "#999999", "#CC79A7", "#56B4E9"]  # Okabe and Ito
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1.2 + 0.62 * len(cases)), sharey=True, width_ratios=(3, 2))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1.2 + 0.5 * len(cases)), sharey=True, width_ratios=(3, 2))
     for i, case in enumerate(cases):
         bars = case["contenders"]
         height = 0.8 / len(bars)
@@ -70,7 +71,7 @@ def plot(results: dict, path: str) -> None:
     axes[0].set(xscale="log", xlabel="ms, loss + gradient", yticks=range(len(cases)), yticklabels=[title(case) for case in cases])
     axes[0].set_xlim(right=axes[0].get_xlim()[1] * 2)  # room for the numbers
     axes[1].set(xscale="log", xlabel="relative error of the gradient")
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(cases) - 0.5, -0.5)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -79,5 +80,6 @@ def plot(results: dict, path: str) -> None:
     figure.suptitle(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=9)
     figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
-    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+    plain = dict.fromkeys(("Creator", "Date", "Format", "Type")) if path.endswith(".svg") else None
+    figure.savefig(path, metadata=plain)
     plt.close(figure)
