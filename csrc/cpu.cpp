@@ -540,13 +540,19 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   const int threads = small || c.threads < 1 ? 1 : c.threads;
   const bool split = c.rows < 4 * threads && blocks >= 2 * threads && threads > 1;
 
-  // The workspace: the gradient's last rows, which are written last, or else at most 1 % of its size.
-  const int64_t share = split ? (blocks + threads - 1) / threads : blocks, want = share > 1 && c.grad ? share * job.slot_bytes() + 64 : 0;
-  int64_t tail = want ? (threads * want + row_bytes - 1) / row_bytes : 0, room = 0;
-  if (tail > c.rows / 8 || !c.fresh || split) {
-    tail = 0;
+  // The workspace: the gradient's last rows, which are written last and have none themselves, or else at most 1 % of its size. A
+  // workspace for all blocks that takes a share a of the rows saves 1 - a of the second exponentials; for a fraction f of the blocks
+  // it saves f - a f^2, most at f = 1 / (2 a). So it never takes more than half of the rows.
+  const int64_t share = split ? (blocks + threads - 1) / threads : blocks;
+  int64_t want = share > 1 && c.grad ? share * job.slot_bytes() + 64 : 0, tail = 0, room = 0;
+  if (want && c.fresh && !split) {
+    tail = smaller((threads * want + row_bytes - 1) / row_bytes, c.rows / 2);
+    want = smaller(want, tail * row_bytes / threads);
+    if (want < job.slot_bytes() + 64) tail = 0;
+  }
+  if (!tail) {
     const int64_t most = at_least(int64_t(double(all) * .009), int64_t(512) << 10) / threads;
-    room = want ? smaller(want, most) : 0;
+    room = want ? smaller(share * job.slot_bytes() + 64, most) : 0;
   }
   char *const tail_start = tail ? (char *)c.grad + (all - tail * row_bytes) : nullptr;
   const int64_t chunk = at_least(1, smaller(16, c.rows / (8 * threads)));
