@@ -20,9 +20,10 @@ import csv
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
+import distill_text
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -137,7 +138,7 @@ def train(start: Sequence[Tensor], objective: Callable[[list[Tensor]], Tensor], 
 Trainer = Callable[[Run], list[tuple[float, ...]]]
 
 
-def digits(quick: bool, seeds: int, steps: int | None) -> tuple[list[Run], Trainer]:
+def digits(quick: bool, seeds: int, steps: int | None, out: Path) -> tuple[list[Run], Trainer]:
     """scikit-learn's digits: a teacher of three perceptrons that saw 900 images, students of 16 hidden units that see 50 of them.
 
     A seed draws the split of the 1797 images, the teacher and the student; the 897 other images are held out. One stack holds the
@@ -179,7 +180,42 @@ def digits(quick: bool, seeds: int, steps: int | None) -> tuple[list[Run], Train
     return runs, result
 
 
-DATA: dict[str, Callable[[bool, int, int | None], tuple[list[Run], Trainer]]] = {"digits": digits}
+def text(quick: bool, seeds: int, steps: int | None, out: Path) -> tuple[list[Run], Trainer]:
+    """The language model of distill_text.py: its teacher, and a student for each run and seed, which draws the student and its batches."""
+    config = distill_text.QUICK if quick else distill_text.Config()
+    config = replace(config, student_steps=steps or config.student_steps)
+    alphas = (0.5, 1.0) if quick else (0.5, 1.0, 2.0)
+    teacher = Run("text", "adamw", config.teacher_steps, "teacher")
+    folder = out / f"renyi_text_{'quick' if quick else 'full'}"
+
+    @functools.cache  # and not before something is missing
+    def prepare() -> tuple[Tensor, Tensor, torch.nn.Module]:
+        folder.mkdir(exist_ok=True)
+        tokens = distill_text.load_tokens(config, folder)
+        return *tokens, distill_text.train_teacher(tokens[0], config, folder / "teacher.pt")
+
+    def result(run: Run) -> list[tuple[float, ...]]:
+        tokens, held_out, model = prepare()
+        if run == teacher:
+            found = [distill_text.evaluate({"": model}, model, held_out, config, config.held_out)] * seeds
+        else:
+            losses = {"": lambda z, v, y: loss(run, *(x.flatten(0, 1).unsqueeze(0) for x in (z, v)), y.flatten().unsqueeze(0))}
+            of_seed = (replace(config, seed=seed) for seed in range(seeds))
+            found = [distill_text.distil(model, tokens, held_out, c, losses, None) for c in of_seed]
+        return [tuple(x[""][m] for m in MEASURES) for x in found]
+
+    return [teacher, *grid("text", "adamw", config.student_steps, alphas, (2.0,))], result
+
+
+@dataclass(frozen=True)
+class Data:
+    make: Callable[[bool, int, int | None, Path], tuple[list[Run], Trainer]]  # (quick, seeds, steps, out)
+    seeds: int
+    measures: tuple[str, str]  # the tables'; the figure has the first
+
+
+DATA = {"digits": Data(digits, 10, ("accuracy", "agreement")), "text": Data(text, 3, ("perplexity", "accuracy"))}
+UNIT = {"accuracy": 100, "agreement": 100, "perplexity": 1}  # shares in per cent
 
 
 # ---------------------------------------------------------------- results, kept in a CSV file
@@ -224,6 +260,15 @@ def interval(x: Tensor, comparisons: int = 1) -> tuple[float, float]:
     return x.mean().item(), float(quantile) * x.std().item() / math.sqrt(len(x))
 
 
+def values(x: Tensor, measure: str) -> Tensor:
+    """A measure of the seeds, in its unit."""
+    return UNIT[measure] * x[:, MEASURES.index(measure)]
+
+
+def measures(results: Results) -> tuple[str, str]:
+    return DATA[next(iter(results)).data].measures
+
+
 @dataclass(frozen=True)
 class Panel:
     """Orders by temperatures under one optimizer and one weight, each paired over seeds with order 1 at its temperature."""
@@ -237,12 +282,12 @@ class Panel:
         found = (r for r in self.results if r.loss == "renyi" and r.optimizer == self.optimizer)
         return {(r.alpha, r.T): r for r in found if r.weight == self.weight or r.alpha == 1}
 
-    def percent(self, alpha: float, T: float, measure: str) -> Tensor:
-        return 100 * self.results[self.runs[alpha, T]][:, MEASURES.index(measure)]
+    def values(self, alpha: float, T: float, measure: str) -> Tensor:
+        return values(self.results[self.runs[alpha, T]], measure)
 
     def difference(self, alpha: float, T: float, measure: str) -> tuple[float, float, str]:
         """Points above order 1, half the interval, and * where it excludes 0, ** where it does so for all of the panel at once."""
-        x = self.percent(alpha, T, measure) - self.percent(1.0, T, measure)
+        x = self.values(alpha, T, measure) - self.values(1.0, T, measure)
         mean, half = interval(x)
         family = sum(a != 1 for a, _ in self.runs)
         return mean, half, "*" * ((abs(mean) > half) + (abs(mean) > interval(x, family)[1]))
@@ -251,7 +296,7 @@ class Panel:
         if (alpha, T) not in self.runs:
             return ""
         if alpha == 1:
-            return "{:.1f} ± {:.1f}".format(*interval(self.percent(alpha, T, measure)))
+            return "{:.1f} ± {:.1f}".format(*interval(self.values(alpha, T, measure)))
         mean, half, stars = self.difference(alpha, T, measure)
         return f"{mean:+.1f} ± {half:.1f}{stars.replace('*', chr(92) + '*')}"
 
@@ -271,13 +316,14 @@ def line(cells: Iterable[str]) -> str:
 
 
 def references(results: Results) -> list[str]:
-    """Teacher, hard labels, logit matching and KL: accuracy, its gain over hard labels paired over seeds, agreement."""
+    """Teacher, hard labels, logit matching and KL: the first measure, how far above hard labels paired over seeds, the second."""
     names = {"teacher": "the teacher", "hard": "hard labels alone", "logits": "logit matching"}
+    first, second = measures(results)
     hard = {run.optimizer: x for run, x in results.items() if run.loss == "hard"}
-    out = [line(["optimizer", "loss", "accuracy", "above hard labels", "agreement"]), "| --- | --- | ---: | ---: | ---: |"]
+    out = [line(["optimizer", "loss", first, "above hard labels", second]), "| --- | --- | ---: | ---: | ---: |"]
     for run, x in results.items():
         if run.alpha in (None, 1):
-            x = 100 * torch.stack([x[:, 0], x[:, 0] - hard[run.optimizer][:, 0], x[:, 1]])
+            x = (values(x, first), values(x, first) - values(hard[run.optimizer], first), values(x, second))
             numbers = ["{:.1f} ± {:.1f}".format(*interval(y)) for y in x]
             out.append(line([run.optimizer, names.get(run.loss) or f"KL, T = {run.T:g}", *numbers]))
     return out
@@ -296,11 +342,15 @@ def table(results: Results) -> str:
     """Markdown: the references, then per measure and optimizer the orders against order 1."""
     seeds = len(next(iter(results.values())))
     legend = (
-        "Row 1: per cent. Other rows: points above it at the same T, paired over seeds. \\*: the interval excludes 0; "
+        "Row 1: the measure itself. Other rows: points above it at the same T, paired over seeds. \\*: the interval excludes 0; "
         "\\*\\*: also when 5 % is the chance of any error in all columns of a weight."
     )
-    blocks = [[f"Per cent, mean over {seeds} seeds ± half its 95 % Student interval."], references(results), [legend]]
-    for measure in ("accuracy", "agreement"):
+    blocks = [
+        [f"Mean over {seeds} seeds ± half its 95 % Student interval; accuracy and agreement in per cent."],
+        references(results),
+        [legend],
+    ]
+    for measure in measures(results):
         for optimizer in axes_of(results)[2]:
             blocks += [[f"**{measure}, {optimizer}**"], orders(results, optimizer, measure)]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
@@ -312,7 +362,7 @@ def heat_map(axis: Axes, panel: Panel, least: float, most: float) -> AxesImage:
     mean = torch.full((len(alphas), len(temperatures)), math.nan)
     for (i, a), (j, T) in ((x, y) for x in enumerate(alphas) for y in enumerate(temperatures)):
         if (a, T) in panel.runs:
-            mean[i, j] = panel.percent(a, T, "accuracy").mean()
+            mean[i, j] = panel.values(a, T, "accuracy").mean()
             stars = "" if a == 1 else panel.difference(a, T, "accuracy")[2]
             dark = mean[i, j] < (least + most) / 2
             axis.text(j, i, f"{mean[i, j]:.1f}{stars}", ha="center", va="center", color="white" if dark else "black", fontsize="small")
@@ -344,27 +394,28 @@ def figure(results: Results) -> Figure:
 
 def main(argv: list[str] | None = None) -> dict[str, Results]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, help="default 10; 2 with --quick")
-    parser.add_argument("--steps", type=int, help="of the students; default 2000 for the digits, 100 with --quick")
+    parser.add_argument("--seeds", type=int, help="default 10 for digits, 3 for text; 2 with --quick")
+    parser.add_argument("--steps", type=int, help="of the students; default 2000 for digits, 120 for text, fewer with --quick")
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
     parser.add_argument("--quick", action="store_true", help="fewer orders, temperatures and steps")
     parser.add_argument("--out", type=Path, default=Path("build"), help="the folder of renyi_<data>.csv, .md and .svg")
     args = parser.parse_args(argv)
-    seeds = args.seeds or (2 if args.quick else 10)
-    if seeds < 2:
+    if args.seeds is not None and args.seeds < 2:
         parser.error("--seeds: an interval needs two")
     args.out.mkdir(parents=True, exist_ok=True)
     found = {}
     for data in args.data:
         path = args.out / f"renyi_{data}.csv"
-        runs, result = DATA[data](args.quick, seeds, args.steps)
+        seeds = args.seeds or (2 if args.quick else DATA[data].seeds)
+        runs, result = DATA[data].make(args.quick, seeds, args.steps, args.out)
         results = found[data] = collect(runs, result, seeds, path)
         path.with_suffix(".md").write_text(table(results), encoding="utf-8")
-        with plt.style.context([STYLE, {"font.sans-serif": ["DejaVu Sans"]}]):  # every text of the svg names its fonts
-            fig = figure(results)
-            fig.savefig(path.with_suffix(".svg"), metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-            plt.close(fig)
-        print(path.with_suffix(".md").read_text(encoding="utf-8"), *(path.with_suffix(s) for s in (".csv", ".md", ".svg")), sep="\n")
+        if len(axes_of(results)[1]) > 1:  # one temperature makes no map
+            with plt.style.context([STYLE, {"font.sans-serif": ["DejaVu Sans"]}]):  # every text of the svg names its fonts
+                fig = figure(results)
+                fig.savefig(path.with_suffix(".svg"), metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+                plt.close(fig)
+        print(path.with_suffix(".md").read_text(encoding="utf-8"), path, sep="\n")
     return found
 
 

@@ -1,15 +1,17 @@
-"""Every Python snippet of the README, and the docstring's example, runs."""
+"""Every Python snippet of the README, and the docstring's example, runs; its table of times is that of the committed results."""
 
+import json
 import re
 from pathlib import Path
 
 import kdkernels
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_snippets():
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(snippets) >= 4
     scope: dict = {}
     for snippet in snippets:
@@ -23,3 +25,21 @@ def test_docstring_example():
     scope: dict = {}
     exec("\n".join(lines), scope)
     assert scope["student"].grad.isfinite().all()
+
+
+def test_times_are_the_measured_ones():
+    path = re.search(r"\]\((\S*results/cpu\S*\.json)\)", README).group(1)
+    cases = json.loads((ROOT / path).read_text())["cases"]
+    for case in cases:
+        x = dict(case["contenders"])
+        fused, compiled = x.pop("kdkernels"), x.pop("torch.compile")
+        eager = min(x.values(), key=lambda contender: contender["ms"])
+        name = {"kl": "KL", "renyi(0.5)": "Renyi(0.5)"}[case["divergence"]]
+        times = " | ".join(f"{contender['ms']:.0f} ({contender['speed_up']:.1f} x)" for contender in (eager, compiled))
+        assert f"| {name}, {case['rows']} x {case['vocab']} {case['dtype']} | **{fused['ms']:.1f}** | {times} |" in README
+
+
+def test_links_lead_somewhere():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"

@@ -12,13 +12,14 @@ for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
 
 import renyi_study  # noqa: E402
 
+DIGITS = ["--quick", "--data", "digits"]
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("renyi")
-    return out, renyi_study.main(["--quick", "--out", str(out)])["digits"]
+    return out, renyi_study.main([*DIGITS, "--out", str(out)])["digits"]
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_students_learn(quick):
 def test_again_is_nothing_new(quick, trained):
     path = quick[0] / "renyi_digits.csv"
     before = path.read_bytes()
-    again = renyi_study.main(["--quick", "--out", str(quick[0])])["digits"]
+    again = renyi_study.main([*DIGITS, "--out", str(quick[0])])["digits"]
     assert path.read_bytes() == before and not trained
     assert all(torch.equal(again[run], x) for run, x in quick[1].items())
 
@@ -64,7 +65,7 @@ def test_resumes_to_the_same_numbers(quick, trained, tmp_path):
     lines = whole.splitlines(keepends=True)
     kept = len(lines) - 10
     (tmp_path / "renyi_digits.csv").write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
-    renyi_study.main(["--quick", "--out", str(tmp_path)])
+    renyi_study.main([*DIGITS, "--out", str(tmp_path)])
     assert (tmp_path / "renyi_digits.csv").read_bytes() == whole
     assert len(trained) == 3 + 5  # the teacher's members, and the runs that had a row missing
 
@@ -98,15 +99,35 @@ def test_a_student_does_not_depend_on_its_stack():
             assert torch.equal(alone.grad[0], x.grad[i])
 
 
+def test_text_students_learn(tmp_path):
+    """The second data set: every student knows more than token frequencies, and KL's more than the hard labels'; again is the same."""
+    results = renyi_study.main(["--quick", "--data", "text", "--out", str(tmp_path)])["text"]
+    perplexity = {(r.loss, r.alpha, r.weight): x[:, renyi_study.MEASURES.index("perplexity")] for r, x in results.items()}
+    assert set(perplexity) == {
+        ("teacher", None, ""), ("hard", None, ""), ("logits", None, ""),
+        ("renyi", 1.0, "0.9"), ("renyi", 0.5, "0.9"), ("renyi", 0.5, renyi_study.CONTROL),
+    }  # fmt: skip
+    kl, hard, teacher = perplexity["renyi", 1.0, "0.9"], perplexity["hard", None, ""], perplexity["teacher", None, ""]
+    assert (kl < hard).all() and (teacher < kl).all() and kl[0] != kl[1]
+    rows = (tmp_path / "renyi_text.csv").read_bytes()
+    lines = rows.splitlines(keepends=True)
+    (tmp_path / "renyi_text.csv").write_bytes(b"".join(lines[:-1]))
+    renyi_study.main(["--quick", "--data", "text", "--out", str(tmp_path)])
+    assert (tmp_path / "renyi_text.csv").read_bytes() == rows
+
+
 def test_document_says_what_the_results_say(tmp_path, trained):
     """The committed rows are complete, and the tables of the document are theirs."""
-    source = DOCS / "results" / "renyi_digits.csv"
-    (tmp_path / source.name).write_bytes(source.read_bytes())
-    renyi_study.main(["--out", str(tmp_path)])
-    assert not trained and (tmp_path / source.name).read_bytes() == source.read_bytes()
-    table = (tmp_path / "renyi_digits.md").read_text(encoding="utf-8")
-    assert table == source.with_suffix(".md").read_text(encoding="utf-8")
+    tables = []
+    for data in renyi_study.DATA:
+        source = DOCS / "results" / f"renyi_{data}.csv"
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+        renyi_study.main(["--data", data, "--out", str(tmp_path)])
+        assert not trained and (tmp_path / source.name).read_bytes() == source.read_bytes()
+        table = (tmp_path / f"renyi_{data}.md").read_text(encoding="utf-8")
+        assert table == source.with_suffix(".md").read_text(encoding="utf-8")
+        tables += table.splitlines()
     document = (DOCS / "renyi_study.md").read_text(encoding="utf-8").splitlines()
     stated = [x for x in document if x.startswith("|")]
-    assert len(stated) > 20 and set(stated) <= set(table.splitlines())
+    assert len(stated) > 25 and set(stated) <= set(tables)
     assert (DOCS / "figures" / "renyi_digits.svg").stat().st_size < 80_000

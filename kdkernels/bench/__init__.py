@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> dict:
     try:
         from tqdm import tqdm
     except ImportError:
-        raise SystemExit("bench: needs tqdm (and matplotlib for --plot): pip install 'kdkernels[bench]'") from None
+        raise SystemExit("bench: needs tqdm; pip install tqdm matplotlib") from None
     from . import measure, report
 
     if args.plot:

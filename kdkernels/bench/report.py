@@ -44,7 +44,7 @@ def check_plot(path: str) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("bench: --plot needs matplotlib: pip install 'kdkernels[bench]'") from None
+        raise SystemExit("bench: --plot needs matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
     if Path(path).suffix not in (".svg", ".png", ".pdf"):
         raise SystemExit(f"--plot: a .svg, .png or .pdf file, got {path!r}")
