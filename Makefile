@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: bench regress test slow lint format clean
+.PHONY: bench regress test slow aot lint format clean
 
 .venv/ready: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,11 +22,16 @@ bench: .venv/installed
 regress: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-autosave --benchmark-compare
 
+# a process for each of two cores, each with one thread: more would wait for each other
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# the Triton kernels compiled for every target in every specialisation: an hour on two cores, an exit status
+aot: .venv/installed
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py --all --check
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ divergence here is a member of the power family with tilt b = 1 - order:
 with psi(x) = e^x - 1 - x, so that R = 1 - b (1 - b) F and D = -log(R) / b; order 1 is D = F = sum p psi(d). Nothing in F
 cancels, which is what keeps its digits when d is small: at high temperature, or when the student has become the teacher.
 
-`kl_term` and `power_term` are plain arithmetic with `abs` and `where` handed in, so that torch and a kernel language can run the
+`kl_terms` and `power_terms` are plain arithmetic with `psi`, `abs` and `where` handed in: the eager and the Triton backend run the
 same lines. The C++ twin of this file is csrc/divergence.h; its list of names is checked against `REGISTRY` when it is loaded.
 """
 
@@ -147,17 +147,29 @@ def psi_series(x):
     return x * x * s / 2
 
 
-def kl_term(p, q, d, abs, where):
-    """p psi(d), the term of KL: what is left of p log(p / q) when sum q - p = 0 is added."""
+def psi_short(x):
+    """psi(x) for |x| <= 1/2, to 3e-8 of itself: minimax, exact to second order. For fp32."""
+    return x * x * (0.5 + x * (0.16666666 + x * (0.041666 + x * (0.00833348 + x * (0.0013975331 + x * 0.00019863351)))))
+
+
+def kl_terms(p, q, d, psi, abs, where):
+    """(q - p, p psi(d)) for q = p e^d, each to its own digits. psi is asked for every d, and used where |d| < 1/2.
+
+    The second is what is left of p log(p / q) when sum q - p = 0 is added.
+    """
     near = abs(d) < 0.5
-    x = where(near, d, 0.0)
-    return where(near, p * psi_series(x), (q - p) - p * d)
+    s = psi(d)
+    gap = where(near, p * (d + s), q - p)
+    return gap, where(near, p * s, gap - p * d)
 
 
-def power_term(p, q, t, d, tilt, abs, where):
-    """p f(d), the term of F, with t = p^order q^(1 - order); powers are only subtracted where they differ."""
-    near = (abs(d) < 0.5) & (abs(tilt * d) < 0.5)
-    x = where(near, d, 0.0)
-    y = where(abs(tilt * d) < 0.5, tilt * d, 0.0)
-    powers = where(abs(tilt * d) < 0.5, p * (y + psi_series(y)), t - p)
-    return where(near, p * (psi_series(x) - psi_series(tilt * x) / tilt), (q - p) - powers / tilt) / (1 - tilt)
+def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where):
+    """(q - p, t - p, (1 - tilt) p f(d)) for q = p e^d and t = p e^{tilt d}; powers are only subtracted where they differ."""
+    x = tilt * d
+    near = abs(d) < 0.5
+    close = abs(x) < 0.5
+    s = psi(d)
+    u = psi(x)
+    gap = where(near, p * (d + s), q - p)
+    powers = where(close, p * (x + u), t - p)
+    return gap, powers, where(near & close, p * (s - u * inverse_tilt), gap - powers * inverse_tilt)

@@ -98,7 +98,7 @@ def _options(divergence, *rest) -> Options:
     return Options(divergence, divergence.text, *rest)
 
 
-_known_options = functools.lru_cache(maxsize=256)(_options)
+_known_options = functools.lru_cache(maxsize=256, typed=True)(_options)  # True is not 1.0
 
 
 def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None, token_weight: Tensor | None, o: Options) -> int:
@@ -256,10 +256,11 @@ def _anchor() -> Tensor:
 
 
 def _multiply_(grad: Tensor, factor: Tensor) -> None:
-    """In place by a 0-d factor; on the CPU, where looking at it costs nothing, not at all when it is 1."""
+    """In place by a 0-d factor; not at all when it is 1, where it can be looked at without waiting for a device."""
     if factor.device.type != "cpu" or factor.item() != 1.0:
+        scale_ = getattr(backends.resolve("auto", grad.device, grad.dtype), "scale_", Tensor.mul_)
         with torch.autograd._unsafe_preserve_version_counter(grad):  # a second backward may still unpack it
-            grad.mul_(factor)
+            scale_(grad, factor)
 
 
 def _value_dtype(student: Tensor) -> torch.dtype:
@@ -391,7 +392,7 @@ def fused_kd_loss(
         num_items: number or 0-d tensor, in place of mean's denominator: gradient accumulation, data parallel.
         vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
         inplace: the gradient takes the student logits' storage; they are gone afterwards, and one backward is possible.
-        backend: "auto", "cpu" or "eager". "eager" is differentiable to any order, the others once.
+        backend: "auto", "cpu", "triton" or "eager". "eager" is differentiable to any order, the others once.
 
     Returns:
         A scalar, or (...) for reduction="none"; float64 for a float64 student, else float32. A row with nan or +inf gives nan, and

@@ -35,7 +35,7 @@ _library.define("log_softmax(Tensor logits, Tensor? upstream, float temperature,
 @torch.library.impl(_library, "loss_and_grad", "CompositeExplicitAutograd")
 def _loss_and_grad(student, teacher, labels, weight, grad, divergence, temperature, *rest) -> Tensor:
     *factors, vocab, backend = rest
-    run = backends.resolve(backend, student.device)
+    run = backends.resolve(backend, student.device, student.dtype, teacher.dtype)
     if run.name != "cpu" and labels is not None and student.device.type == "cpu":
         check_labels(labels, weight, vocab)
     return run.loss(student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab)
@@ -48,7 +48,7 @@ def _loss(student, teacher, labels, weight, *options) -> Tensor:
 
 @torch.library.impl(_library, "log_softmax", "CompositeExplicitAutograd")
 def _log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float, backend: str) -> Tensor:
-    return backends.resolve(backend, logits.device).log_softmax(logits, upstream, temperature)
+    return backends.resolve(backend, logits.device, logits.dtype).log_softmax(logits, upstream, temperature)
 
 
 @torch.library.register_fake("kdkernels::loss", lib=_library)

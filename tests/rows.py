@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# triton: its kernels under the interpreter; float64 is not for them
+BACKENDS = ("cpu", "eager", "triton")
+DOUBLE_BACKENDS = ("cpu", "eager")
 KINDS = ("plain", "independent", "close", "offset", "offset_teacher", "dominant", "outlier", "outlier_student", "peaked_teacher")
 
 

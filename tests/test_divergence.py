@@ -1,6 +1,7 @@
 """The registry and the text forms; golden numbers through the public function; who imports whom."""
 
 import ast
+import itertools
 import json
 import math
 import pickle
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rows import BACKENDS, DOUBLE_BACKENDS
 
 import kdkernels
 from kdkernels import KL, CrossEntropy, Renyi, fused_kd_loss, parse
@@ -25,8 +27,10 @@ def test_text_forms_round_trip(divergence):
     assert fused_kd_loss(torch.ones(1, 3), torch.zeros(1, 3), divergence=divergence).item() >= 0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*itertools.product(BACKENDS, (torch.float32, torch.bfloat16)), *((b, torch.float64) for b in DOUBLE_BACKENDS)],
+)
 def test_golden_numbers(backend, dtype):
     z, v = (torch.tensor(GOLDEN[x], dtype=dtype) for x in ("student_logits", "teacher_logits"))
     names = [x for x in GOLDEN["values"] if x.split("(")[0] in kdkernels.divergence.REGISTRY]

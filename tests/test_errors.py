@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rows import BACKENDS
 
 from kdkernels import KDLoss, Renyi, fused_kd_loss, logit_matching_loss, ops, parse, tempered_log_softmax
 
@@ -94,7 +95,7 @@ def test_options(options, error, match, nothing_runs):
         KDLoss(**options)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("arguments", "options", "error", "match"), CALL_ERRORS)
 def test_calls(arguments, options, error, match, backend):
     before = [x.clone() if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x for x in arguments]

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import gradient_bound
-from rows import make_rows, with_masks
+from rows import BACKENDS, DOUBLE_BACKENDS, make_rows, with_masks
 
 from kdkernels import KDLoss, fused_kd_loss, logit_matching_loss, tempered_log_softmax
 
-BACKENDS = ["cpu", "eager"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -140,7 +139,7 @@ def test_tempered_log_softmax_edges(backend):
     uniform = tempered_log_softmax(x[:2], math.inf, backend=backend)
     torch.testing.assert_close(uniform, torch.tensor([[-math.log(2), -math.inf, -math.log(2)], [-math.log(3)] * 3]))
     assert tempered_log_softmax(torch.empty(0, 3), backend=backend).shape == (0, 3)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+    for dtype in (torch.bfloat16, torch.float16, *([torch.float64] if backend in DOUBLE_BACKENDS else [])):
         z = torch.randn(3, 40).to(dtype)
         torch.testing.assert_close(tempered_log_softmax(z, 2.0, backend=backend), (z.double() / 2).log_softmax(-1).to(dtype))
 
@@ -237,18 +236,18 @@ def test_masked_classes(backend, where, divergence, vocab):
 @backends
 def test_masked_blocks_and_disjoint_supports(backend):
     """A teacher that kept its top classes only, in a corner of the vocabulary; and two models with nothing in common."""
-    z, v = make_rows("plain", 2, 20000)
+    z, v = make_rows("plain", 2 if backend != "triton" else 1, 20000)
     top = torch.full_like(v, -math.inf)
     top[:, 13000:13050] = v[:, 13000:13050]
     for divergence in ("kl", "renyi(0.3)", "renyi(0.7)", "renyi(0)", "renyi(2)"):
-        loss, g = grad_of(z, top, divergence=divergence, reduction="none", upstream=torch.ones(2), backend=backend)
-        for i in range(2):
+        loss, g = grad_of(z, top, divergence=divergence, reduction="none", upstream=torch.ones(len(z)), backend=backend)
+        for i in range(len(z)):
             D, exact = oracle.divergence_row(z[i].numpy(), top[i].numpy(), divergence, 1.0)
             assert float(loss[i]) == pytest.approx(float(D), rel=2e-6)
             assert float(np.linalg.norm(g[i].numpy() - exact)) <= 3e-6 * float(np.linalg.norm(exact)) + 1e-7
     z[:, 13000:13050] = -math.inf
     for divergence in ("kl", "renyi(0.3)", "renyi(0)", "renyi(2)"):
-        loss, g = grad_of(z, top, divergence=divergence, reduction="none", upstream=torch.ones(2), backend=backend)
+        loss, g = grad_of(z, top, divergence=divergence, reduction="none", upstream=torch.ones(len(z)), backend=backend)
         assert (loss == math.inf).all() and not g.isnan().any()
 
 
@@ -271,20 +270,23 @@ def test_restricted_support(backend, order, vocab):
 @backends
 def test_vocabularies_that_differ(backend):
     """151936 beside 152064: the first classes of both, each row at its own stride; the rest gets a zero gradient, not a padded logit."""
-    z, v = torch.randn(3, 152064), torch.randn(3, 151936)
-    loss, g = grad_of(z, v, vocab_size=151665, temperature=2.0, backend=backend)
-    cut, h = grad_of(z[:, :151665], v[:, :151665], temperature=2.0, backend=backend)
+    vocab, student, teacher = (151665, 152064, 151936) if backend != "triton" else (15161, 15200, 15192)  # the interpreter is slow
+    z, v = torch.randn(3, student), torch.randn(3, teacher)
+    loss, g = grad_of(z, v, vocab_size=vocab, temperature=2.0, backend=backend)
+    cut, h = grad_of(z[:, :vocab], v[:, :vocab], temperature=2.0, backend=backend)
     assert torch.equal(loss, cut)
-    assert torch.equal(g[:, :151665], h) and not g[:, 151665:].any()
+    assert torch.equal(g[:, :vocab], h) and not g[:, vocab:].any()
     v.requires_grad_()
     with pytest.raises(ValueError, match="teacher_logits"):
-        fused_kd_loss(z, v, vocab_size=151665, backend=backend)
+        fused_kd_loss(z, v, vocab_size=vocab, backend=backend)
 
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, dtype):
     """Sliced, expanded, transposed and deep inputs are the contiguous ones; grad has the shape of the input."""
+    if backend == "triton" and dtype == torch.float32:
+        pytest.skip("as bfloat16, and the interpreter is slow")
     big_z, big_v = (torch.randn(4, 6, 700).to(dtype) for _ in range(2))
     y = torch.randint(700, (4, 6))
     y[1, 2] = -100
@@ -311,8 +313,14 @@ def test_layouts(backend, dtype):
             flat, layout(big_v).contiguous(), labels.contiguous(), hard_weight=0.3, divergence="renyi(0.5)", backend=backend
         )
         expected.backward()
-        assert torch.equal(loss, expected), name
-        assert torch.equal(base.grad, other.grad), name
+        # on a GPU, how rows lie in memory decides which lane adds what
+        room = (
+            dict(rtol=1e-6, atol=1e-8)
+            if backend == "triton" and dtype == torch.float32
+            else dict(rtol=1e-2 * (backend == "triton"), atol=0)
+        )
+        torch.testing.assert_close(loss, expected, msg=name, **room)
+        torch.testing.assert_close(base.grad, other.grad, msg=name, **room)
 
 
 @backends
@@ -452,7 +460,7 @@ def test_second_derivative():
     assert torch.autograd.gradgradcheck(lambda x: fused_kd_loss(x, v.double(), divergence="renyi(0.3)", backend="eager"), z)
 
 
-@backends
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
 @pytest.mark.parametrize(
     "divergence", ["kl", "cross_entropy", "renyi(0.01)", "renyi(0.5)", "renyi(0.9999)", "renyi(2)", "renyi(5)", "renyi(inf)"]
 )

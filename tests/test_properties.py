@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rows import BACKENDS, DOUBLE_BACKENDS
 
 from kdkernels import CrossEntropy, Renyi, fused_kd_loss
 from kdkernels.divergence import REGISTRY, LogitMatching
 
 DIVERGENCES = ["kl", *(f"renyi({a})" for a in (0.01, 0.3, 0.5, 0.51, 0.9999, 1, 1.0001, 3, 20, math.inf))]
-BACKENDS = ["cpu", "eager"]
 
 rows = st.integers(0, 2**31).map(lambda seed: torch.Generator().manual_seed(seed))
 vocabs = st.sampled_from([1, 2, 3, 17, 64, 65, 300, 5000])
@@ -19,6 +19,11 @@ temperatures = st.sampled_from([0.05, 0.5, 1.0, 2.0, 37.0, 1e4, 1e6])
 scales = st.sampled_from([0.0, 1e-3, 0.1, 1.0, 10.0])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 profile = settings(max_examples=25, deadline=None, derandomize=True)
+# the interpreter takes a thousand times as long: fewer divergences, and no large vocabularies
+BRIEFLY = ["kl", "renyi(0.3)"]
+everywhere = pytest.mark.parametrize(
+    ("backend", "divergence"), [(b, d) for b in BACKENDS for d in (BRIEFLY if b == "triton" else DIVERGENCES)]
+)
 
 
 def draw(g, vocab, scale, dtype=torch.float32, teacher=None):
@@ -27,6 +32,8 @@ def draw(g, vocab, scale, dtype=torch.float32, teacher=None):
 
 
 def value_and_grad(z, v, **options):
+    if options["backend"] == "triton":
+        assume(torch.float64 not in (z.dtype, v.dtype) and z.shape[-1] < 100)
     z = z.clone().requires_grad_()
     loss = fused_kd_loss(z, v, reduction="none", **options)
     loss.sum().backward()
@@ -37,8 +44,7 @@ def test_the_registry_is_covered():
     assert set(REGISTRY) == {"kl", "renyi", CrossEntropy.name, LogitMatching.name}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@everywhere
 @profile
 @given(g=rows, vocab=vocabs, T=temperatures, scale=scales, dtype=dtypes, teacher=dtypes)
 def test_nonnegative_and_zero_sum(backend, divergence, g, vocab, T, scale, dtype, teacher):
@@ -50,12 +56,12 @@ def test_nonnegative_and_zero_sum(backend, divergence, g, vocab, T, scale, dtype
     room = 3e-6 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(dtype).eps
     subnormal = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * vocab
     # where q - w is a difference of numbers near 1: the rounding of an exponent in fp64 or, in the fp32 path, of fp32
-    absolute = 2e-16 * (1 + 60 / T) if dtype != torch.float32 else 2e-7
+    # (Triton has one reference for a row: where a peaked row's is far away, h is off by some 1e-7, and what is left of q - w by e^h times that)
+    absolute = 2e-6 if backend == "triton" else 2e-7 if dtype == torch.float32 else 2e-16 * (1 + 60 / T)
     assert (grad.double().sum(-1).abs() <= room * norm * vocab**0.5 + subnormal + absolute).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, "renyi(0)"])
+@everywhere
 @profile
 @given(g=rows, vocab=vocabs, T=temperatures, dtype=dtypes)
 def test_zero_at_the_teacher(backend, divergence, g, vocab, T, dtype):
@@ -65,8 +71,7 @@ def test_zero_at_the_teacher(backend, divergence, g, vocab, T, dtype):
     assert not loss.any() and not grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@everywhere
 @profile
 @given(g=rows, vocab=vocabs, T=temperatures, shift=st.sampled_from([-8.0, 0.5, 64.0]))
 def test_shift_and_permutation(backend, divergence, g, vocab, T, shift):
@@ -88,6 +93,7 @@ def test_shift_and_permutation(backend, divergence, g, vocab, T, shift):
 @given(g=rows, vocab=vocabs, T=temperatures, scale=scales)
 def test_orders(backend, g, vocab, T, scale):
     """D_alpha grows with alpha, meets KL at 1, and (1 - a) D_a(p, q) = a D_(1-a)(q, p) (van Erven and Harremoës, prop. 2, th. 3)."""
+    assume(backend != "triton" or vocab < 100)
     z, v = draw(g, vocab, scale)
     D = {
         a: fused_kd_loss(z, v, divergence=Renyi(a), temperature=T, reduction="none", backend=backend).double()
@@ -118,12 +124,15 @@ def test_backends_agree(g, vocab, T, scale, divergence, dtype):
     z, v = draw(g, vocab, scale, dtype)
     y = torch.randint(vocab, (2,), generator=g)
     options = {"divergence": divergence, "temperature": T, "soft_weight": 0.9 * T, "hard_weight": 0.1}
-    x = [z.clone().requires_grad_() for _ in BACKENDS]
-    losses = [fused_kd_loss(a, v, y, backend=b, **options) for a, b in zip(x, BACKENDS, strict=True)]
-    for loss in losses:
+    found = {}
+    for backend in DOUBLE_BACKENDS if dtype == torch.float64 or vocab > 100 else BACKENDS:
+        x = z.clone().requires_grad_()
+        loss = fused_kd_loss(x, v, y, backend=backend, **options)
         loss.backward()
-    torch.testing.assert_close(losses[0], losses[1], rtol=2e-6 * (1 + 30 / T), atol=1e-30)
+        found[backend] = loss.detach(), x.grad.double()
+    expected, b = found.pop("eager")
     room = {torch.float32: 4e-6, torch.float64: 1e-9}.get(dtype, 1.01 * torch.finfo(dtype).eps)
-    a, b = x[0].grad.double(), x[1].grad.double()
     subnormal = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    assert ((a - b).norm() <= room * b.norm() + 1e-6 * (dtype != torch.float64) + subnormal * vocab).all()
+    for loss, a in found.values():
+        torch.testing.assert_close(loss, expected, rtol=2e-6 * (1 + 30 / T), atol=1e-30)
+        assert ((a - b).norm() <= room * b.norm() + 1e-6 * (dtype != torch.float64) + subnormal * vocab).all()

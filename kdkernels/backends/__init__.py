@@ -1,7 +1,8 @@
 """Which backend runs a call: names, their order of preference for each kind of device, and the reason when one cannot.
 
-A backend is a module of this package with `name`, `unavailable(device) -> reason | None`, and the two functions of ops.py,
-`loss` and `log_softmax`. To add one, write the module and put it into `ORDER` and `_module`.
+A backend is a module of this package with `name`, `unavailable(device, dtypes) -> reason | None`, and the two functions of ops.py,
+`loss` and `log_softmax`; `scale_` where a device has something better than `mul_`. To add one, write the module and put it into `ORDER`,
+`NAMES` and `_MODULES`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from types import ModuleType
 import torch
 
 # device type -> backends, best first
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager")}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager"), "xpu": ("triton", "eager")}
 OTHER_DEVICES: tuple[str, ...] = ("eager",)
-NAMES: tuple[str, ...] = ("auto", "cpu", "eager")
+NAMES: tuple[str, ...] = ("auto", "cpu", "triton", "eager")
 
-_MODULES = {"cpu": "native", "eager": "eager"}
+_MODULES = {"cpu": "native", "triton": "triton", "eager": "eager"}
 
 
 @functools.cache
@@ -32,21 +33,21 @@ def check(name: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _resolve(name: str, device_type: str, device_index: int | None) -> ModuleType | str:
+def _resolve(name: str, device_type: str, device_index: int | None, *dtypes: torch.dtype) -> ModuleType | str:
     device = torch.device(device_type, device_index)
     reasons = []
     for candidate in ORDER.get(device_type, OTHER_DEVICES) if name == "auto" else (name,):
-        reason = module(candidate).unavailable(device)
+        reason = module(candidate).unavailable(device, dtypes)
         if reason is None:
             return module(candidate)
         reasons.append(f"{candidate}: {reason}")
     return f"backend: {name!r} cannot run on {device}: {'; '.join(reasons)}"
 
 
-def resolve(name: str, device: torch.device) -> ModuleType:
-    """The module that runs `name` on a device; RuntimeError with the reason, and the way to get it, when none can."""
+def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType:
+    """The module that runs `name` on a device for such logits; RuntimeError with the reason, and the way to get it, when none can."""
     check(name)
-    found = _resolve(name, device.type, device.index)
+    found = _resolve(name, device.type, device.index, *dtypes)
     if isinstance(found, str):
         raise RuntimeError(found)
     return found

@@ -19,8 +19,8 @@ name = "eager"
 CHUNK_BYTES = 32 << 20  # of one fp64 temporary in `loss`; about a dozen are alive at a time
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot run on a device; None when it can."""
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
+    """Why this backend cannot run on a device for such logits; None when it can."""
     return "mps has no float64" if device.type == "mps" else None
 
 
@@ -143,7 +143,8 @@ class _Row:
         log_r = top + su.log() - torch.where(self.no_v, 0.0, a.exp()).sum(-1, keepdim=True).log() - b * c
         near = (log_r.abs() < 0.5) & ~disjoint
         w = eu / su
-        term = math_of.power_term(p, q, w * torch.where(near, log_r, 0.0).exp(), d, b, torch.abs, torch.where)
+        t = w * torch.where(near, log_r, 0.0).exp()
+        term = math_of.power_terms(p, q, t, d, b, 1 / b, _psi, torch.abs, torch.where)[2] / (1 - b)
         term = torch.where(self.no_v, q / (1 - b), torch.where(self.no_z, p / b, term))
         F = torch.where(self.no_z & self.no_v, 0.0, term).sum(-1, keepdim=True)
         return w, torch.where(near, torch.log1p(torch.where(near, -b * (1 - b) * F, 0.0)), log_r), disjoint
@@ -154,7 +155,7 @@ class _Row:
             return self._limit(divergence)
         p, q, d, y, c = self.soft
         order, lone = divergence.order, self.only_v.any(-1)
-        term = math_of.kl_term(p, q, d, torch.abs, torch.where)
+        term = math_of.kl_terms(p, q, d, _psi, torch.abs, torch.where)[1]
         kl = torch.where(self.only_z, q, torch.where(self.no_z, 0.0, term)).sum(-1)
         # rows whose D is +inf have KL's gradient q - p at the classes the student has
         infinite = kl + (p * self.only_v).sum(-1) * (c - c.detach()).squeeze(-1) + math.inf
@@ -245,6 +246,11 @@ class _Row:
         value = divergence.order / 2 * (x * x).sum(-1) / n.squeeze(-1)
         differ = self.only_z.any(-1) if divergence.order == 0 else (self.only_z | self.only_v).any(-1)
         return value + torch.where(differ, math.inf, 0.0)
+
+
+def _psi(x: Tensor) -> Tensor:
+    near = x.abs() < 0.5
+    return math_of.psi_series(torch.where(near, x, 0.0))
 
 
 def _log_total(e: Tensor, x: Tensor, top: Tensor, masked: Tensor) -> Tensor:

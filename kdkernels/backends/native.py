@@ -87,8 +87,8 @@ def library() -> Library | str:
     return found if found.isa != "none" else "the processor has none of the instruction sets the library was built for"
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot run on a device; None when it can."""
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
+    """Why this backend cannot run on a device for such logits; None when it can."""
     if device.type != "cpu":
         return f"it takes CPU tensors, not {device.type}"
     found = library()

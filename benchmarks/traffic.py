@@ -1,0 +1,136 @@
+"""A model of the Triton backend's time: bytes to and from memory, instructions and exponentials of each logit, against a device's rates.
+
+    python benchmarks/traffic.py              a table for the devices below
+    python benchmarks/traffic.py --here       beside measured times, on a GPU
+
+Loss and gradient of rows of V logits move at least 3 V b bytes a row (each logit read once, the gradient written once). The plan
+(`kdkernels.backends.triton_plan`) keeps a row between its two sweeps in registers or in the second-level cache; where it does not fit, the
+second sweep reads from memory again, 5 V b. A row's time is the longest of three: its bytes over the copy bandwidth, its instructions over
+the issue rate, its exponentials over the rate of the special-function units; the first overlaps the others, as several programs
+share a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdkernels.backends.triton_plan import CACHE_SHARE, Device, Plan, plan
+
+COUNTS = Path(__file__).parent / "results" / "triton_aot.csv"
+SHAPES = ((4096, 32768), (4096, 50257), (4096, 128256), (4096, 151936), (4096, 262144), (64, 262144), (1, 262144))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A device: copy bandwidth in bytes a second, clock in Hz; a multiprocessor has four schedulers and 16 special functions a clock."""
+
+    name: str
+    target: str
+    device: Device
+    copy: float
+    clock: float
+
+    @property
+    def instructions(self) -> float:
+        """Thread instructions a second."""
+        return self.device.processors * 4 * 32 * self.clock
+
+    @property
+    def exponentials(self) -> float:
+        return self.device.processors * 16 * self.clock
+
+
+# copy bandwidth as the best copies reach it, nine tenths of the data sheet's; boost clocks
+DEVICES = (
+    Rates("A100 80GB", "sm_80", Device(108, 40 << 20), 1.75e12, 1.41e9),
+    Rates("H100 SXM", "sm_90", Device(132, 50 << 20), 3.0e12, 1.83e9),
+    Rates("H200", "sm_90", Device(132, 60 << 20), 4.3e12, 1.83e9),
+    Rates("B200", "sm_100", Device(148, 126 << 20), 7.2e12, 1.85e9),
+)
+
+
+def bytes_per_logit(chosen: Plan, vocab: int, size: int, device: Device) -> float:
+    """Of memory, for a logit of the student with its teacher's and its gradient's, `size` bytes each."""
+    kept = chosen.whole or chosen.grid // chosen.parts * 2 * vocab * size <= CACHE_SHARE * device.cache
+    return (3 if kept else 5) * size
+
+
+@dataclass(frozen=True)
+class Prediction:
+    bytes: float  # of memory, a logit
+    seconds: float
+    bound: str
+
+    def floor_share(self, rates: Rates, rows: int, vocab: int, size: int) -> float:
+        """3 N V b over the time, as a share of copy bandwidth."""
+        return 3 * rows * vocab * size / self.seconds / rates.copy
+
+
+def predict(rates: Rates, rows: int, vocab: int, size: int, instructions: float, exponentials: float) -> Prediction:
+    """The time of loss and gradient; a device that is not full is slower by the programs it lacks."""
+    chosen = plan(rows, vocab, size, size, vocab * size % 16 != 0, rates.device)
+    moved = bytes_per_logit(chosen, vocab, size, rates.device)
+    logits = rows * vocab
+    # a program a multiprocessor is what memory needs, and one a scheduler what arithmetic needs
+    programs = min(chosen.grid, chosen.parts * rows)
+    memory_share = min(1.0, programs / rates.device.processors)
+    compute_share = min(1.0, programs * chosen.warps / (4 * rates.device.processors))
+    times = {
+        "memory": logits * moved / rates.copy / memory_share,
+        "instructions": logits * instructions / rates.instructions / compute_share,
+        "exponentials": logits * exponentials / rates.exponentials / compute_share,
+    }
+    bound = max(times, key=times.get)
+    return Prediction(moved, times[bound], bound)
+
+
+def counts(target: str, divergence: str) -> tuple[float, float]:
+    """(instructions, exponentials) to a logit of the two sweeps in bf16, as compiled."""
+    with open(COUNTS, encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            plain = row["case"].startswith(divergence) and row["case"].endswith("bfloat16") and float(row["exponentials"]) > 3
+            if row["target"] == target and plain:
+                return float(row["instructions"]), float(row["exponentials"])
+    raise LookupError(f"{COUNTS.name} has no {divergence} for {target}: python benchmarks/aot.py")
+
+
+def measured(rows: int, vocab: int, divergence: str) -> tuple[float, float]:
+    """(seconds of loss and gradient, bytes a second of a copy) on this GPU, bf16."""
+    import torch
+    from triton.testing import do_bench
+
+    from kdkernels import fused_kd_loss
+
+    v = torch.randn(rows, vocab, device="cuda").bfloat16() * 3
+    z = (v + torch.randn_like(v) * 0.5).requires_grad_()
+    step = do_bench(lambda: fused_kd_loss(z, v, divergence=divergence, temperature=2.0).backward(), grad_to_none=[z], return_mode="median")
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    copy = do_bench(lambda: big.clone(), return_mode="median")
+    return step * 1e-3, 2 * big.numel() / (copy * 1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--here", action="store_true", help="measure the same shapes on this machine's GPU")
+    args = parser.parse_args()
+    print(f"{'device':10} {'divergence':10} {'rows x V':>14} {'B/logit':>8} {'ms':>8} {'of copy':>8}  bound")
+    for rates in DEVICES:
+        for divergence in ("kl", "renyi(2.0)"):
+            for rows, vocab in SHAPES:
+                found = predict(rates, rows, vocab, 2, *counts(rates.target, divergence))
+                share = found.floor_share(rates, rows, vocab, 2)
+                shape = f"{rows} x {vocab}"
+                ms = found.seconds * 1e3
+                print(f"{rates.name:10} {divergence:10} {shape:>14} {found.bytes:8.0f} {ms:8.3f} {share:8.2f}  {found.bound}")
+    if args.here:
+        for divergence in ("kl", "renyi(2.0)"):
+            for rows, vocab in SHAPES:
+                seconds, copy = measured(rows, vocab, divergence)
+                print(f"measured {divergence:10} {rows} x {vocab}: {seconds * 1e3:.3f} ms, {6 * rows * vocab / seconds / copy:.2f} of copy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Triton: CUDA, ROCm and XPU from one source (triton_kernels.py); CPU tensors under its interpreter, for tests.
+
+Everything that depends on a temperature, an order or a weight is a number computed here, in fp64, and handed over at run time; only flags
+and the geometry of a tile are compiled. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import divergence as math_of
+from .triton_plan import Device, plan, run
+
+name = "triton"
+
+# as in triton_kernels.py
+FAMILIES = ("KL", "ENTROPY", "POWER", "MOMENTS", "ZERO", "INFINITY")
+EVEN, WINDOW, SCALAR = range(3)
+PUBLISH, FINISH, BOTH = range(3)
+SLOTS = 16
+
+CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
+CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
+MOST_REGISTERS = 128  # of a thread, with 512 of them on a multiprocessor
+HEAVY_REGISTERS = 168  # with 384, for orders and hard labels over several programs or sweeps
+SOFTMAX_BLOCK = 2048
+SCALE_BLOCK = 8192
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
+    """Why this backend cannot run on a device for such logits; None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install kdkernels[triton]"
+    if device.type not in ("cuda", "xpu", "cpu"):
+        return f"triton has no {device.type} device"
+    if device.type == "cpu" and not interpreting():
+        return "CPU tensors run under triton's interpreter only: TRITON_INTERPRET=1, for tests"
+    if torch.float64 in dtypes:
+        return "it computes in fp32, and float64 logits ask for more"
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def figures(device: torch.device) -> Device:
+    """What the plan needs to know of a device."""
+    if device.type == "cpu":
+        return Device(processors=2, cache=32 << 20)
+    properties = getattr(torch, device.type).get_device_properties(device)
+    known = [getattr(properties, x, None) for x in ("multi_processor_count", "gpu_subslice_count")]
+    cache = getattr(properties, "L2_cache_size", None) or 32 << 20
+    if getattr(properties, "gcnArchName", "").startswith(("gfx94", "gfx95")):
+        cache = 256 << 20  # all processors share the cache behind the second level, which is divided among them
+    return Device(next((x for x in known if x), 64), cache, getattr(properties, "warp_size", None) or 32)
+
+
+def single(x: float) -> float:
+    """x rounded to fp32."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+@functools.lru_cache(maxsize=256)
+def numbers(text: str, temperature: float) -> tuple[str, bool, bool, float, float, float, float, float]:
+    """(family, student base, centered, c, k, tilt, 1 / tilt, correction): what a call asks for, each number rounded once."""
+    which = math_of.parse(text)
+    order = which.order
+    if math.isinf(temperature):
+        return "MOMENTS", False, not isinstance(which, math_of.LogitMatching), 0.0, 1.0, order, 1.0, 1.0
+    k = single(1 / temperature)
+    # a row is computed at one temperature, 1 / k; where D is proportional to 1 / T^2, what that lacks is a factor
+    correction = 1 / (k * temperature) if temperature >= 64 else 1.0
+    c = single(k * math.log2(math.e))
+    if order == 0 or math.isinf(order):
+        return "INFINITY" if order else "ZERO", False, True, c, k, 0.0, 1.0, correction
+    if order == 1:
+        return "ENTROPY" if isinstance(which, math_of.CrossEntropy) else "KL", False, True, c, k, 0.0, 1.0, correction
+    student_base = order <= 0.5
+    tilt = single(order if student_base else 1 - order)
+    return "POWER", student_base, True, c, k, tilt, single(1 / tilt), correction
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
+    """(x, inner, (outer stride, inner stride)): row = outer * inner + i; inner is the same for any number of rows where it can be."""
+    if x.dim() > 3:
+        x = x.flatten(0, -3)
+    if x.dim() == 3 and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+        return x, x.shape[1], (x.stride(0), x.stride(1))
+    return x, 2**31 - 1, (0, x.stride(-2) if x.dim() > 1 else 0)
+
+
+def _layout(tensors: list[Tensor], R: int, vocab: int) -> tuple[int, int, list[int]]:
+    """(inner, access, outer and inner strides of each tensor): how their rows lie, and whether 16 bytes can be taken at a time."""
+    found = [_rows(x) for x in tensors]
+    inner = min(n for _, n, _ in found)
+    strides = [s if n == inner else (inner * s[1], s[1]) for _, n, s in found]
+    if inner == 2**31 - 1:
+        strides = [(0, s[1]) for s in strides]
+    aligned = all(x.data_ptr() % (R * x.element_size()) == 0 for x in tensors)
+    alike = len({(s[0] % R, s[1] % R) for s in strides}) == 1
+    access = SCALAR if not (aligned and alike) else EVEN if vocab % R == 0 and not any(strides[0][i] % R for i in (0, 1)) else WINDOW
+    return inner, access, [x for s in strides for x in s]
+
+
+def _on(device: torch.device):
+    """Kernels are launched on the current device and its current stream."""
+    return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of triton_kernels.py with its grid and arguments."""
+
+    kernel: str
+    grid: int
+    arguments: dict
+    warps: int
+    registers: int | None = None  # the most that a thread gets, where the compiler's own choice is a bad one
+
+    def options(self, nvidia: bool) -> dict:
+        """What the compiler is told; the default of enable_fp_fusion is not the same in every version."""
+        limit = dict(maxnreg=self.registers) if nvidia and self.registers else {}
+        return dict(num_warps=self.warps, enable_fp_fusion=True, **limit)
+
+    def run(self, device: torch.device) -> None:
+        from . import triton_kernels as kernels
+
+        getattr(kernels, self.kernel)[(self.grid,)](**self.arguments, **self.options(device.type == "cuda" and not torch.version.hip))
+
+
+def launches(
+    student,
+    teacher,
+    labels,
+    weight,
+    grad,
+    divergence,
+    temperature,
+    value_scale,
+    grad_scale,
+    hard_scale,
+    hard_grad_scale,
+    vocab,
+    out,
+    device,
+) -> list[Launch]:
+    """What `loss` launches, in its order, on a device of such figures; `out` receives the rows' losses."""
+    family, student_base, centered, c, k, tilt, inverse_tilt, correction = numbers(divergence, temperature)
+    hard = labels is not None and (hard_scale != 0 or hard_grad_scale != 0)
+    rows = out.numel()
+    sizes = student.element_size(), teacher.element_size()
+    tensors = [student, teacher, student if grad is None else grad]
+    inner, access, strides = _layout(tensors, run(*sizes), vocab)
+    chosen = plan(rows, vocab, *sizes, access == WINDOW, device)
+    # the value's factor, T^2 in it, as two numbers that a float holds
+    value_unit = 2.0 ** (math.frexp(value_scale)[1] // 2) if math.isfinite(value_scale) else 1.0
+    arguments = dict(
+        Z=student,
+        V=teacher,
+        G=tensors[2],
+        LABELS=labels.contiguous() if hard else out,
+        WEIGHTS=out if weight is None else weight.contiguous(),
+        LOSS=out,
+        rows=rows,
+        inner=inner,
+        **dict(zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides, strict=True)),
+        vocab=vocab,
+        width=student.shape[-1],
+        k=k,
+        tilt=tilt,
+        value_scale=value_scale * correction**2 / value_unit,
+        value_unit=value_unit,
+        grad_scale=grad_scale * correction,
+        hard_scale=hard_scale,
+        hard_grad_scale=hard_grad_scale,
+        FAMILY=FAMILIES.index(family),
+        BASE_Z=student_base,
+        CENTERED=centered,
+        HARD=hard,
+        WEIGHTED=weight is not None,
+        GRAD=grad is not None,
+    )
+    if family in ("ZERO", "INFINITY"):  # no sum of terms: every row is one for fp64
+        return [Launch("careful_rows", rows, arguments | dict(ALL=True, ROWS=1, BLOCK=CAREFUL_BLOCK), CAREFUL_WARPS, MOST_REGISTERS)]
+    rest = Launch(
+        "careful_rows",
+        -(-rows // CAREFUL_ROWS),
+        arguments | dict(ALL=False, ROWS=CAREFUL_ROWS, BLOCK=CAREFUL_BLOCK),
+        CAREFUL_WARPS,
+        MOST_REGISTERS,
+    )
+    carry = torch.float32 in (student.dtype, teacher.dtype)
+    registers = HEAVY_REGISTERS if not chosen.whole and (hard or family == "POWER") else MOST_REGISTERS
+    arguments = arguments | dict(c=c, inverse_tilt=inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
+    if chosen.parts == 1:
+        return [Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), rest]
+    arguments |= dict(
+        STATE=torch.empty(rows * chosen.parts * SLOTS, dtype=torch.float64, device=out.device),
+        COUNTERS=torch.zeros(1 + 2 * rows, dtype=torch.int32, device=out.device),
+        PARTS=chosen.parts,
+    )
+    if not interpreting():
+        return [Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers), rest]
+    # programs that run one after another cannot wait for each other
+    return [*(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in (PUBLISH, FINISH)), rest]
+
+
+def loss(student, teacher, labels, weight, grad, *options):
+    """The operator's contract (ops.py)."""
+    out = torch.empty(math.prod(student.shape[:-1]), dtype=torch.float64, device=student.device)
+    if out.numel():
+        with _on(student.device):
+            for launch in launches(student, teacher, labels, weight, grad, *options, out, figures(student.device)):
+                launch.run(student.device)
+    return out
+
+
+def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> Tensor:
+    """The operator's contract (ops.py)."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    vocab = logits.shape[-1]
+    if out.numel() == 0:
+        return out
+    if math.isinf(temperature):  # uniform over the classes that are not masked
+        x = logits.float()
+        return out.zero_() if upstream is not None else torch.where(x > -math.inf, x - x, x).log_softmax(-1).to(logits.dtype)
+    x, u = logits.contiguous(), out if upstream is None else upstream.contiguous()
+    k = single(1 / temperature)
+    more = dict(BACKWARD=upstream is not None, BLOCK=SOFTMAX_BLOCK)
+    with _on(logits.device):
+        Launch(
+            "log_softmax_rows", out.numel() // vocab, dict(X=x, U=u, OUT=out, vocab=vocab, k=k, k_low=1 / temperature - k) | more, 8
+        ).run(x.device)
+    return out
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, 0-d on its device, without waiting for it; nothing is moved where it is 1."""
+    count = grad.numel()
+    if not grad.is_contiguous():
+        grad.mul_(factor)
+    elif count:
+        with _on(grad.device):
+            Launch("scale_all", -(-count // SCALE_BLOCK), dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run(grad.device)

@@ -1,0 +1,1005 @@
+"""The Triton kernels: a row in two sweeps by one program or by several, or from registers; the rows they lose, in fp64; log-softmax.
+
+A row is its base b (the teacher, or the student for orders up to 1/2: the smaller tilt) and the other distribution o. Relative to
+references M, an integer near the largest b c, and K, near the mean of (o - b)/T, with k = 1/T and c = k log2(e),
+
+    e = 2^{b c - M}    y = (o - b) k - K    eo = e e^y = w 2^{o c - M - N}    with an integer N near K log2(e), and w what N lacks
+
+and em = eo - e, et = e (e^{tilt y} - 1) and the terms of F come out of divergence.py to their own digits. Each of b c - M, o c - M - N
+and y is one fused multiply-add: nothing is rounded before it is small, however large the logits. The first sweep sums e, eo, em and et:
+what K still lacks is h = log(sum eo / sum e), from em where it is small. The second sweep, backwards, from the cache where the row still
+is, has K + h for a reference, so that y = log o - log b; it sums the terms of F, all of one sign, and writes the gradient, which is linear
+in em, et and e. Without a gradient the first sweep sums the terms of F as well, and the second runs only where they would cancel.
+
+A class at -inf has e or eo = 0 and needs no test; tails are such classes. What is out of a float's range (differences of 88 nats, nan,
++inf) shows as a sum that is not finite: the row's loss is left nan, and `careful_rows` computes it again.
+
+Sums are fp32 in lanes (R classes to a lane and tile), then fp64, as are the scalars of a row. A tile is [RB, R]: R classes to a 16-byte
+access, so that what is taken along R stays in a thread.
+"""
+
+from __future__ import annotations
+
+import types
+
+import triton
+import triton.language as tl
+
+from .. import divergence as math_of
+
+
+def _jit(f):
+    """A plain function as a device function; triton looks for its language among the globals."""
+    return triton.jit(types.FunctionType(f.__code__, {"tl": tl, "__name__": __name__}, f.__name__))
+
+
+kl_terms, power_terms, psi_short, psi_series = (
+    _jit(f) for f in (math_of.kl_terms, math_of.power_terms, math_of.psi_short, math_of.psi_series)
+)
+
+# families
+KL = tl.constexpr(0)
+ENTROPY = tl.constexpr(1)  # KL, and the teacher's entropy
+POWER = tl.constexpr(2)  # orders other than 0, 1 and inf
+MOMENTS = tl.constexpr(3)  # T = inf; tilt is the limit's factor
+ZERO = tl.constexpr(4)  # order 0
+INFINITY = tl.constexpr(5)  # order inf
+
+# how rows lie in memory
+EVEN = tl.constexpr(0)  # every row starts and ends on 16 bytes
+WINDOW = tl.constexpr(1)  # student, teacher and gradient rows are off by the same number of classes: whole accesses, edges masked
+SCALAR = tl.constexpr(2)  # they are not: an access for each class
+
+# phases of a row that several programs share
+PUBLISH = tl.constexpr(0)
+FINISH = tl.constexpr(1)
+BOTH = tl.constexpr(2)
+SLOTS = tl.constexpr(16)  # fp64 numbers of state to a part
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_SINGLE = tl.constexpr(1.4426950216293335)  # as fp32 has it
+MOST = tl.constexpr(8e6)  # integers up to here, and their sums, are floats
+INF = tl.constexpr(float("inf"))
+LOW = tl.constexpr(-1e30)  # a finite top of what has no class yet
+BIG = tl.constexpr(1e36)
+
+
+# ---------------------------------------------------------------- scalars of a row, fp64
+
+
+@triton.jit
+def wide(x):
+    return tl.full([], 0.0, tl.float64) + x
+
+
+@triton.jit
+def long(x):
+    """An index that offsets beyond 2^31 are made of."""
+    return tl.full([], 0, tl.int64) + x
+
+
+@triton.jit
+def finite(x):
+    return tl.abs(x) < INF
+
+
+@triton.jit
+def log1p64(x):
+    """log(1 + x) to the last digits: the rounding of 1 + x divides out."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def psi64(x):
+    """e^x - 1 - x."""
+    near = tl.abs(x) < 0.5
+    return tl.where(near, psi_series(tl.where(near, x, 0.0)), (tl.exp(x) - 1.0) - x)
+
+
+@triton.jit
+def expm164(x):
+    near = tl.abs(x) < 0.5
+    small = tl.where(near, x, 0.0)
+    return tl.where(near, small + psi_series(small), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def total(lanes):
+    return tl.sum(lanes.to(tl.float64), 0)
+
+
+# ---------------------------------------------------------------- a tile of a row
+
+
+@triton.jit
+def load(X, at, edge, vocab, ACCESS: tl.constexpr, CACHE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr):
+    """The classes of the tile that begins at place `at` of the row's window; class 0 is at place `edge`. -inf beyond the row."""
+    run = at + tl.arange(0, RB)[:, None] * R
+    cols = run + tl.arange(0, R)[None, :]
+    if ACCESS == SCALAR:
+        return tl.load(X + cols, mask=cols < vocab, other=-INF, eviction_policy=CACHE).to(tl.float32)
+    else:
+        # the mask is that of whole runs, which keeps the access whole; the 16 bytes that hold a class may be read
+        if X.dtype.element_ty == tl.bfloat16:
+            # two to a word, each one instruction from being a float; compilers take two
+            words = (at // 2) + tl.arange(0, RB)[:, None] * (R // 2) + tl.arange(0, R // 2)[None, :]
+            W = X.to(tl.pointer_type(tl.int32), bitcast=True)
+            pairs = tl.load(W + words, mask=run < edge + vocab, other=-8323200, eviction_policy=CACHE)  # -inf, -inf
+            x = tl.join((pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)).reshape([RB, R])
+        else:
+            x = tl.load(X + cols, mask=run < edge + vocab, other=-INF, eviction_policy=CACHE).to(tl.float32)
+        if ACCESS == WINDOW:
+            x = tl.where((cols >= edge) & (cols < edge + vocab), x, -INF)
+        return x
+
+
+@triton.jit
+def store(G, at, edge, vocab, g, ACCESS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr):
+    run = at + tl.arange(0, RB)[:, None] * R
+    cols = run + tl.arange(0, R)[None, :]
+    g = g.to(G.dtype.element_ty)
+    inside = (cols >= edge) & (cols < edge + vocab)
+    if ACCESS == SCALAR:
+        tl.store(G + cols, g, mask=inside, eviction_policy="evict_first")
+    elif ACCESS == EVEN:
+        tl.store(G + cols, g, mask=run < vocab, eviction_policy="evict_first")
+    else:
+        full = (run >= edge) & (run + R <= edge + vocab)
+        tl.store(G + cols, g, mask=full, eviction_policy="evict_first")
+        if (at < edge) | (at + RB * R > edge + vocab):
+            tl.store(G + cols, g, mask=inside & (full == 0))
+
+
+@triton.jit
+def pair(
+    BASE, OTHER, b0, o0, at, edge, vocab,
+    ACCESS: tl.constexpr, CACHE: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """(b, o) of a tile; the one tile of a WHOLE row is in registers already."""
+    if WHOLE:
+        return b0, o0
+    else:
+        return load(BASE, at, edge, vocab, ACCESS, CACHE, RB, R), load(OTHER, at, edge, vocab, ACCESS, CACHE, RB, R)
+
+
+@triton.jit
+def scaled_difference(b, o, k, K, K_low, CARRY: tl.constexpr):
+    """(o - b) k - K; fp32 logits carry the rounding of o - b, which a common offset would make larger than what is left."""
+    hi = o - b
+    if CARRY:
+        back = hi - o
+        lo = (o - (hi - back)) - (b + back)
+        return tl.fma(tl.where(lo == lo, lo, 0.0), k, tl.fma(hi, k, -K) - K_low)
+    else:
+        return tl.fma(hi, k, -K)
+
+
+@triton.jit
+def terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr):
+    """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term only where VALUE."""
+    y = scaled_difference(b, o, k, K, K_low, CARRY)
+    if FAMILY == MOMENTS:
+        both = finite(y)
+        y = tl.where(both, y, 0.0)
+        # masks that differ; order 0 asks only whose support it is
+        lone = ((b == -INF) & (o > -INF)) | ((tilt != 0.0) & (o == -INF) & (b > -INF))
+        e = tl.where(both, 1.0, 0.0)
+        return e, y, y, e, tl.where(lone, INF, 0.5 * y * y)
+    else:
+        if VALUE or FAMILY == POWER:
+            y = tl.minimum(y, BIG)  # +inf, and the nan of a class that neither has; e is 0 there
+        if FAMILY == POWER:
+            eu = tl.math.exp2(tl.fma(y, tilt * LOG2E, a))
+            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, tl.abs, tl.where)
+            return e, em, et, eu, term
+        else:
+            em, term = kl_terms(e, eo, y, psi_short, tl.abs, tl.where)
+            return e, em, em, e, term
+
+
+@triton.jit
+def sample(
+    BASE, OTHER, b0, o0, edge, vocab, c, k,
+    FAMILY: tl.constexpr, CENTERED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(top, K, largest o) from 16 runs of 32 classes, or from all: the largest b, and the mean of (o - b) k under e."""
+    if WHOLE:
+        b, o = b0, o0
+    else:
+        cols = tl.arange(0, 16)[:, None] * (vocab // 16) + tl.arange(0, 32)[None, :]
+        b = tl.load(BASE + edge + cols, mask=cols < vocab, other=-INF).to(tl.float32)
+        o = tl.load(OTHER + edge + cols, mask=cols < vocab, other=-INF).to(tl.float32)
+    top = tl.maximum(tl.max(tl.max(b, 1), 0), LOW)
+    y = (o - b) * k
+    both = finite(y)
+    e = tl.where(both, 1.0 if FAMILY == MOMENTS else tl.math.exp2((b - top) * c), 0.0)
+    s = tl.sum(tl.sum(e, 1), 0)
+    K = tl.sum(tl.sum(tl.where(both, e * y, 0.0), 1), 0) / tl.where(s > 0.0, s, 1.0)
+    return top, tl.where(finite(K) & CENTERED, K, 0.0), tl.maximum(tl.max(tl.max(o, 1), 0), LOW)
+
+
+@triton.jit
+def exponent_shift(K, K_low, c, k):
+    """(N, w): K (+ K_low) in base 2 as an integer, and e^K 2^-N. The scale of logits is c, so that is what K is brought to."""
+    x = (wide(K) + K_low) / k * c
+    N = tl.floor(x + 0.5)
+    return N.to(tl.float32), tl.exp((N - x) / LOG2E).to(tl.float32)
+
+
+# ---------------------------------------------------------------- the two sweeps over (a part of) a row
+
+
+@triton.jit
+def first_sweep(
+    BASE, OTHER, b0, o0, first, last, edge, vocab, label, top0, top_o0, K, hard_M, c, k, tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """(top, sums of e, eo, em, et, eu, the hard term's e over the classes but the label, the terms of F).
+
+    All but the hard one are over 2^M of top.
+    """
+    N, w = exponent_shift(K, 0.0, c, k)
+    top = tl.full([RB], 0.0, tl.float32) + top0
+    top_o = tl.full([RB], 0.0, tl.float32) + top_o0
+    M, M_o = tl.ceil(top * c), tl.ceil(top_o * c)
+    s = tl.zeros([RB], tl.float32)
+    so, d, p, u, hard, f = s, s, s, s, s, s
+    for at in tl.range(first, last, RB * R):
+        b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_last", WHOLE, RB, R)
+        a, e, eo = b, b, o
+        if FAMILY != MOMENTS:
+            top, top_o = tl.maximum(top, tl.max(b, 1)), tl.maximum(top_o, tl.max(o, 1))
+            new, new_o = tl.ceil(top * c), tl.ceil(top_o * c)
+            scale, scale_o = tl.math.exp2(M - new), tl.math.exp2(M_o - new_o)  # powers of 2
+            M, M_o = new, new_o
+            s, d, p, u, f = s * scale, d * scale, p * scale, u * scale, f * scale
+            a = tl.fma(b, c, -M[:, None])
+            # o has a largest of its own here: where K is far from h, the sum of eo would be one of rounded exponents
+            e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -M_o[:, None]))
+            so = so * scale_o + tl.sum(eo, 1)
+            eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
+        e, em, et, eu, term = terms(b, o, a, e, eo, k, K, 0.0, tilt, inverse_tilt, FAMILY, VALUE, CARRY)
+        s += tl.sum(e, 1)
+        d += tl.sum(em, 1)
+        if FAMILY == POWER:
+            p += tl.sum(et, 1)
+            u += tl.sum(eu, 1)
+        if VALUE:
+            f += tl.sum(term, 1)
+        if HARD:
+            cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
+            z = b if BASE_Z else o
+            hard += tl.sum(tl.where(cols == edge + label, 0.0, tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M))), 1)
+    largest, largest_o = tl.max(top, 0), tl.max(top_o, 0)
+    unit = tl.full([RB], 1.0, tl.float32)
+    if FAMILY != MOMENTS:
+        unit = tl.math.exp2(M - tl.ceil(largest * c))
+        so = so * tl.math.exp2(M_o - tl.ceil(largest_o * c))
+    so_over_e = tl.exp((wide(tl.ceil(largest_o * c)) - tl.ceil(largest * c) - N) / LOG2E) * w
+    return (
+        largest, total(s * unit), total(so) * so_over_e, total(d * unit), total(p * unit), total(u * unit), total(hard), total(f * unit)
+    )  # fmt: skip
+
+
+@triton.jit
+def second_sweep(
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
+    c, k, tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Sums of em and of the terms of F; for the base's entropy: of e but the largest, how many are largest, of -e log2(e / the largest).
+
+    Writes the gradient A em + P et + C e, or A em + P eu + C e, and hard_factor 2^{z log2(e) - hard_M}, or hard_label at the label.
+    """
+    N, w = exponent_shift(K, K_low, c, k)
+    M = tl.ceil(top * c)
+    d = tl.zeros([RB], tl.float32)
+    f, others, ties, own = d, d, d, d
+    end = first + (last - 1 - first) // (RB * R) * (RB * R)
+    for back in tl.range(first, last, RB * R):
+        at = end - (back - first)
+        b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
+        a = tl.fma(b, c, -M)
+        e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -(M + N))) * w
+        e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, True, CARRY)
+        d += tl.sum(em, 1)
+        f += tl.sum(term, 1)
+        if FAMILY == ENTROPY:
+            others += tl.sum(tl.where(b == top, 0.0, e), 1)
+            ties += tl.sum(tl.where(b == top, 1.0, 0.0), 1)
+            own -= tl.sum(tl.where(e > 0.0, e * ((b - top) * c), 0.0), 1)
+        if GRAD:
+            z = b if BASE_Z else o
+            g = A * em + C * e
+            if FAMILY == POWER:
+                g += P * tl.where(direct, eu, et)
+            g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
+            if HARD:
+                cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
+                g += tl.where(cols == edge + label, hard_label, hard_factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M)))
+            store(G, at, edge, vocab, g, ACCESS, RB, R)
+    return total(d), total(f), total(others), total(ties), total(own)
+
+
+@triton.jit
+def write_zeros(G, first, last, BLOCK: tl.constexpr):
+    for at in tl.range(first, last, BLOCK):
+        cols = at + tl.arange(0, BLOCK)
+        tl.store(G + cols, tl.zeros([BLOCK], tl.float32).to(G.dtype.element_ty), mask=cols < last)
+
+
+# ---------------------------------------------------------------- closing a row
+
+
+@triton.jit
+def settled(s, so, d, u, hard, top, K, c, tilt, FAMILY: tl.constexpr):
+    """Whether the sums of the first sweep are numbers that the rest can be made of."""
+    ok = finite(d) & finite(hard) & (s > 0.0)
+    if FAMILY != MOMENTS:
+        ok = ok & finite(s) & finite(so) & (so > 0.0) & (tl.abs(top * c) < MOST) & (tl.abs(K) < MOST)
+    if FAMILY == POWER:
+        # log R = log(u/s) - tilt log(so/s); exponents as large as that cost w their own rounding, 9e-8 of each
+        ok = ok & (u > 0.0) & (tl.abs(tl.log(u / s) - tilt * tl.log(so / s)) < 8.0)
+    return ok
+
+
+@triton.jit
+def missing(s, so, d, FAMILY: tl.constexpr, CENTERED: tl.constexpr):
+    """h: what the reference lacks, in units of y."""
+    if FAMILY == MOMENTS:
+        return d / s if CENTERED else d * 0.0
+    else:
+        near = tl.abs(d) < 0.5 * s
+        return tl.where(near, log1p64(tl.where(near, d / s, 0.0)), tl.log(so / s))
+
+
+@triton.jit
+def log_power_sum(s, p, u, h, tilt):
+    """log R, from sums that hold their digits where R is not near 1; near 1 it comes from F."""
+    near = tl.abs(p) < 0.5 * s
+    return tl.where(near, log1p64(tl.where(near, p / s, 0.0)), tl.log(u / s)) - tilt * h
+
+
+@triton.jit
+def divergence(s, d, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr):
+    """(D, whether its sum cancels) from sums whose y still has h to lose. f is (1 - tilt) F s where FAMILY is POWER."""
+    if FAMILY == MOMENTS:
+        F = tl.maximum(f / s - 0.5 * h * h, 0.0) if CENTERED else f / s
+        F = tl.where(f < INF, F, INF)  # masks that differ
+        value = tl.where((tilt == 0.0) & finite(F), 0.0, F * tl.where(tilt == 0.0, 1.0, tilt))
+        return value, f > 16.0 * s * F
+    else:
+        b = wide(tilt)
+        x = expm164(-h)
+        if FAMILY == POWER:
+            xt = expm164(-b * h)
+            own = (1.0 + xt) * f / (1.0 - b)
+            still = s * (psi64(-h) - psi64(-b * h) / b) / (1.0 - b)
+            cross = d * (x - xt) / (1.0 - b)
+        else:
+            own = f
+            still = s * psi64(-h)
+            cross = d * x
+        F = tl.where(finite(f), tl.maximum(own + still + cross, 0.0) / s, INF)
+        cancels = own + still + tl.abs(cross) > 16.0 * s * F
+        if FAMILY == POWER:
+            near = tl.abs(log_r) < 0.4
+            log_r = tl.where(near, log1p64(tl.where(near, -b * (1.0 - b) * F, 0.0)), log_r)
+            return log_r / (b - 1.0 if BASE_Z else -b), cancels & near
+        else:
+            return F, cancels
+
+
+@triton.jit
+def coefficients(s, left, log_r, scale, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
+    """(A, P, C, direct): scale T dD/dz = A em + P et + C e, where y is d + left; with eu for et where R is far from 1."""
+    unit = scale / s
+    direct = tl.abs(log_r) > 1.0
+    if FAMILY == MOMENTS:
+        return (unit * tilt).to(tl.float32), 0.0, (-unit * tilt * left).to(tl.float32), direct
+    else:
+        x = expm164(-left)
+        if FAMILY == POWER:
+            P = (-unit * tl.exp(-tilt * left - log_r)).to(tl.float32)
+            less = tl.where(direct, -1.0, expm164(-tilt * left - log_r))
+            if BASE_Z:
+                return 0.0, P, (-unit * less).to(tl.float32), direct
+            else:
+                return (unit * (1.0 + x)).to(tl.float32), P, (unit * (x - less)).to(tl.float32), direct
+        else:
+            return (unit * (1.0 + x)).to(tl.float32), 0.0, (unit * x).to(tl.float32), direct
+
+
+@triton.jit
+def shifted(K, h, c, k, FAMILY: tl.constexpr, CARRY: tl.constexpr):
+    """(K, K_low, left): K + h as the second sweep takes it, and what that leaves of it. h is c's, which k is a rounding away from."""
+    exact = wide(K) + (h if FAMILY == MOMENTS else h * (wide(k) * LOG2E / c))
+    high = exact.to(tl.float32)
+    low = (exact - high).to(tl.float32)
+    if not CARRY:
+        low = low * 0.0
+    return high, low, exact - high - low
+
+
+@triton.jit
+def entropy(others, ties, own, top, c):
+    """sum p (log sum e - log e), the sum without its largest term, which would swamp the others. The sums are over 2^M of top."""
+    unit = tl.exp((wide(top) * c - tl.ceil(top * c)) / LOG2E)
+    rest = others / unit + (ties - 1.0)
+    return own / unit / LOG2E / (1.0 + rest) + log1p64(rest)
+
+
+@triton.jit
+def hard_term(hard, label_logit, hard_M):
+    """(cross entropy, 2^{z_label log2(e) - hard_M} + the others)."""
+    x = (wide(label_logit) * LOG2E_SINGLE - hard_M) / LOG2E
+    own = tl.exp(x)
+    there = own > 1e-200
+    value = tl.where(there, log1p64(hard / tl.where(there, own, 1.0)), tl.log(hard) - x)
+    return tl.where(own == own, value, own), own + hard
+
+
+@triton.jit
+def weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD: tl.constexpr):
+    """The loss of a row. value_scale comes as two factors, whose product need not be a float."""
+    scale = wide(value_scale) * value_unit
+    loss = tl.where(scale == 0.0, 0.0, scale * value)
+    if HARD:
+        loss += hard_scale * hard_value
+    return weight * loss
+
+
+# ---------------------------------------------------------------- where rows are
+
+
+@triton.jit
+def row_at(row, inner, outer_stride, inner_stride, R: tl.constexpr, ACCESS: tl.constexpr):
+    """(offset of the row's window, place of class 0 in it): the window begins on 16 bytes unless ACCESS is SCALAR."""
+    start = row // inner * outer_stride + row % inner * inner_stride
+    if ACCESS == SCALAR:
+        return start, 0
+    else:
+        aligned = start // R * R
+        return aligned, (start - aligned).to(tl.int32) if ACCESS == WINDOW else 0
+
+
+@triton.jit
+def label_of(LABELS, Z, row, edge, vocab):
+    """(label, its logit): nan for a label outside the vocabulary."""
+    label = tl.load(LABELS + row)
+    known = (label >= 0) & (label < vocab)
+    logit = tl.load(Z + edge + label, mask=known, other=float("nan")).to(tl.float32)
+    return tl.where(known, label, -1).to(tl.int32), logit
+
+
+# ---------------------------------------------------------------- the kernels: a row to a program
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"])
+def loss_rows(
+    Z, V, G, LABELS, WEIGHTS, LOSS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
+    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The operator's contract (ops.py), nan where a row has to be computed again by `careful_rows`."""
+    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = long(index)
+        weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
+        z_at, edge = row_at(row, inner, z_outer, z_inner, R, ACCESS)
+        v_at, _ = row_at(row, inner, v_outer, v_inner, R, ACCESS)
+        g_at, _ = row_at(row, inner, g_outer, g_inner, R, ACCESS)
+        if GRAD:
+            write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
+        if weight == 0.0:
+            tl.store(LOSS + row, weight)
+        else:
+            one_row(
+                Z + z_at, V + v_at, G + g_at, LABELS, LOSS, row, weight, edge, vocab,
+                c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
+            )  # fmt: skip
+
+
+@triton.jit
+def one_row(
+    Z, V, G, LABELS, LOSS, row, weight, edge, vocab,
+    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    if BASE_Z:
+        BASE, OTHER = Z, V
+    else:
+        BASE, OTHER = V, Z
+    b0, o0 = 0.0, 0.0
+    if WHOLE:
+        b0, o0 = load(BASE, 0, edge, vocab, ACCESS, "", RB, R), load(OTHER, 0, edge, vocab, ACCESS, "", RB, R)
+    label, label_logit = -1, LOW
+    if HARD:
+        label, label_logit = label_of(LABELS, Z, row, edge, vocab)
+    top, K, top_o = sample(BASE, OTHER, b0, o0, edge, vocab, c, k, FAMILY, CENTERED, WHOLE)
+    hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
+    top, s, so, d, p, u, hard, f = first_sweep(
+        BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
+        FAMILY, BASE_Z, HARD, not GRAD, CARRY, ACCESS, WHOLE, RB, R,
+    )  # fmt: skip
+    loss = wide(float("nan"))
+    if settled(s, so, d, u, hard, top, K, c, tilt, FAMILY):
+        h = missing(s, so, d, FAMILY, CENTERED)
+        log_r = log_power_sum(s, p, u, h, tilt) if FAMILY == POWER else h * 0.0
+        hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
+        value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+        if again | GRAD | (FAMILY == ENTROPY):
+            K, K_low, left = shifted(K, h, c, k, FAMILY, CARRY)
+            A, P, C, direct = coefficients(s, left, log_r, weight * grad_scale, tilt, FAMILY, BASE_Z)
+            d, f, others, ties, own = second_sweep(
+                BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, P, C, direct,
+                hard_M, hard_factor, hard_label,
+                c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
+            )  # fmt: skip
+            value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
+            if FAMILY == ENTROPY:
+                value += entropy(others, ties, own, top, c)
+        loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
+    tl.store(LOSS + row, loss)
+
+
+@triton.jit
+def hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD: tl.constexpr):
+    """(cross entropy, factor of 2^{z log2(e) - hard_M} in its gradient, its gradient at the label)."""
+    if HARD:
+        value, sum_of_all = hard_term(hard, label_logit, hard_M)
+        factor = weight * hard_grad_scale / sum_of_all
+        return value, factor.to(tl.float32), (-factor * hard).to(tl.float32)
+    else:
+        return hard, 0.0, 0.0
+
+
+# ---------------------------------------------------------------- several programs to a row
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"])
+def loss_parts(
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATE, COUNTERS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
+    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """`loss_rows` with PARTS programs to a row, which exchange their sums through STATE, [rows, PARTS, SLOTS].
+
+    A part is a ticket, drawn in order, so that the parts a program waits for have all begun, or will on a program that waits for nobody.
+    COUNTERS, zeros: tickets, then for each row how many parts have published their sums and how many have finished. The interpreter,
+    which runs programs one after another, launches the two phases one after another.
+    """
+    if PHASE == BOTH:
+        ticket = tl.atomic_add(COUNTERS, 1)
+    else:
+        ticket = tl.program_id(0)
+    while ticket < rows * PARTS:
+        row = long(ticket // PARTS)
+        part = ticket % PARTS
+        weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
+        z_at, edge = row_at(row, inner, z_outer, z_inner, R, ACCESS)
+        v_at, _ = row_at(row, inner, v_outer, v_inner, R, ACCESS)
+        g_at, _ = row_at(row, inner, g_outer, g_inner, R, ACCESS)
+        if GRAD and PHASE != PUBLISH:
+            if part == 0:
+                write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
+        if weight == 0.0:
+            tl.store(LOSS + row, weight)
+        else:
+            one_part(
+                Z + z_at, V + v_at, G + g_at, LABELS, LOSS, STATE + row * (PARTS * SLOTS), COUNTERS + 1 + 2 * row, row, part, weight, edge,
+                vocab, c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, PHASE, RB, R,
+            )  # fmt: skip
+        if PHASE == BOTH:
+            ticket = tl.atomic_add(COUNTERS, 1)
+        else:
+            ticket += rows * PARTS
+
+
+@triton.jit
+def one_part(
+    Z, V, G, LABELS, LOSS, STATE, COUNTERS, row, part, weight, edge, vocab,
+    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    if BASE_Z:
+        BASE, OTHER = Z, V
+    else:
+        BASE, OTHER = V, Z
+    size = tl.cdiv(edge + vocab, PARTS * RB * R) * (RB * R)
+    first = part * size
+    last = tl.minimum(first + size, edge + vocab)
+    if PHASE != FINISH:
+        publish(
+            BASE, OTHER, Z, LABELS, STATE + part * SLOTS, row, first, last, edge, vocab, c, k, tilt, inverse_tilt,
+            FAMILY, BASE_Z, CENTERED, HARD, not GRAD, CARRY, ACCESS, RB, R,
+        )  # fmt: skip
+    if PHASE == BOTH:
+        tl.debug_barrier()
+        arrived = tl.atomic_add(COUNTERS, 1, sem="acq_rel") + 1
+        while arrived < PARTS:
+            arrived = tl.atomic_add(COUNTERS, 0, sem="acquire")
+    if PHASE != PUBLISH:
+        finish(
+            BASE, OTHER, G, LABELS, LOSS, STATE, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
+            c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+            FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, RB, R,
+        )  # fmt: skip
+
+
+@triton.jit
+def publish(
+    BASE, OTHER, Z, LABELS, SLOT, row, first, last, edge, vocab, c, k, tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The first sweep of a part. All parts sample the same classes, so that they have the same reference."""
+    label, label_logit = -1, LOW
+    if HARD:
+        label, label_logit = label_of(LABELS, Z, row, edge, vocab)
+    top, K, top_o = sample(BASE, OTHER, 0.0, 0.0, edge, vocab, c, k, FAMILY, CENTERED, False)
+    hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
+    top, s, so, d, p, u, hard, f = first_sweep(
+        BASE, OTHER, 0.0, 0.0, first, last, edge, vocab, label, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
+        FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, False, RB, R,
+    )  # fmt: skip
+    tl.store(SLOT, top.to(tl.float64))
+    tl.store(SLOT + 1, s)
+    tl.store(SLOT + 2, so)
+    tl.store(SLOT + 3, d)
+    tl.store(SLOT + 4, p)
+    tl.store(SLOT + 5, u)
+    tl.store(SLOT + 6, hard)
+    tl.store(SLOT + 7, f)
+    # what the second phase cannot find again where the gradient takes the logits' place
+    tl.store(SLOT + 8, K.to(tl.float64))
+    tl.store(SLOT + 9, hard_M.to(tl.float64))
+    tl.store(SLOT + 10, wide(label_logit))
+
+
+@triton.jit
+def merged(STATE, slot: tl.constexpr, unit, PARTS: tl.constexpr):
+    """The sum over parts of one number, in a fixed order; past the first-level cache, which another program's stores do not reach."""
+    return tl.sum(unit * tl.load(STATE + slot + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg"), 0)
+
+
+@triton.jit
+def finish(
+    BASE, OTHER, G, LABELS, LOSS, STATE, DONE, row, part, first, last, weight, edge, vocab,
+    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The second sweep of a part; whoever is last adds the parts up."""
+    tops = tl.load(STATE + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
+    largest = tl.max(tops, 0)
+    top = largest.to(tl.float32)
+    one = tl.full([PARTS], 1.0, tl.float64)
+    unit = one
+    if FAMILY != MOMENTS:
+        unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
+    s, so, d = merged(STATE, 1, unit, PARTS), merged(STATE, 2, unit, PARTS), merged(STATE, 3, unit, PARTS)
+    p, u, f = merged(STATE, 4, unit, PARTS), merged(STATE, 5, unit, PARTS), merged(STATE, 7, unit, PARTS)
+    hard = merged(STATE, 6, one, PARTS)
+    K = tl.load(STATE + part * SLOTS + 8).to(tl.float32)
+    hard_M = tl.load(STATE + part * SLOTS + 9).to(tl.float32)
+    label_logit = tl.load(STATE + part * SLOTS + 10).to(tl.float32)
+    label = tl.load(LABELS + row).to(tl.int32) if HARD else -1
+    if settled(s, so, d, u, hard, top, K, c, tilt, FAMILY):
+        h = missing(s, so, d, FAMILY, CENTERED)
+        log_r = log_power_sum(s, p, u, h, tilt) if FAMILY == POWER else h * 0.0
+        hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
+        value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+        last_one = part == 0
+        if again | GRAD | (FAMILY == ENTROPY):
+            K, K_low, left = shifted(K, h, c, k, FAMILY, CARRY)
+            A, P, C, direct = coefficients(s, left, log_r, weight * grad_scale, tilt, FAMILY, BASE_Z)
+            d, f, others, ties, own = second_sweep(
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
+                c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
+            )  # fmt: skip
+            SLOT = STATE + part * SLOTS + 11
+            tl.store(SLOT, d)
+            tl.store(SLOT + 1, f)
+            tl.store(SLOT + 2, others)
+            tl.store(SLOT + 3, ties)
+            tl.store(SLOT + 4, own)
+            tl.debug_barrier()
+            last_one = tl.atomic_add(DONE, 1, sem="acq_rel") == PARTS - 1
+            if last_one:
+                d, f = merged(STATE, 11, one, PARTS), merged(STATE, 12, one, PARTS)
+                value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
+                if FAMILY == ENTROPY:
+                    value += entropy(merged(STATE, 13, one, PARTS), merged(STATE, 14, one, PARTS), merged(STATE, 15, one, PARTS), top, c)
+        if last_one:
+            tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+    else:
+        tl.store(LOSS + row, wide(float("nan")))
+
+
+# ---------------------------------------------------------------- rows out of a float's range, and orders 0 and inf: fp64
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"])
+def careful_rows(
+    Z, V, G, LABELS, WEIGHTS, LOSS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
+    k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
+    ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The operator's contract in the textbook's order and fp64, for every row or for those whose loss is nan; ROWS rows to a program."""
+    first = tl.program_id(0) * ROWS
+    some = tl.full([], 1, tl.int32)
+    if not ALL:
+        several = first + tl.arange(0, ROWS)
+        losses = tl.load(LOSS + several, mask=several < rows, other=0.0)
+        some = tl.max((losses != losses).to(tl.int32), 0)
+    if some > 0:
+        for index in tl.range(first, tl.minimum(first + ROWS, rows)):
+            row = long(index)
+            weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
+            lost = tl.full([], 1, tl.int32)
+            if not ALL:
+                loss = tl.load(LOSS + row)
+                lost = (loss != loss).to(tl.int32)
+            g_at = row // inner * g_outer + row % inner * g_inner
+            if ALL & GRAD:
+                write_zeros(G + g_at, tl.where(weight == 0.0, 0, vocab), width, BLOCK)
+            if weight == 0.0:
+                tl.store(LOSS + row, weight)
+            elif lost > 0:
+                careful_row(
+                    Z + (row // inner * z_outer + row % inner * z_inner), V + (row // inner * v_outer + row % inner * v_inner), G + g_at,
+                    LABELS, LOSS, row, weight, vocab, wide(k), wide(tilt), value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                    FAMILY, BASE_Z, CENTERED, HARD, GRAD, BLOCK,
+                )  # fmt: skip
+
+
+@triton.jit
+def block64(Z, V, at, vocab, BLOCK: tl.constexpr):
+    """(z, v, class) of a block, -inf beyond the row."""
+    cols = at + tl.arange(0, BLOCK)
+    z = tl.load(Z + cols, mask=cols < vocab, other=-INF).to(tl.float64)
+    return z, tl.load(V + cols, mask=cols < vocab, other=-INF).to(tl.float64), cols
+
+
+@triton.jit
+def near_expm1(p, x):
+    """p (e^x - 1) for |x| < 1/2."""
+    return p * (x + psi_series(x))
+
+
+@triton.jit
+def chosen_classes(z, v, least, FAMILY: tl.constexpr):
+    """The classes that w is q restricted to: order 0, the teacher's support; order inf, where z - v is least, as the logits are given."""
+    if FAMILY == ZERO:
+        return v > -INF
+    else:
+        return (z - v == least) & (z > -INF)
+
+
+@triton.jit
+def careful_row(
+    Z, V, G, LABELS, LOSS, row, weight, vocab, k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = 1.0 - tilt if BASE_Z else tilt
+    zero = tl.zeros([BLOCK], tl.float64)
+    top_z, top_v, least = zero - INF, zero - INF, zero + INF
+    bad = tl.zeros([BLOCK], tl.int32)
+    lone_p, lone_q = bad, bad
+    for at in tl.range(0, vocab, BLOCK):
+        z, v, _ = block64(Z, V, at, vocab, BLOCK)
+        top_z, top_v = tl.maximum(top_z, z), tl.maximum(top_v, v)
+        bad |= ((z != z) | (v != v)).to(tl.int32)
+        lone_p |= ((z == -INF) & (v > -INF)).to(tl.int32)
+        lone_q |= ((v == -INF) & (z > -INF)).to(tl.int32)
+        least = tl.minimum(least, tl.where(v > -INF, z - v, INF))
+    mz, mv, least = tl.max(top_z, 0), tl.max(top_v, 0), tl.min(least, 0)
+    broken = (tl.max(bad, 0) > 0) | (finite(mz) == 0) | (finite(mv) == 0)
+    has_lone_p, has_lone_q = tl.max(lone_p, 0) > 0, tl.max(lone_q, 0) > 0
+    mz, mv = tl.where(broken, 0.0, mz), tl.where(broken, 0.0, mv)
+    gap = mz - mv
+
+    # sums relative to both maxima
+    sz, sv, sd, rest, top_u, top_set = zero, zero, zero, zero, zero - INF, zero - INF
+    for at in tl.range(0, vocab, BLOCK):
+        z, v, _ = block64(Z, V, at, vocab, BLOCK)
+        both = (z > -INF) & (v > -INF)
+        t = tl.where(both, z - v, gap) - gap
+        if FAMILY == MOMENTS:
+            sv += both.to(tl.float64)
+            sd += tl.where(both, z - v, 0.0)
+        else:
+            ez, ev, y = tl.exp((z - mz) * k), tl.exp((v - mv) * k), t * k
+            sz += ez
+            sv += ev
+            sd += tl.where(both & (tl.abs(y) < 0.5), near_expm1(ev, y), ez - ev)
+            if FAMILY == POWER:
+                top_u = tl.maximum(top_u, tl.where(both, (v - mv) * k + b * y, -INF))
+            if FAMILY >= ZERO:
+                chosen = chosen_classes(z, v, least, FAMILY)
+                rest += tl.where(chosen, 0.0, ez)
+                top_set = tl.maximum(top_set, tl.where(chosen, z, -INF))
+    sum_z, sum_v, sum_d = tl.sum(sz, 0), tl.sum(sv, 0), tl.sum(sd, 0)
+    if FAMILY == MOMENTS:
+        count = tl.maximum(sum_v, 1.0)
+        shift = sum_d / count if CENTERED else sum_d * 0.0
+    else:
+        near = tl.abs(sum_d) < 0.5 * sum_v
+        shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
+
+    infinite = has_lone_p
+    log_r, mu, sum_u, set_top, sum_set, outside = shift * 0.0, shift * 0.0, shift * 0.0 + 1.0, mz, shift * 0.0, shift * 0.0
+    if FAMILY == POWER:
+        mu = tl.max(top_u, 0)
+        infinite = tl.where(b < 0.0, has_lone_p, mu == -INF)
+        mu = tl.where(mu == -INF, 0.0, mu)
+        su = zero
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            both = (z > -INF) & (v > -INF)
+            t = tl.where(both, z - v, gap) - gap
+            su += tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0)
+        sum_u = tl.where(infinite, 1.0, tl.sum(su, 0))
+        log_r = tl.where(infinite, 0.0, mu + tl.log(sum_u) - tl.log(sum_v) - b * shift)
+    if FAMILY >= ZERO:
+        outside, set_top = tl.sum(rest, 0), tl.max(top_set, 0)
+        empty = set_top == -INF
+        set_top = tl.where(empty, 0.0, set_top)
+        inside = zero
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            inside += tl.where(chosen_classes(z, v, least, FAMILY), tl.exp((z - set_top) * k), 0.0)
+        sum_set = tl.where(empty, 1.0, tl.sum(inside, 0))
+        infinite = empty if FAMILY == ZERO else has_lone_p
+        if FAMILY == ZERO:
+            value = log1p64(outside / (sum_set * tl.exp((set_top - mz) * k)))
+        else:
+            value = tl.where(outside == 0.0, 0.0, tl.maximum(shift - (least - gap) * k, 0.0))
+        outside = tl.where(infinite, 0.0, outside)
+    else:
+        value = shift * 0.0
+        f, own = zero, zero
+        R = tl.exp(log_r)
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            both = (z > -INF) & (v > -INF)
+            t = tl.where(both, z - v, gap) - gap
+            if FAMILY == MOMENTS:
+                x = tl.where(both, (z - v) - shift, 0.0)
+                f += 0.5 * x * x
+            else:
+                p, q, d = tl.exp((v - mv) * k) / sum_v, tl.exp((z - mz) * k) / sum_z, t * k - shift
+                if FAMILY == POWER:
+                    w = tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u
+                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, tl.abs, tl.where)
+                    term = tl.where(both, term, tl.where(v == -INF, q, p * (1.0 / b - 1.0))) / (1.0 - b)
+                else:
+                    _, term = kl_terms(p, q, d, psi_series, tl.abs, tl.where)
+                    term = tl.where(both, term, q)
+                f += term
+                own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
+        F = tl.maximum(tl.sum(f, 0), 0.0)
+        if FAMILY == MOMENTS:
+            infinite = tl.where(tilt == 0.0, has_lone_q, has_lone_p | has_lone_q)
+            value = tilt * F / count
+        elif FAMILY == POWER:
+            log_r = tl.where(tl.abs(log_r) < 0.4, log1p64(tl.where(tl.abs(log_r) < 0.4, -b * (1.0 - b) * F, 0.0)), log_r)
+            value = -log_r / b
+        else:
+            value = F
+            if FAMILY == ENTROPY:
+                value += tl.sum(own, 0)
+    value = tl.where(broken, float("nan"), tl.where(infinite, INF, value))
+
+    hard_value, hard_factor, hard_label, label = value * 0.0, value * 0.0, value * 0.0, -1
+    if HARD:
+        label, label_logit = label_of(LABELS, Z, row, 0, vocab)
+        others = zero
+        for at in tl.range(0, vocab, BLOCK):
+            z, _, cols = block64(Z, V, at, vocab, BLOCK)
+            others += tl.where(cols == label, 0.0, tl.exp(z - mz))
+        hard = tl.sum(others, 0)
+        own_share = tl.exp(label_logit - mz)
+        sum_of_all = own_share + hard
+        hard_value = tl.where(own_share == 1.0, log1p64(hard), tl.log(sum_of_all) + (mz - label_logit))
+        hard_factor = weight * hard_grad_scale / sum_of_all
+        hard_label = -hard_factor * hard
+        hard_value = tl.where(broken, float("nan"), hard_value)
+    if GRAD:
+        soft = tl.where(broken, float("nan"), weight * grad_scale)
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, cols = block64(Z, V, at, vocab, BLOCK)
+            both = (z > -INF) & (v > -INF)
+            t = tl.where(both, z - v, gap) - gap
+            if FAMILY == MOMENTS:
+                g = tl.where(both, (z - v) - shift, 0.0) * (tilt / count)
+            else:
+                q = tl.exp((z - mz) * k) / sum_z
+                if FAMILY >= ZERO:
+                    in_set = tl.exp((z - set_top) * k) * (outside / sum_z / sum_set)
+                    g = tl.where(chosen_classes(z, v, least, FAMILY), -in_set, q)
+                else:
+                    p, d = tl.exp((v - mv) * k) / sum_v, t * k - shift
+                    x, w = zero, p
+                    if FAMILY == POWER:
+                        x = tl.where(infinite, 0.0, b * d - log_r)
+                        w = tl.where(infinite, p, tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u)
+                    alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
+                    g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)
+                g = tl.where(z == -INF, 0.0, g)
+            g = soft * g
+            if HARD:
+                g += tl.where(cols == label, hard_label, hard_factor * tl.exp(z - mz))
+            tl.store(G + cols, g.to(tl.float32).to(G.dtype.element_ty), mask=cols < vocab)
+    loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
+    tl.store(LOSS + row, tl.where(broken, float("nan"), loss))
+
+
+# ---------------------------------------------------------------- log-softmax, and a factor
+
+
+@triton.jit
+def times(x, k, k_low):
+    """x (k + k_low), rounded once for what matters of it."""
+    return tl.fma(x, k, tl.where(finite(x), x, 0.0) * k_low)
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def log_softmax_rows(X, U, OUT, vocab, k, k_low, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """log softmax(k x) of contiguous rows, k + k_low for k, or its gradient k (u - softmax(k x) sum u)."""
+    start = tl.program_id(0).to(tl.int64) * vocab
+    top = tl.full([BLOCK], LOW, tl.float32)
+    s, upstream = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for at in tl.range(0, vocab, BLOCK):
+        cols = at + tl.arange(0, BLOCK)
+        x = tl.load(X + start + cols, mask=cols < vocab, other=-INF, eviction_policy="evict_last").to(tl.float32)
+        new = tl.maximum(top, x)
+        s = s * tl.exp(times(top - new, k, k_low)) + tl.exp(times(x - new, k, k_low))
+        top = new
+        if BACKWARD:
+            upstream += tl.load(U + start + cols, mask=cols < vocab, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    largest = tl.max(top, 0)
+    lanes = s.to(tl.float64) * tl.exp(times(top - largest, k, k_low))
+    every = tl.where(largest > LOW, tl.sum(lanes, 0), float("nan"))
+    log_sum = tl.log(every)
+    if every < 1.5:  # one class has nearly all: what the others have, to its own digits
+        others = tl.zeros([BLOCK], tl.float32)
+        for at in tl.range(0, vocab, BLOCK):
+            cols = at + tl.arange(0, BLOCK)
+            x = tl.load(X + start + cols, mask=cols < vocab, other=-INF).to(tl.float32)
+            others += tl.where(x == largest, 0.0, tl.exp(times(x - largest, k, k_low)))
+        log_sum = log1p64(total(others))
+    u = total(upstream)
+    for at in tl.range(0, vocab, BLOCK):
+        cols = at + tl.arange(0, BLOCK)
+        x = tl.load(X + start + cols, mask=cols < vocab, other=-INF, eviction_policy="evict_first").to(tl.float32)
+        a = times(x - largest, k, k_low)
+        if BACKWARD:
+            upstream = tl.load(U + start + cols, mask=cols < vocab, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            out = (upstream - tl.exp(a) * (u / every).to(tl.float32)) * k
+        else:
+            out = a - log_sum.to(tl.float32)
+        tl.store(OUT + start + cols, out.to(OUT.dtype.element_ty), mask=cols < vocab)
+
+
+@triton.jit(do_not_specialize=["count"])
+def scale_all(X, FACTOR, count, BLOCK: tl.constexpr):
+    """X *= FACTOR, a number on the device; nothing is read of X where that is 1."""
+    factor = tl.load(FACTOR)
+    if factor != 1.0:
+        cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(X + cols, mask=cols < count)
+        tl.store(X + cols, (x.to(tl.float32) * factor).to(X.dtype.element_ty), mask=cols < count)

@@ -1,0 +1,41 @@
+"""Triton's interpreter brought to the arithmetic of the hardware: bfloat16 rounds to nearest, a fused multiply-add rounds once.
+
+As it comes it truncates to bfloat16, and before Triton 3.9 rounds the product of an fma; both would be seen as errors of the kernels.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+_cast = Builder.cast_impl
+
+
+def cast(self, source, target):
+    kinds = source.dtype.scalar, target.scalar
+    if kinds == (tl.bfloat16, tl.float32):
+        return Handle((source.data.astype(np.uint32) << 16).view(np.float32), target.scalar)
+    if kinds == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
+        return Handle(rounded.view(torch.int16).numpy().view(np.uint16), target.scalar)
+    return _cast(self, source, target)
+
+
+def convert(self, source, target, rounding):
+    return cast(self, source, target)
+
+
+def fma(self, x, y, z):
+    return Handle((x.data.astype(np.float64) * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+
+def approximate_exp2(self, x):
+    """exp2 with errors as large as the GPU's ex2.approx.ftz has them, 2^-22 relative; a function of x, as there."""
+    finite = np.where(np.isfinite(x.data), x.data, 0).astype(np.float64)
+    return Handle((np.exp2(x.data) * (1 + 2.0**-22 * np.sin(12345.678 * finite))).astype(x.data.dtype), x.dtype.scalar)
+
+
+def install():
+    Builder.cast_impl, Builder.create_fp_trunc, Builder.create_fp_ext, Builder.create_fma = cast, cast, cast, fma
+    Builder.create_fp_to_fp = convert

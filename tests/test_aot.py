@@ -1,0 +1,42 @@
+"""The Triton kernels compiled for GPUs that are not here: no spills, registers within the plan's residency, 16-byte accesses."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "aot.py"
+
+
+def compile_for(*targets: str, more: tuple[str, ...] = ()) -> str:
+    """In a process of its own: here the kernels belong to the interpreter."""
+    command = [sys.executable, str(SCRIPT), "--check", "--targets", *targets, *more]
+    found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+def test_covering_set(target):
+    lines = compile_for(target).splitlines()
+    assert all(any(kernel in x for x in lines) for kernel in ("loss_rows", "loss_parts", "careful_rows"))
+
+
+def test_faults_are_found(tmp_path):
+    """A kernel that is given too few registers spills, and says so."""
+    code = f"""
+import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})
+import dataclasses, aot
+from kdkernels.backends import triton
+case, target = aot.Case(vocab=4096), aot.TARGETS["sm_90"]
+launches = case.launches(target.device)
+tight = [dataclasses.replace(x, registers=32) for x in launches]
+aot.Case.launches = lambda *_: tight[:1]
+(found,) = aot.compile_for(case, target)
+assert found.spills > 0 and found.registers <= 32 and "spills" in aot.faults(found)[0], found
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"}, check=True)

@@ -1,0 +1,306 @@
+"""The Triton backend's own matters: every kernel shape and layout, what is compiled, offsets beyond 2^31, nothing left over from a call.
+
+Its accuracy, options and edges are tested with those of the other backends. All under the interpreter, but for the tests marked gpu.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bounds import gradient_bound, value_bound
+from oracle import divergence_row, hard_row
+from rows import make_rows, with_masks
+
+from kdkernels import fused_kd_loss
+from kdkernels.backends import triton as backend
+from kdkernels.backends import triton_plan
+from kdkernels.backends.triton_plan import Device, plan
+
+pytestmark = pytest.mark.skipif(backend.unavailable(torch.device("cpu")) is not None, reason="needs TRITON_INTERPRET=1")
+
+# (classes, device) that lead to each kernel shape for three rows
+PATHS = {"whole": (700, Device(2, 32 << 20)), "rows": (9001, Device(2, 32 << 20)), "parts": (16500, Device(2, 32 << 20))}
+OPTIONS = {
+    "kl": {},
+    "cross_entropy": {"divergence": "cross_entropy"},
+    "order below 1/2": {"divergence": "renyi(0.3)"},
+    "order above 1/2": {"divergence": "renyi(0.7)", "temperature": 0.5},
+    "order above 1": {"divergence": "renyi(3)"},
+    "order 0": {"divergence": "renyi(0)"},
+    "order inf": {"divergence": "renyi(inf)"},
+    "limit": {"temperature": math.inf, "t_squared": True},
+    "hard": {"hard_weight": 0.3, "soft_weight": 0.7, "temperature": 4.0, "t_squared": True},
+    "hard, order": {"hard_weight": 0.3, "divergence": "renyi(0.3)", "temperature": 2.0},
+}
+
+
+def chosen(shape: str, rows: int = 3, size: int = 4) -> triton_plan.Plan:
+    vocab, device = PATHS[shape]
+    return plan(rows, vocab, size, size, False, device)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    def choose(device: Device) -> None:
+        monkeypatch.setattr(backend, "figures", lambda _: device)
+
+    return choose
+
+
+def expected(z, v, y, options):
+    """Row losses and their gradients from the oracle, float64."""
+    T = options.get("temperature", 1.0)
+    scale = options.get("soft_weight", 1.0) * (T**2 if options.get("t_squared") and T < math.inf else 1)
+    losses, grads = [], []
+    for i in range(len(z)):
+        wide = [x[i].double().numpy() for x in (z, v)]
+        D, g = divergence_row(*wide, options.get("divergence", "kl"), T)
+        loss, grad = scale * D, scale * g / (T if T < math.inf else 1)
+        if hard := options.get("hard_weight", 0.0):
+            D, g = hard_row(wide[0], int(y[i]))
+            loss, grad = loss + hard * D, grad + hard * g
+        losses.append(float(loss))
+        grads.append(torch.from_numpy(grad.astype(float)))
+    return torch.tensor(losses, dtype=torch.float64), torch.stack(grads)
+
+
+def run(z, v, y=None, **options):
+    x = z.clone().requires_grad_()
+    loss = fused_kd_loss(x * 1 if options.get("inplace") else x, v, y, backend="triton", **options)
+    loss.backward(torch.ones_like(loss))
+    return loss.detach(), x.grad
+
+
+def test_paths_are_what_they_are_called():
+    assert chosen("whole").whole and chosen("whole").parts == 1
+    assert not chosen("rows").whole and chosen("rows").parts == 1
+    assert chosen("parts").parts == 2
+
+
+@pytest.mark.parametrize("shape", PATHS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kernel_shape(shape, name, on):
+    """Value alone, and with the gradient: through "none", whose backward has per-row weights, and in place through "sum"."""
+    vocab, device = PATHS[shape]
+    on(device)
+    options = OPTIONS[name]
+    z, v = make_rows("plain", 2 if shape == "parts" else 3, vocab)
+    y = torch.arange(len(z)) * (vocab // 4) if "hard_weight" in options else None
+    exact, exact_grad = expected(z, v, y, options)
+    loss, grad = run(z, v, y, reduction="none", **options)
+    total, in_place = run(z, v, y, reduction="sum", inplace=True, **options)
+    order = 1 if options.get("divergence", "kl") in ("kl", "cross_entropy") else 2
+    torch.testing.assert_close(loss.double(), exact, rtol=value_bound(order, vocab, 1.0, 0.0, 1.0), atol=1e-30)
+    assert total.item() == pytest.approx(exact.sum().item(), rel=1e-6)
+    for g in (grad, in_place):
+        for i in range(len(z)):
+            bound = gradient_bound(order, float(exact_grad[i].norm()))
+            assert float((g[i].double() - exact_grad[i]).norm()) <= bound
+
+
+@pytest.mark.parametrize("shape", ["rows", "parts"])
+@pytest.mark.parametrize("order", [1.0, 0.3, 3.0])
+def test_values_that_cancel_take_a_second_sweep(shape, order, on):
+    """Where the sampled classes say nothing of the row's mean difference, a value without a gradient is as accurate as with one."""
+    vocab, device = PATHS[shape]
+    on(device)
+    z, v = make_rows("close", 2, vocab)
+    z, v = z.clone(), v.clone()
+    z[:, vocab // 3 :: 7] += 3  # elsewhere than the sample looks, for the most part
+    v[:, vocab // 3 :: 7] += 3.001
+    z[:, vocab // 2 + 40], v[:, vocab // 2 + 40] = 40.0, 43.0  # one class has nearly everything, at another difference
+    loss = fused_kd_loss(z, v, divergence=f"renyi({order})", temperature=20.0, reduction="none", backend="triton")
+    for i in range(2):
+        D = float(divergence_row(z[i].numpy(), v[i].numpy(), f"renyi({order})" if order != 1 else "kl", 20.0)[0])
+        assert abs(float(loss[i]) - D) <= value_bound(order, vocab, 20.0, 60 / 20, D)
+
+
+@pytest.mark.parametrize(("student", "teacher"), itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=2))
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_dtypes_and_windows(student, teacher, offset):
+    """Rows that begin on 16 bytes, off them by the same number of classes, and by different ones."""
+    rows, vocab = 3, 1001
+    z, v = make_rows("plain", rows, vocab + 8, student, teacher)
+    z, v = z[:, :vocab], v[:, :vocab] if offset else v[:, :vocab].contiguous()
+    x = torch.zeros(rows, vocab + 8, dtype=student)
+    x[:, offset % 8 : vocab + offset % 8] = z
+    x = x[:, offset % 8 : vocab + offset % 8].requires_grad_()
+    exact, exact_grad = expected(x.detach(), v, None, {})
+    loss = fused_kd_loss(x, v, reduction="none", backend="triton")
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach().double(), exact, rtol=1e-6, atol=0)
+    room = {torch.float32: 1e-6}.get(student, torch.finfo(student).eps)
+    assert float((x.grad.double() - exact_grad).norm()) <= room * float(exact_grad.norm())
+
+
+def layout_of(*tensors, vocab=None):
+    R = triton_plan.run(tensors[0].element_size(), tensors[1].element_size())
+    return backend._layout(list(tensors), R, vocab or tensors[0].shape[-1])[1]
+
+
+def test_accesses_are_as_wide_as_memory_allows():
+    bf16 = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")  # noqa: E731
+    assert layout_of(bf16(4, 4096), bf16(4, 4096)) == backend.EVEN
+    assert layout_of(bf16(4, 50257), bf16(4, 50257)) == backend.WINDOW
+    assert layout_of(bf16(4, 151936), bf16(4, 152064), vocab=151665) == backend.WINDOW  # Qwen's, padded differently
+    assert layout_of(bf16(4, 50257), bf16(4, 50264)) == backend.SCALAR
+    assert layout_of(bf16(4, 4096), bf16(4, 4096).float()) == backend.EVEN
+    assert layout_of(bf16(2, 3, 50257)[:, :2], bf16(2, 2, 50257)) == backend.SCALAR  # rows of two strides, not the same two
+    assert layout_of(bf16(2, 3, 50257)[:, :2], bf16(2, 3, 50257)[:, 1:]) == backend.SCALAR  # data that begins off 16 bytes
+
+
+def test_a_classes_neighbours_are_not_written():
+    """The edges of a window: gradients of one row leave those of the next, and what lies between them, alone."""
+    z, v = make_rows("plain", 4, 50)
+    base = torch.full((4, 64), 7.0)
+    logits = base[:, 3:53]
+    logits.copy_(z)
+    _, expected_grad = run(z, v, reduction="sum")
+    out = torch.ops.kdkernels.loss_and_grad(logits, v, None, None, logits, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 50, "triton")
+    assert out.isfinite().all()
+    torch.testing.assert_close(logits, expected_grad, rtol=1e-5, atol=1e-8)
+    assert (base[:, :3] == 7).all() and (base[:, 53:] == 7).all()
+
+
+def test_what_is_compiled_depends_on_no_number():
+    """A new number of rows, temperature, order or weight launches what was compiled before: only constexprs and types make a kernel."""
+
+    def kernels(rows, vocab, divergence="renyi(2)", T=2.0, weight=0.5, **options):
+        z = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
+        out = torch.empty(rows, dtype=torch.float64, device="meta")
+        factors = (weight, weight, 0.1 * weight, 0.2 * weight)
+        found = backend.launches(z, z, out.long(), None, z, divergence, T, *factors, vocab, out, Device(132, 50 << 20))
+        return [
+            (x.kernel, x.warps, *sorted((k, v) for k, v in x.arguments.items() if k.isupper() and not hasattr(v, "dtype"))) for x in found
+        ]
+
+    first = kernels(4096, 50257)
+    assert first == kernels(8000, 50257) == kernels(4097, 50257, "renyi(1.5)", 7.3, 0.01) == kernels(4096, 50257, "renyi(0.6)")
+    assert first != kernels(4096, 50257, "kl") and first != kernels(4096, 50264)
+    from kdkernels.backends import triton_kernels
+
+    for name in ("loss_rows", "loss_parts", "careful_rows", "log_softmax_rows", "scale_all"):
+        source = Path(triton_kernels.__file__).read_text()
+        head = source[: source.index(f"def {name}(")]
+        assert "do_not_specialize" in head[head.rindex("@triton.jit") :]
+
+
+def test_plans_fit_their_device():
+    """Rows between their sweeps fit the cache, parts are not too small, and the grid is that of the programs."""
+    for vocab, rows, size, device in itertools.product(
+        (1, 1000, 8192, 32768, 50257, 128256, 262144), (1, 7, 4096), (2, 4), (Device(108, 40 << 20), Device(304, 256 << 20, 64))
+    ):
+        p = plan(rows, vocab, size, size, True, device)
+        assert p.R * size == 16 and 1 <= p.parts <= triton_plan.MOST_PARTS and p.grid >= 1
+        if p.whole:
+            assert p.RB * p.R >= vocab + p.R - 1 and p.warps * device.warp <= 1024
+        else:
+            assert p.grid % p.parts == 0 and p.grid <= rows * p.parts
+            assert p.grid == p.parts or p.grid // p.parts * vocab * 2 * size <= triton_plan.CACHE_SHARE * device.cache
+            assert p.parts == 1 or vocab // p.parts >= triton_plan.SMALLEST_PART
+
+
+def test_repeats_bit_for_bit(on):
+    for shape in PATHS:
+        vocab, device = PATHS[shape]
+        on(device)
+        z, v = make_rows("plain", 2, vocab)
+        (a, g), (b, h) = (run(z, v, reduction="none", divergence="renyi(0.3)") for _ in range(2))
+        assert torch.equal(a, b) and torch.equal(g, h)
+
+
+def test_scale():
+    for dtype, factor in itertools.product((torch.float32, torch.bfloat16), (1.0, 0.5)):
+        x = torch.randn(3, 5000).to(dtype)
+        y = x.clone()
+        backend.scale_(y, torch.tensor(factor))
+        assert torch.equal(y, x * factor)
+    y = torch.ones(4, 6)[:, ::2]
+    backend.scale_(y, torch.tensor(3.0))
+    assert (y == 3).all()
+
+
+def test_float64_has_its_reason():
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="triton: it computes in fp32"):
+        fused_kd_loss(x, x, backend="triton")
+
+
+def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
+    """What the host cannot look at without waiting: the row is nan, and nothing is read out of bounds."""
+    z, v = make_rows("plain", 3, 100)
+    out, grad = torch.empty(3, dtype=torch.float64), torch.zeros_like(z)
+    y = torch.tensor([5, 10**12, -7])
+    for x in backend.launches(z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, out, Device(2, 32 << 20)):
+        x.run(z.device)
+    assert out[0].isfinite() and out[1:].isnan().all() and grad[0].isfinite().all()
+
+
+def test_offsets_beyond_int32():
+    """Two rows 2^31 elements apart, in a process of their own; the pages between them are never touched."""
+    code = """
+import torch
+from kdkernels import fused_kd_loss
+z = torch.empty(2**31 + 9000, dtype=torch.bfloat16).as_strided((2, 700), (2**31, 1))
+v, w = torch.randn(2, 700).bfloat16(), torch.randn(2, 700).bfloat16()
+z.copy_(w)
+out = torch.ops.kdkernels.loss_and_grad(z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 700, "triton")
+x = w.clone().requires_grad_()
+loss = fused_kd_loss(x, v, reduction="none", backend="triton")
+loss.sum().backward()
+torch.testing.assert_close(out.float(), loss.detach(), rtol=1e-6, atol=0)
+assert torch.equal(z, x.grad)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_masks_in_every_shape(where, on):
+    """Teachers cut to their top classes, padding, and D = +inf, whatever kernel meets them first."""
+    for shape in PATHS:
+        vocab, device = PATHS[shape]
+        on(device)
+        z, v = with_masks(*make_rows("plain", 2, vocab), where)
+        for divergence in ("kl", "renyi(0.3)") if shape != "parts" else ("renyi(3)",):
+            loss, grad = run(z, v, reduction="none", divergence=divergence)
+            for i in range(2):
+                D, g = divergence_row(z[i].numpy(), v[i].numpy(), divergence, 1.0)
+                assert float(loss[i]) == pytest.approx(float(D), rel=2e-6)
+                assert float((grad[i].double() - torch.from_numpy(g.astype(float))).norm()) <= 3e-6
+
+
+@pytest.mark.parametrize("shape", ["whole", "rows"])
+@pytest.mark.parametrize("T", [0.5, 1.0, 20.0, 1e4])
+@pytest.mark.parametrize("order", [1.0, 0.5, 0.9999, 2.0])
+def test_the_bounds_hold_with_the_hardwares_exponential(shape, T, order, on, monkeypatch):
+    """ex2.approx is right to 2^-22, four times worse than the interpreter's."""
+    interpreter = pytest.importorskip("interpreter")
+    monkeypatch.setattr(interpreter.Builder, "create_exp2", interpreter.approximate_exp2)
+    vocab, device = PATHS[shape]
+    on(device)
+    name = f"renyi({order})" if order != 1 else "kl"
+    for kind in ("plain", "offset", "peaked_teacher"):
+        z, v = make_rows(kind, 1, vocab)
+        loss, grad = run(z, v, reduction="none", divergence=name, temperature=T, soft_weight=T)
+        D, g = divergence_row(z[0].numpy(), v[0].numpy(), name, T)
+        assert abs(float(loss[0]) / T - float(D)) <= value_bound(order, vocab, T, 30 / T, float(D))
+        assert float((grad[0].double() - torch.from_numpy(g.astype(float))).norm()) <= gradient_bound(order, float((g**2).sum() ** 0.5))
+
+
+@pytest.mark.parametrize("shape", PATHS)
+def test_ordinary_rows_are_left_to_no_other_kernel(shape, on):
+    """What the fast kernels give up is rare: not the rows of models at the temperatures that they are distilled at."""
+    vocab, device = PATHS[shape]
+    on(device)
+    for kind, T, divergence in itertools.product(("plain", "independent", "peaked_teacher"), (1.0, 4.0), ("kl", "renyi(0.5)", "renyi(2)")):
+        z, v = make_rows(kind, 1, vocab)
+        out = torch.empty(1, dtype=torch.float64)
+        *fast, _ = backend.launches(z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, out, device)
+        for launch in fast:
+            launch.run(z.device)
+        assert out.isfinite().all(), (kind, T, divergence)
