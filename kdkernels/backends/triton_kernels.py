@@ -342,7 +342,7 @@ def settled(s, so, d, u, hard, top, K, c, tilt, FAMILY: tl.constexpr):
         ok = ok & finite(s) & finite(so) & (so > 0.0) & (tl.abs(top * c) < MOST) & (tl.abs(K) < MOST)
     if FAMILY == POWER:
         # log R = log(u/s) - tilt log(so/s); exponents as large as that cost w their own rounding, 9e-8 of each
-        ok = ok & (u > 0.0) & (tl.abs(tl.log(u / s) - tilt * tl.log(so / s)) < 8.0)
+        ok = ok & (u > 0.0) & (tl.abs(tl.log(u / s) - tilt * tl.log(so / s)) < 16.0)
     return ok
 
 
