@@ -37,6 +37,17 @@ kl_terms, power_terms, psi_short, psi_series = (
     _jit(f) for f in (math_of.kl_terms, math_of.power_terms, math_of.psi_short, math_of.psi_series)
 )
 
+
+@triton.jit
+def magnitude(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def select(condition, x, y):
+    return tl.where(condition, x, y)
+
+
 # families
 KL = tl.constexpr(0)
 ENTROPY = tl.constexpr(1)  # KL, and the teacher's entropy
@@ -191,10 +202,10 @@ def terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY: tl.constexpr,
             y = tl.minimum(y, BIG)  # +inf, and the nan of a class that neither has; e is 0 there
         if FAMILY == POWER:
             eu = tl.math.exp2(tl.fma(y, tilt * LOG2E, a))
-            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, tl.abs, tl.where)
+            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, magnitude, select)
             return e, em, et, eu, term
         else:
-            em, term = kl_terms(e, eo, y, psi_short, tl.abs, tl.where)
+            em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
             return e, em, em, e, term
 
 
@@ -884,10 +895,10 @@ def careful_row(
                 p, q, d = tl.exp((v - mv) * k) / sum_v, tl.exp((z - mz) * k) / sum_z, t * k - shift
                 if FAMILY == POWER:
                     w = tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u
-                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, tl.abs, tl.where)
+                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, magnitude, select)
                     term = tl.where(both, term, tl.where(v == -INF, q, p * (1.0 / b - 1.0))) / (1.0 - b)
                 else:
-                    _, term = kl_terms(p, q, d, psi_series, tl.abs, tl.where)
+                    _, term = kl_terms(p, q, d, psi_series, magnitude, select)
                     term = tl.where(both, term, q)
                 f += term
                 own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
