@@ -17,15 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
-from .triton_plan import Device, plan, run
+from .triton_plan import BOTH, EVEN, FAMILIES, FINISH, PUBLISH, SCALAR, SLOTS, WINDOW, Device, plan, run
 
 name = "triton"
-
-# as in triton_kernels.py
-FAMILIES = ("KL", "ENTROPY", "POWER", "MOMENTS", "ZERO", "INFINITY")
-EVEN, WINDOW, SCALAR = range(3)
-PUBLISH, FINISH, BOTH = range(3)
-SLOTS = 16
 
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8

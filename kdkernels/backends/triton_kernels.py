@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .. import divergence as math_of
+from . import triton_plan
 
 
 def _jit(f):
@@ -48,24 +49,11 @@ def select(condition, x, y):
     return tl.where(condition, x, y)
 
 
-# families
-KL = tl.constexpr(0)
-ENTROPY = tl.constexpr(1)  # KL, and the teacher's entropy
-POWER = tl.constexpr(2)  # orders other than 0, 1 and inf
-MOMENTS = tl.constexpr(3)  # T = inf; tilt is the limit's factor
-ZERO = tl.constexpr(4)  # order 0
-INFINITY = tl.constexpr(5)  # order inf
-
-# how rows lie in memory
-EVEN = tl.constexpr(0)  # every row starts and ends on 16 bytes
-WINDOW = tl.constexpr(1)  # student, teacher and gradient rows are off by the same number of classes: whole accesses, edges masked
-SCALAR = tl.constexpr(2)  # they are not: an access for each class
-
-# phases of a row that several programs share
-PUBLISH = tl.constexpr(0)
-FINISH = tl.constexpr(1)
-BOTH = tl.constexpr(2)
-SLOTS = tl.constexpr(16)  # fp64 numbers of state to a part
+KL, ENTROPY, POWER, MOMENTS, ZERO, INFINITY = (tl.constexpr(i) for i in range(len(triton_plan.FAMILIES)))
+EVEN, WINDOW, SCALAR = (tl.constexpr(x) for x in (triton_plan.EVEN, triton_plan.WINDOW, triton_plan.SCALAR))
+PUBLISH, FINISH, BOTH = (tl.constexpr(x) for x in (triton_plan.PUBLISH, triton_plan.FINISH, triton_plan.BOTH))
+SLOTS = tl.constexpr(triton_plan.SLOTS)
+NUMBERS = ["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"]  # compiled for any value
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_SINGLE = tl.constexpr(1.4426950216293335)  # as fp32 has it
@@ -489,7 +477,7 @@ def label_of(LABELS, Z, row, edge, vocab):
 # ---------------------------------------------------------------- the kernels: a row to a program
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"])
+@triton.jit(do_not_specialize=NUMBERS)
 def loss_rows(
     Z, V, G, LABELS, WEIGHTS, LOSS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
@@ -574,7 +562,7 @@ def hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD: tl.constex
 # ---------------------------------------------------------------- several programs to a row
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"])
+@triton.jit(do_not_specialize=NUMBERS)
 def loss_parts(
     Z, V, G, LABELS, WEIGHTS, LOSS, STATE, COUNTERS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
@@ -741,7 +729,7 @@ def finish(
 # ---------------------------------------------------------------- rows out of a float's range, and orders 0 and inf: fp64
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"])
+@triton.jit(do_not_specialize=NUMBERS)
 def careful_rows(
     Z, V, G, LABELS, WEIGHTS, LOSS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,

@@ -17,6 +17,15 @@ MOST_PARTS = 16
 WHOLE_CLASSES_PER_THREAD = 16
 TILE_WARPS = 4  # with a run of R classes of each row to a thread: twice as many classes take 40 registers more
 
+# what the launcher and the kernels say to each other
+# orders 1, 1 with the teacher's entropy, others; T = inf, where tilt is the limit's factor; order 0; order inf
+FAMILIES = ("KL", "ENTROPY", "POWER", "MOMENTS", "ZERO", "INFINITY")
+# every row starts and ends on 16 bytes; the rows of all tensors are off by the same number of classes; they are not: a class an access
+EVEN, WINDOW, SCALAR = range(3)
+# phases of a row that several programs share
+PUBLISH, FINISH, BOTH = range(3)
+SLOTS = 16  # fp64 numbers of state to a part
+
 
 @dataclass(frozen=True)
 class Device:
