@@ -1,6 +1,7 @@
-"""Triton's interpreter brought to the arithmetic of the hardware: bfloat16 rounds to nearest, a fused multiply-add rounds once.
+"""Triton's interpreter brought to the arithmetic of the hardware.
 
-As it comes it truncates to bfloat16, and before Triton 3.9 rounds the product of an fma; both would be seen as errors of the kernels.
+bfloat16 rounds to nearest, where it truncates; a fused multiply-add rounds once, and a minimum passes over nan, where those of
+Triton 3.6 do not. All three would be seen as errors of the kernels.
 """
 
 import numpy as np
@@ -30,6 +31,14 @@ def fma(self, x, y, z):
     return Handle((x.data.astype(np.float64) * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
 
 
+def minimum(self, x, y):
+    return self.binary_op(x, y, np.fmin)
+
+
+def maximum(self, x, y):
+    return self.binary_op(x, y, np.fmax)
+
+
 def approximate_exp2(self, x):
     """exp2 with errors as large as the GPU's ex2.approx.ftz has them, 2^-22 relative; a function of x, as there."""
     finite = np.where(np.isfinite(x.data), x.data, 0).astype(np.float64)
@@ -38,4 +47,4 @@ def approximate_exp2(self, x):
 
 def install():
     Builder.cast_impl, Builder.create_fp_trunc, Builder.create_fp_ext, Builder.create_fma = cast, cast, cast, fma
-    Builder.create_fp_to_fp = convert
+    Builder.create_fp_to_fp, Builder.create_minnumf, Builder.create_maxnumf = convert, minimum, maximum

@@ -1,4 +1,4 @@
-"""Triton: CUDA, ROCm and XPU from one source (triton_kernels.py); CPU tensors under its interpreter, for tests.
+"""Triton: CUDA, ROCm and XPU from one source (triton_kernels.py, triton_careful.py); CPU tensors under its interpreter, for tests.
 
 Everything that depends on a temperature, an order or a weight is a number computed here, in fp64, and handed over at run time; only flags
 and the geometry of a tile are compiled. Nothing here waits for the device.
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
-from .triton_plan import BOTH, EVEN, FAMILIES, FINISH, PUBLISH, SCALAR, SLOTS, WINDOW, Device, plan, run
+from .triton_plan import AGAIN, BOTH, EVEN, FAMILIES, FINISH, PUBLISH, SCALAR, SLOTS, WINDOW, Device, plan, run
 
 name = "triton"
 
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
 MOST_REGISTERS = 128  # of a thread, with 512 of them on a multiprocessor
-HEAVY_REGISTERS = 168  # with 384, for orders and hard labels over several programs or sweeps
+HEAVY_REGISTERS = 168  # with 384, for orders and hard labels, where a program has no more
+FILE_REGISTERS = 64 << 10  # of a multiprocessor
 SOFTMAX_BLOCK = 2048
 SCALE_BLOCK = 8192
 
@@ -111,9 +112,16 @@ def _on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
+def kernel(name: str):
+    """The jitted function of a name; triton is imported when the first is asked for."""
+    from . import triton_careful, triton_kernels
+
+    return getattr(triton_careful if name == "careful_rows" else triton_kernels, name)
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of triton_kernels.py with its grid and arguments."""
+    """A kernel with its grid and arguments."""
 
     kernel: str
     grid: int
@@ -127,9 +135,7 @@ class Launch:
         return dict(num_warps=self.warps, enable_fp_fusion=True, **limit)
 
     def run(self, device: torch.device) -> None:
-        from . import triton_kernels as kernels
-
-        getattr(kernels, self.kernel)[(self.grid,)](**self.arguments, **self.options(device.type == "cuda" and not torch.version.hip))
+        kernel(self.kernel)[(self.grid,)](**self.arguments, **self.options(device.type == "cuda" and not torch.version.hip))
 
 
 def launches(
@@ -194,7 +200,8 @@ def launches(
         MOST_REGISTERS,
     )
     carry = torch.float32 in (student.dtype, teacher.dtype)
-    registers = HEAVY_REGISTERS if not chosen.whole and (hard or family == "POWER") else MOST_REGISTERS
+    heavy = (hard or family == "POWER") and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
+    registers = HEAVY_REGISTERS if heavy else MOST_REGISTERS
     arguments = arguments | dict(c=c, inverse_tilt=inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
     if chosen.parts == 1:
         return [Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), rest]
@@ -206,7 +213,7 @@ def launches(
     if not interpreting():
         return [Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers), rest]
     # programs that run one after another cannot wait for each other
-    return [*(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in (PUBLISH, FINISH)), rest]
+    return [*(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in (PUBLISH, AGAIN, FINISH)), rest]
 
 
 def loss(student, teacher, labels, weight, grad, *options):

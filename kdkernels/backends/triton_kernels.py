@@ -1,4 +1,4 @@
-"""The Triton kernels: a row in two sweeps by one program or by several, or from registers; the rows they lose, in fp64; log-softmax.
+"""The Triton kernels: a row in two sweeps by one program or by several, or from registers; log-softmax.
 
 A row is its base b (the teacher, or the student for orders up to 1/2: the smaller tilt) and the other distribution o. Relative to
 references M, an integer near the largest b c, and K, near the mean of (o - b)/T, with k = 1/T and c = k log2(e),
@@ -9,10 +9,11 @@ and em = eo - e, et = e (e^{tilt y} - 1) and the terms of F come out of divergen
 and y is one fused multiply-add: nothing is rounded before it is small, however large the logits. The first sweep sums e, eo, em and et:
 what K still lacks is h = log(sum eo / sum e), from em where it is small. The second sweep, backwards, from the cache where the row still
 is, has K + h for a reference, so that y = log o - log b; it sums the terms of F, all of one sign, and writes the gradient, which is linear
-in em, et and e. Without a gradient the first sweep sums the terms of F as well, and the second runs only where they would cancel.
+in em, et and e. Without a gradient the first sweep sums the terms of F as well, and the second runs only where they would cancel. A row
+of few classes whose K was far from the mark, or whose R is far from 1, has its first sweep repeated with K + h (`poor`).
 
 A class at -inf has e or eo = 0 and needs no test; tails are such classes. What is out of a float's range (differences of 88 nats, nan,
-+inf) shows as a sum that is not finite: the row's loss is left nan, and `careful_rows` computes it again.
++inf) shows as a sum that is not finite: the row's loss is left `lost`, and triton_careful.py computes it.
 
 Sums are fp32 in lanes (R classes to a lane and tile), then fp64, as are the scalars of a row. A tile is [RB, R]: R classes to a 16-byte
 access, so that what is taken along R stays in a thread.
@@ -51,8 +52,8 @@ def select(condition, x, y):
 
 KL, ENTROPY, POWER, MOMENTS, ZERO, INFINITY = (tl.constexpr(i) for i in range(len(triton_plan.FAMILIES)))
 EVEN, WINDOW, SCALAR = (tl.constexpr(x) for x in (triton_plan.EVEN, triton_plan.WINDOW, triton_plan.SCALAR))
-PUBLISH, FINISH, BOTH = (tl.constexpr(x) for x in (triton_plan.PUBLISH, triton_plan.FINISH, triton_plan.BOTH))
-SLOTS = tl.constexpr(triton_plan.SLOTS)
+FINISH, BOTH = tl.constexpr(triton_plan.FINISH), tl.constexpr(triton_plan.BOTH)
+SUM_SLOTS, SLOTS = tl.constexpr(triton_plan.SUM_SLOTS), tl.constexpr(triton_plan.SLOTS)
 NUMBERS = ["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"]  # compiled for any value
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -61,6 +62,7 @@ MOST = tl.constexpr(8e6)  # integers up to here, and their sums, are floats
 INF = tl.constexpr(float("inf"))
 LOW = tl.constexpr(-1e30)  # a finite top of what has no class yet
 BIG = tl.constexpr(1e36)
+LOST = tl.constexpr(0x7FF8_10_57_0000_0000)
 
 
 # ---------------------------------------------------------------- scalars of a row, fp64
@@ -142,7 +144,7 @@ def store(G, at, edge, vocab, g, ACCESS: tl.constexpr, RB: tl.constexpr, R: tl.c
     if ACCESS == SCALAR:
         tl.store(G + cols, g, mask=inside, eviction_policy="evict_first")
     elif ACCESS == EVEN:
-        tl.store(G + cols, g, mask=run < vocab, eviction_policy="evict_first")
+        tl.store(G + cols, g, mask=run < edge + vocab, eviction_policy="evict_first")
     else:
         full = (run >= edge) & (run + R <= edge + vocab)
         tl.store(G + cols, g, mask=full, eviction_policy="evict_first")
@@ -230,14 +232,63 @@ def exponent_shift(K, K_low, c, k):
 
 
 @triton.jit
+def last_tile(first, last, TILE: tl.constexpr):
+    return first + (last - 1 - first) // TILE * TILE
+
+
+@triton.jit
+def interior(first, last, final, ACCESS: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
+    """The tiles that need no mask: of a window, those between the first and the last, which have a loop of their own."""
+    if ACCESS == WINDOW and not WHOLE:
+        return first + TILE, final
+    else:
+        return first, last
+
+
+@triton.jit
+def first_tile(
+    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums with the tile at `at` added, and the references they are relative to."""
+    b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_last", WHOLE, RB, R)
+    a, e, eo = b, b, o
+    if FAMILY != MOMENTS:
+        top, top_o = tl.maximum(top, tl.max(b, 1)), tl.maximum(top_o, tl.max(o, 1))
+        new, new_o = tl.ceil(top * c), tl.ceil(top_o * c)
+        scale, scale_o = tl.math.exp2(M - new), tl.math.exp2(M_o - new_o)  # powers of 2
+        M, M_o = new, new_o
+        s, d, p, u, f = s * scale, d * scale, p * scale, u * scale, f * scale
+        a = tl.fma(b, c, -M[:, None])
+        # o has a largest of its own here: where K is far from h, the sum of eo would be one of rounded exponents
+        e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -M_o[:, None]))
+        so = so * scale_o + tl.sum(eo, 1)
+        eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
+    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, 0.0, tilt, inverse_tilt, FAMILY, VALUE, CARRY)
+    s += tl.sum(e, 1)
+    d += tl.sum(em, 1)
+    if FAMILY == POWER:
+        p += tl.sum(et, 1)
+        u += tl.sum(eu, 1)
+    if VALUE:
+        f += tl.sum(term, 1)
+    if HARD:
+        cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
+        z = b if BASE_Z else o
+        hard += tl.sum(tl.where(cols == edge + label, 0.0, tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M))), 1)
+    return top, top_o, M, M_o, s, so, d, p, u, hard, f
+
+
+@triton.jit
 def first_sweep(
     BASE, OTHER, b0, o0, first, last, edge, vocab, label, top0, top_o0, K, hard_M, c, k, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """(top, sums of e, eo, em, et, eu, the hard term's e over the classes but the label, the terms of F).
+    """(largest b, largest o, sums of e, eo, em, et, eu, the hard term's e over the classes but the label, the terms of F).
 
-    All but the hard one are over 2^M of top.
+    All but the hard one are over 2^M of the largest b.
     """
     N, w = exponent_shift(K, 0.0, c, k)
     top = tl.full([RB], 0.0, tl.float32) + top0
@@ -245,32 +296,19 @@ def first_sweep(
     M, M_o = tl.ceil(top * c), tl.ceil(top_o * c)
     s = tl.zeros([RB], tl.float32)
     so, d, p, u, hard, f = s, s, s, s, s, s
-    for at in tl.range(first, last, RB * R):
-        b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_last", WHOLE, RB, R)
-        a, e, eo = b, b, o
-        if FAMILY != MOMENTS:
-            top, top_o = tl.maximum(top, tl.max(b, 1)), tl.maximum(top_o, tl.max(o, 1))
-            new, new_o = tl.ceil(top * c), tl.ceil(top_o * c)
-            scale, scale_o = tl.math.exp2(M - new), tl.math.exp2(M_o - new_o)  # powers of 2
-            M, M_o = new, new_o
-            s, d, p, u, f = s * scale, d * scale, p * scale, u * scale, f * scale
-            a = tl.fma(b, c, -M[:, None])
-            # o has a largest of its own here: where K is far from h, the sum of eo would be one of rounded exponents
-            e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -M_o[:, None]))
-            so = so * scale_o + tl.sum(eo, 1)
-            eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
-        e, em, et, eu, term = terms(b, o, a, e, eo, k, K, 0.0, tilt, inverse_tilt, FAMILY, VALUE, CARRY)
-        s += tl.sum(e, 1)
-        d += tl.sum(em, 1)
-        if FAMILY == POWER:
-            p += tl.sum(et, 1)
-            u += tl.sum(eu, 1)
-        if VALUE:
-            f += tl.sum(term, 1)
-        if HARD:
-            cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
-            z = b if BASE_Z else o
-            hard += tl.sum(tl.where(cols == edge + label, 0.0, tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M))), 1)
+    final = last_tile(first, last, RB * R)
+    inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
+    for at in tl.range(inner, end, RB * R):
+        top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
+            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt,
+            inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS if WHOLE or ACCESS == SCALAR else EVEN, WHOLE, RB, R,
+        )  # fmt: skip
+    if ACCESS == WINDOW and not WHOLE:
+        for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
+            top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
+                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt,
+                inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, WINDOW, WHOLE, RB, R,
+            )  # fmt: skip
     largest, largest_o = tl.max(top, 0), tl.max(top_o, 0)
     unit = tl.full([RB], 1.0, tl.float32)
     if FAMILY != MOMENTS:
@@ -278,8 +316,40 @@ def first_sweep(
         so = so * tl.math.exp2(M_o - tl.ceil(largest_o * c))
     so_over_e = tl.exp((wide(tl.ceil(largest_o * c)) - tl.ceil(largest * c) - N) / LOG2E) * w
     return (
-        largest, total(s * unit), total(so) * so_over_e, total(d * unit), total(p * unit), total(u * unit), total(hard), total(f * unit)
+        largest, largest_o, total(s * unit), total(so) * so_over_e, total(d * unit), total(p * unit), total(u * unit), total(hard),
+        total(f * unit),
     )  # fmt: skip
+
+
+@triton.jit
+def second_tile(
+    at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct,
+    hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums with the tile at `at` added; writes its gradient."""
+    b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
+    a = tl.fma(b, c, -M)
+    e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -(M + N))) * w
+    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, True, CARRY)
+    d += tl.sum(em, 1)
+    f += tl.sum(term, 1)
+    if FAMILY == ENTROPY:
+        others += tl.sum(tl.where(b == top, 0.0, e), 1)
+        ties += tl.sum(tl.where(b == top, 1.0, 0.0), 1)
+        own -= tl.sum(tl.where(e > 0.0, e * ((b - top) * c), 0.0), 1)
+    if GRAD:
+        z = b if BASE_Z else o
+        g = A * em + C * e
+        if FAMILY == POWER:
+            g += P * tl.where(direct, eu, et)
+        g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
+        if HARD:
+            cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
+            g += tl.where(cols == edge + label, hard_label, hard_factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M)))
+        store(G, at, edge, vocab, g, ACCESS, RB, R)
+    return d, f, others, ties, own
 
 
 @triton.jit
@@ -297,29 +367,21 @@ def second_sweep(
     M = tl.ceil(top * c)
     d = tl.zeros([RB], tl.float32)
     f, others, ties, own = d, d, d, d
-    end = first + (last - 1 - first) // (RB * R) * (RB * R)
-    for back in tl.range(first, last, RB * R):
-        at = end - (back - first)
-        b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
-        a = tl.fma(b, c, -M)
-        e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -(M + N))) * w
-        e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, True, CARRY)
-        d += tl.sum(em, 1)
-        f += tl.sum(term, 1)
-        if FAMILY == ENTROPY:
-            others += tl.sum(tl.where(b == top, 0.0, e), 1)
-            ties += tl.sum(tl.where(b == top, 1.0, 0.0), 1)
-            own -= tl.sum(tl.where(e > 0.0, e * ((b - top) * c), 0.0), 1)
-        if GRAD:
-            z = b if BASE_Z else o
-            g = A * em + C * e
-            if FAMILY == POWER:
-                g += P * tl.where(direct, eu, et)
-            g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
-            if HARD:
-                cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
-                g += tl.where(cols == edge + label, hard_label, hard_factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M)))
-            store(G, at, edge, vocab, g, ACCESS, RB, R)
+    final = last_tile(first, last, RB * R)
+    inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
+    from_end = last_tile(inner, end, RB * R)
+    for forward in tl.range(inner, end, RB * R):
+        d, f, others, ties, own = second_tile(
+            from_end - (forward - inner), d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w,
+            A, P, C, direct, hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt,
+            FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS if WHOLE or ACCESS == SCALAR else EVEN, WHOLE, RB, R,
+        )  # fmt: skip
+    if ACCESS == WINDOW and not WHOLE:
+        for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
+            d, f, others, ties, own = second_tile(
+                at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct,
+                hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, WINDOW, WHOLE, RB, R,
+            )  # fmt: skip
     return total(d), total(f), total(others), total(ties), total(own)
 
 
@@ -340,9 +402,29 @@ def settled(s, so, d, u, hard, top, K, c, tilt, FAMILY: tl.constexpr):
     if FAMILY != MOMENTS:
         ok = ok & finite(s) & finite(so) & (so > 0.0) & (tl.abs(top * c) < MOST) & (tl.abs(K) < MOST)
     if FAMILY == POWER:
-        # log R = log(u/s) - tilt log(so/s); exponents as large as that cost w their own rounding, 9e-8 of each
-        ok = ok & (u > 0.0) & (tl.abs(tl.log(u / s) - tilt * tl.log(so / s)) < 16.0)
+        # log R = log(u/s) - tilt log(so/s): exponents of 40 nats are within a float's range, and their rounding (see `poor`) within bounds
+        ok = ok & (u > 0.0) & (tl.abs(tl.log(u / s) - tilt * tl.log(so / s)) < 40.0)
     return ok
+
+
+@triton.jit
+def lost_row():
+    """The loss of a row that `careful_rows` is to compute: a nan that arithmetic does not make."""
+    return tl.full([], LOST, tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def is_lost(loss):
+    return loss.to(tl.int64, bitcast=True) == LOST
+
+
+@triton.jit
+def judged(s, so, d, p, u, hard, top, top_o, K, c, k, tilt, FAMILY: tl.constexpr, CENTERED: tl.constexpr):
+    """(settled, h, log R, poor) of the sums of a first sweep."""
+    ok = settled(s, so, d, u, hard, top, K, c, tilt, FAMILY)
+    h = missing(s, so, d, FAMILY, CENTERED)
+    log_r = log_power_sum(s, p, u, h, tilt) if FAMILY == POWER else h * 0.0
+    return ok, h, log_r, ok & poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY)
 
 
 @triton.jit
@@ -360,6 +442,22 @@ def log_power_sum(s, p, u, h, tilt):
     """log R, from sums that hold their digits where R is not near 1; near 1 it comes from F."""
     near = tl.abs(p) < 0.5 * s
     return tl.where(near, log1p64(tl.where(near, p / s, 0.0)), tl.log(u / s)) - tilt * h
+
+
+@triton.jit
+def poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY: tl.constexpr):
+    """Whether the first sweep should be repeated with K + h for its reference.
+
+    Where |h| is large, h is a logarithm of rounded exponentials, 1e-7 of each, and so are q and w. That shows where both distributions
+    are a few classes; elsewhere the gradient is large, or errors average. Where log R is large, so are the exponents of w: with the
+    references of the second sweep, a dominant class of w has the same error, bit for bit, in its sum and in the gradient.
+    """
+    if FAMILY == MOMENTS:
+        return s < 0.0
+    else:
+        x = wide(K) / k * c - tl.ceil(top_o * c) + tl.ceil(top * c)
+        again = (tl.abs(d) >= 0.5 * s) & (s < 4.0) & (so * tl.exp(x / LOG2E) < 4.0)
+        return again | (tl.abs(log_r) > 3.0)
 
 
 @triton.jit
@@ -393,33 +491,42 @@ def divergence(s, d, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constex
 
 
 @triton.jit
-def coefficients(s, left, log_r, scale, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
-    """(A, P, C, direct): scale T dD/dz = A em + P et + C e, where y is d + left; with eu for et where R is far from 1."""
+def coefficients(s, left, log_r, direct, scale, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
+    """(A, P, C): scale T dD/dz = A em + P et + C e, where y is d + left; with eu for et where `direct`."""
     unit = scale / s
-    direct = tl.abs(log_r) > 1.0
     if FAMILY == MOMENTS:
-        return (unit * tilt).to(tl.float32), 0.0, (-unit * tilt * left).to(tl.float32), direct
+        return (unit * tilt).to(tl.float32), 0.0, (-unit * tilt * left).to(tl.float32)
     else:
         x = expm164(-left)
         if FAMILY == POWER:
             P = (-unit * tl.exp(-tilt * left - log_r)).to(tl.float32)
             less = tl.where(direct, -1.0, expm164(-tilt * left - log_r))
             if BASE_Z:
-                return 0.0, P, (-unit * less).to(tl.float32), direct
+                return 0.0, P, (-unit * less).to(tl.float32)
             else:
-                return (unit * (1.0 + x)).to(tl.float32), P, (unit * (x - less)).to(tl.float32), direct
+                return (unit * (1.0 + x)).to(tl.float32), P, (unit * (x - less)).to(tl.float32)
         else:
-            return (unit * (1.0 + x)).to(tl.float32), 0.0, (unit * x).to(tl.float32), direct
+            return (unit * (1.0 + x)).to(tl.float32), 0.0, (unit * x).to(tl.float32)
 
 
 @triton.jit
-def shifted(K, h, c, k, FAMILY: tl.constexpr, CARRY: tl.constexpr):
-    """(K, K_low, left): K + h as the second sweep takes it, and what that leaves of it. h is c's, which k is a rounding away from."""
+def far(log_r):
+    """Whether R is so far from 1 that q - w is subtracted as it stands, and D is a logarithm."""
+    return tl.abs(log_r) > 1.0
+
+
+@triton.jit
+def shifted(K, h, stay, c, k, FAMILY: tl.constexpr, CARRY: tl.constexpr):
+    """(K, K_low, left): K + h as the second sweep takes it, and what that leaves of it; K where it is to `stay`.
+
+    h is c's, which k is a rounding away from.
+    """
     exact = wide(K) + (h if FAMILY == MOMENTS else h * (wide(k) * LOG2E / c))
-    high = exact.to(tl.float32)
+    high = tl.where(stay, K, exact.to(tl.float32))
     low = (exact - high).to(tl.float32)
     if not CARRY:
         low = low * 0.0
+    low = tl.where(stay, 0.0, low)
     return high, low, exact - high - low
 
 
@@ -485,7 +592,7 @@ def loss_rows(
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The operator's contract (ops.py), nan where a row has to be computed again by `careful_rows`."""
+    """The operator's contract (ops.py); a row that `careful_rows` has to compute is left as it is, and its loss says so."""
     for index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         row = long(index)
         weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
@@ -523,19 +630,27 @@ def one_row(
         label, label_logit = label_of(LABELS, Z, row, edge, vocab)
     top, K, top_o = sample(BASE, OTHER, b0, o0, edge, vocab, c, k, FAMILY, CENTERED, WHOLE)
     hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
-    top, s, so, d, p, u, hard, f = first_sweep(
-        BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
-        FAMILY, BASE_Z, HARD, not GRAD, CARRY, ACCESS, WHOLE, RB, R,
-    )  # fmt: skip
-    loss = wide(float("nan"))
-    if settled(s, so, d, u, hard, top, K, c, tilt, FAMILY):
-        h = missing(s, so, d, FAMILY, CENTERED)
-        log_r = log_power_sum(s, p, u, h, tilt) if FAMILY == POWER else h * 0.0
+    s = wide(0.0)
+    so, d, p, u, hard, f, h, log_r = s, s, s, s, s, s, s, s
+    ok, going = label == -2, label != -2
+    # unrolled, the compiler keeps what all threads have in common in one place, which saves 1.6 instructions a logit; whole rows,
+    # which are short of registers, are better off with a loop
+    for turn in tl.range(2, loop_unroll_factor=1 if WHOLE else 2):
+        if going:
+            top, top_o, s, so, d, p, u, hard, f = first_sweep(
+                BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
+                FAMILY, BASE_Z, HARD, not GRAD, CARRY, ACCESS, WHOLE, RB, R,
+            )  # fmt: skip
+            ok, h, log_r, going = judged(s, so, d, p, u, hard, top, top_o, K, c, k, tilt, FAMILY, CENTERED)
+            K = tl.where(going & (turn == 0), shifted(K, h, False, c, k, FAMILY, CARRY)[0], K)
+    loss = lost_row()
+    if ok:
         hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
         value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
         if again | GRAD | (FAMILY == ENTROPY):
-            K, K_low, left = shifted(K, h, c, k, FAMILY, CARRY)
-            A, P, C, direct = coefficients(s, left, log_r, weight * grad_scale, tilt, FAMILY, BASE_Z)
+            direct = far(log_r)
+            K, K_low, left = shifted(K, h, direct, c, k, FAMILY, CARRY)
+            A, P, C = coefficients(s, left, log_r, direct, weight * grad_scale, tilt, FAMILY, BASE_Z)
             d, f, others, ties, own = second_sweep(
                 BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, P, C, direct,
                 hard_M, hard_factor, hard_label,
@@ -574,7 +689,8 @@ def loss_parts(
 
     A part is a ticket, drawn in order, so that the parts a program waits for have all begun, or will on a program that waits for nobody.
     COUNTERS, zeros: tickets, then for each row how many parts have published their sums and how many have finished. The interpreter,
-    which runs programs one after another, launches the two phases one after another.
+    which runs programs one after another, launches the phases one after another: the sums, those of the rows that are `poor` again, and
+    the rest.
     """
     if PHASE == BOTH:
         ticket = tl.atomic_add(COUNTERS, 1)
@@ -587,7 +703,7 @@ def loss_parts(
         z_at, edge = row_at(row, inner, z_outer, z_inner, R, ACCESS)
         v_at, _ = row_at(row, inner, v_outer, v_inner, R, ACCESS)
         g_at, _ = row_at(row, inner, g_outer, g_inner, R, ACCESS)
-        if GRAD and PHASE != PUBLISH:
+        if GRAD and PHASE >= FINISH:
             if part == 0:
                 write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
         if weight == 0.0:
@@ -618,52 +734,71 @@ def one_part(
     size = tl.cdiv(edge + vocab, PARTS * RB * R) * (RB * R)
     first = part * size
     last = tl.minimum(first + size, edge + vocab)
-    if PHASE != FINISH:
-        publish(
-            BASE, OTHER, Z, LABELS, STATE + part * SLOTS, row, first, last, edge, vocab, c, k, tilt, inverse_tilt,
-            FAMILY, BASE_Z, CENTERED, HARD, not GRAD, CARRY, ACCESS, RB, R,
-        )  # fmt: skip
-    if PHASE == BOTH:
-        tl.debug_barrier()
-        arrived = tl.atomic_add(COUNTERS, 1, sem="acq_rel") + 1
-        while arrived < PARTS:
-            arrived = tl.atomic_add(COUNTERS, 0, sem="acquire")
-    if PHASE != PUBLISH:
-        finish(
-            BASE, OTHER, G, LABELS, LOSS, STATE, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
-            c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-            FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, RB, R,
-        )  # fmt: skip
+    label, label_logit = -1, LOW
+    if HARD:
+        label, label_logit = label_of(LABELS, Z, row, edge, vocab)
+    # all parts sample the same classes, so that they have the same reference
+    top, K, top_o = sample(BASE, OTHER, 0.0, 0.0, edge, vocab, c, k, FAMILY, CENTERED, False)
+    hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
+    s = wide(0.0)
+    so, d, p, u, hard, f, h, log_r = s, s, s, s, s, s, s, s
+    ok, going = label == -2, label != -2
+    for turn in tl.static_range(2):
+        SUMS = STATE + turn * SUM_SLOTS
+        if going:
+            if (PHASE == BOTH) | (turn == PHASE):
+                publish(
+                    BASE, OTHER, SUMS + part * SLOTS, first, last, edge, vocab, label, label_logit, top, top_o, K, hard_M,
+                    c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, not GRAD, CARRY, ACCESS, RB, R,
+                )  # fmt: skip
+            if PHASE == BOTH:
+                tl.debug_barrier()
+                arrived = tl.atomic_add(COUNTERS, 1, sem="acq_rel") + 1
+                while arrived < (turn + 1) * PARTS:
+                    arrived = tl.atomic_add(COUNTERS, 0, sem="acquire")
+            if (PHASE >= FINISH) | (turn < PHASE):
+                top, top_o, K, s, so, d, p, u, hard, f = merged_sums(SUMS, part, c, FAMILY, PARTS)
+                # in later phases the gradient may have taken the logits' place
+                hard_M = tl.load(SUMS + part * SLOTS + 10).to(tl.float32)
+                label_logit = tl.load(SUMS + part * SLOTS + 11).to(tl.float32)
+                ok, h, log_r, going = judged(s, so, d, p, u, hard, top, top_o, K, c, k, tilt, FAMILY, CENTERED)
+                if turn == 0:
+                    K = tl.where(going, shifted(K, h, False, c, k, FAMILY, CARRY)[0], K)
+    if PHASE >= FINISH:
+        if ok:
+            finish(
+                BASE, OTHER, G, LOSS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
+                label, label_logit, top, K, s, d, f, hard, h, log_r, hard_M,
+                c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, RB, R,
+            )  # fmt: skip
+        else:
+            tl.store(LOSS + row, lost_row())
 
 
 @triton.jit
 def publish(
-    BASE, OTHER, Z, LABELS, SLOT, row, first, last, edge, vocab, c, k, tilt, inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr,
+    BASE, OTHER, SLOT, first, last, edge, vocab, label, label_logit, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The first sweep of a part. All parts sample the same classes, so that they have the same reference."""
-    label, label_logit = -1, LOW
-    if HARD:
-        label, label_logit = label_of(LABELS, Z, row, edge, vocab)
-    top, K, top_o = sample(BASE, OTHER, 0.0, 0.0, edge, vocab, c, k, FAMILY, CENTERED, False)
-    hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
-    top, s, so, d, p, u, hard, f = first_sweep(
+    """The first sweep of a part."""
+    top, top_o, s, so, d, p, u, hard, f = first_sweep(
         BASE, OTHER, 0.0, 0.0, first, last, edge, vocab, label, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
         FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, False, RB, R,
     )  # fmt: skip
-    tl.store(SLOT, top.to(tl.float64))
-    tl.store(SLOT + 1, s)
-    tl.store(SLOT + 2, so)
-    tl.store(SLOT + 3, d)
-    tl.store(SLOT + 4, p)
-    tl.store(SLOT + 5, u)
-    tl.store(SLOT + 6, hard)
-    tl.store(SLOT + 7, f)
-    # what the second phase cannot find again where the gradient takes the logits' place
-    tl.store(SLOT + 8, K.to(tl.float64))
-    tl.store(SLOT + 9, hard_M.to(tl.float64))
-    tl.store(SLOT + 10, wide(label_logit))
+    tl.store(SLOT, wide(top))
+    tl.store(SLOT + 1, wide(top_o))
+    tl.store(SLOT + 2, wide(K))
+    tl.store(SLOT + 3, s)
+    tl.store(SLOT + 4, so)
+    tl.store(SLOT + 5, d)
+    tl.store(SLOT + 6, p)
+    tl.store(SLOT + 7, u)
+    tl.store(SLOT + 8, hard)
+    tl.store(SLOT + 9, f)
+    tl.store(SLOT + 10, wide(hard_M))
+    tl.store(SLOT + 11, wide(label_logit))
 
 
 @triton.jit
@@ -673,278 +808,58 @@ def merged(STATE, slot: tl.constexpr, unit, PARTS: tl.constexpr):
 
 
 @triton.jit
+def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, PARTS: tl.constexpr):
+    """What `first_sweep` returns, of all parts together, and K."""
+    tops = tl.load(SUMS + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
+    tops_o = tl.load(SUMS + 1 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
+    top, top_o = tl.max(tops, 0).to(tl.float32), tl.max(tops_o, 0).to(tl.float32)
+    one = tl.full([PARTS], 1.0, tl.float64)
+    unit = one
+    if FAMILY != MOMENTS:
+        unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
+    return (
+        top, top_o, tl.load(SUMS + part * SLOTS + 2).to(tl.float32),
+        merged(SUMS, 3, unit, PARTS), merged(SUMS, 4, unit, PARTS), merged(SUMS, 5, unit, PARTS), merged(SUMS, 6, unit, PARTS),
+        merged(SUMS, 7, unit, PARTS), merged(SUMS, 8, one, PARTS), merged(SUMS, 9, unit, PARTS),
+    )  # fmt: skip
+
+
+@triton.jit
 def finish(
-    BASE, OTHER, G, LABELS, LOSS, STATE, DONE, row, part, first, last, weight, edge, vocab,
+    BASE, OTHER, G, LOSS, STATE, DONE, row, part, first, last, weight, edge, vocab,
+    label, label_logit, top, K, s, d, f, hard, h, log_r, hard_M,
     c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The second sweep of a part; whoever is last adds the parts up."""
-    tops = tl.load(STATE + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
-    largest = tl.max(tops, 0)
-    top = largest.to(tl.float32)
-    one = tl.full([PARTS], 1.0, tl.float64)
-    unit = one
-    if FAMILY != MOMENTS:
-        unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
-    s, so, d = merged(STATE, 1, unit, PARTS), merged(STATE, 2, unit, PARTS), merged(STATE, 3, unit, PARTS)
-    p, u, f = merged(STATE, 4, unit, PARTS), merged(STATE, 5, unit, PARTS), merged(STATE, 7, unit, PARTS)
-    hard = merged(STATE, 6, one, PARTS)
-    K = tl.load(STATE + part * SLOTS + 8).to(tl.float32)
-    hard_M = tl.load(STATE + part * SLOTS + 9).to(tl.float32)
-    label_logit = tl.load(STATE + part * SLOTS + 10).to(tl.float32)
-    label = tl.load(LABELS + row).to(tl.int32) if HARD else -1
-    if settled(s, so, d, u, hard, top, K, c, tilt, FAMILY):
-        h = missing(s, so, d, FAMILY, CENTERED)
-        log_r = log_power_sum(s, p, u, h, tilt) if FAMILY == POWER else h * 0.0
-        hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
-        value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
-        last_one = part == 0
-        if again | GRAD | (FAMILY == ENTROPY):
-            K, K_low, left = shifted(K, h, c, k, FAMILY, CARRY)
-            A, P, C, direct = coefficients(s, left, log_r, weight * grad_scale, tilt, FAMILY, BASE_Z)
-            d, f, others, ties, own = second_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
-                c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
-            )  # fmt: skip
-            SLOT = STATE + part * SLOTS + 11
-            tl.store(SLOT, d)
-            tl.store(SLOT + 1, f)
-            tl.store(SLOT + 2, others)
-            tl.store(SLOT + 3, ties)
-            tl.store(SLOT + 4, own)
-            tl.debug_barrier()
-            last_one = tl.atomic_add(DONE, 1, sem="acq_rel") == PARTS - 1
-            if last_one:
-                d, f = merged(STATE, 11, one, PARTS), merged(STATE, 12, one, PARTS)
-                value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
-                if FAMILY == ENTROPY:
-                    value += entropy(merged(STATE, 13, one, PARTS), merged(STATE, 14, one, PARTS), merged(STATE, 15, one, PARTS), top, c)
+    hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
+    value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+    last_one = part == 0
+    if again | GRAD | (FAMILY == ENTROPY):
+        direct = far(log_r)
+        K, K_low, left = shifted(K, h, direct, c, k, FAMILY, CARRY)
+        A, P, C = coefficients(s, left, log_r, direct, weight * grad_scale, tilt, FAMILY, BASE_Z)
+        d, f, others, ties, own = second_sweep(
+            BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
+            c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
+        )  # fmt: skip
+        SLOT = STATE + part * SLOTS
+        tl.store(SLOT, d)
+        tl.store(SLOT + 1, f)
+        tl.store(SLOT + 2, others)
+        tl.store(SLOT + 3, ties)
+        tl.store(SLOT + 4, own)
+        tl.debug_barrier()
+        last_one = tl.atomic_add(DONE, 1, sem="acq_rel") == PARTS - 1
         if last_one:
-            tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
-    else:
-        tl.store(LOSS + row, wide(float("nan")))
-
-
-# ---------------------------------------------------------------- rows out of a float's range, and orders 0 and inf: fp64
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def careful_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
-    k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The operator's contract in the textbook's order and fp64, for every row or for those whose loss is nan; ROWS rows to a program."""
-    first = tl.program_id(0) * ROWS
-    some = tl.full([], 1, tl.int32)
-    if not ALL:
-        several = first + tl.arange(0, ROWS)
-        losses = tl.load(LOSS + several, mask=several < rows, other=0.0)
-        some = tl.max((losses != losses).to(tl.int32), 0)
-    if some > 0:
-        for index in tl.range(first, tl.minimum(first + ROWS, rows)):
-            row = long(index)
-            weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
-            lost = tl.full([], 1, tl.int32)
-            if not ALL:
-                loss = tl.load(LOSS + row)
-                lost = (loss != loss).to(tl.int32)
-            g_at = row // inner * g_outer + row % inner * g_inner
-            if ALL & GRAD:
-                write_zeros(G + g_at, tl.where(weight == 0.0, 0, vocab), width, BLOCK)
-            if weight == 0.0:
-                tl.store(LOSS + row, weight)
-            elif lost > 0:
-                careful_row(
-                    Z + (row // inner * z_outer + row % inner * z_inner), V + (row // inner * v_outer + row % inner * v_inner), G + g_at,
-                    LABELS, LOSS, row, weight, vocab, wide(k), wide(tilt), value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                    FAMILY, BASE_Z, CENTERED, HARD, GRAD, BLOCK,
-                )  # fmt: skip
-
-
-@triton.jit
-def block64(Z, V, at, vocab, BLOCK: tl.constexpr):
-    """(z, v, class) of a block, -inf beyond the row."""
-    cols = at + tl.arange(0, BLOCK)
-    z = tl.load(Z + cols, mask=cols < vocab, other=-INF).to(tl.float64)
-    return z, tl.load(V + cols, mask=cols < vocab, other=-INF).to(tl.float64), cols
-
-
-@triton.jit
-def near_expm1(p, x):
-    """p (e^x - 1) for |x| < 1/2."""
-    return p * (x + psi_series(x))
-
-
-@triton.jit
-def chosen_classes(z, v, least, FAMILY: tl.constexpr):
-    """The classes that w is q restricted to: order 0, the teacher's support; order inf, where z - v is least, as the logits are given."""
-    if FAMILY == ZERO:
-        return v > -INF
-    else:
-        return (z - v == least) & (z > -INF)
-
-
-@triton.jit
-def careful_row(
-    Z, V, G, LABELS, LOSS, row, weight, vocab, k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    b = 1.0 - tilt if BASE_Z else tilt
-    zero = tl.zeros([BLOCK], tl.float64)
-    top_z, top_v, least = zero - INF, zero - INF, zero + INF
-    bad = tl.zeros([BLOCK], tl.int32)
-    lone_p, lone_q = bad, bad
-    for at in tl.range(0, vocab, BLOCK):
-        z, v, _ = block64(Z, V, at, vocab, BLOCK)
-        top_z, top_v = tl.maximum(top_z, z), tl.maximum(top_v, v)
-        bad |= ((z != z) | (v != v)).to(tl.int32)
-        lone_p |= ((z == -INF) & (v > -INF)).to(tl.int32)
-        lone_q |= ((v == -INF) & (z > -INF)).to(tl.int32)
-        least = tl.minimum(least, tl.where(v > -INF, z - v, INF))
-    mz, mv, least = tl.max(top_z, 0), tl.max(top_v, 0), tl.min(least, 0)
-    broken = (tl.max(bad, 0) > 0) | (finite(mz) == 0) | (finite(mv) == 0)
-    has_lone_p, has_lone_q = tl.max(lone_p, 0) > 0, tl.max(lone_q, 0) > 0
-    mz, mv = tl.where(broken, 0.0, mz), tl.where(broken, 0.0, mv)
-    gap = mz - mv
-
-    # sums relative to both maxima
-    sz, sv, sd, rest, top_u, top_set = zero, zero, zero, zero, zero - INF, zero - INF
-    for at in tl.range(0, vocab, BLOCK):
-        z, v, _ = block64(Z, V, at, vocab, BLOCK)
-        both = (z > -INF) & (v > -INF)
-        t = tl.where(both, z - v, gap) - gap
-        if FAMILY == MOMENTS:
-            sv += both.to(tl.float64)
-            sd += tl.where(both, z - v, 0.0)
-        else:
-            ez, ev, y = tl.exp((z - mz) * k), tl.exp((v - mv) * k), t * k
-            sz += ez
-            sv += ev
-            sd += tl.where(both & (tl.abs(y) < 0.5), near_expm1(ev, y), ez - ev)
-            if FAMILY == POWER:
-                top_u = tl.maximum(top_u, tl.where(both, (v - mv) * k + b * y, -INF))
-            if FAMILY >= ZERO:
-                chosen = chosen_classes(z, v, least, FAMILY)
-                rest += tl.where(chosen, 0.0, ez)
-                top_set = tl.maximum(top_set, tl.where(chosen, z, -INF))
-    sum_z, sum_v, sum_d = tl.sum(sz, 0), tl.sum(sv, 0), tl.sum(sd, 0)
-    if FAMILY == MOMENTS:
-        count = tl.maximum(sum_v, 1.0)
-        shift = sum_d / count if CENTERED else sum_d * 0.0
-    else:
-        near = tl.abs(sum_d) < 0.5 * sum_v
-        shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
-
-    infinite = has_lone_p
-    log_r, mu, sum_u, set_top, sum_set, outside = shift * 0.0, shift * 0.0, shift * 0.0 + 1.0, mz, shift * 0.0, shift * 0.0
-    if FAMILY == POWER:
-        mu = tl.max(top_u, 0)
-        infinite = tl.where(b < 0.0, has_lone_p, mu == -INF)
-        mu = tl.where(mu == -INF, 0.0, mu)
-        su = zero
-        for at in tl.range(0, vocab, BLOCK):
-            z, v, _ = block64(Z, V, at, vocab, BLOCK)
-            both = (z > -INF) & (v > -INF)
-            t = tl.where(both, z - v, gap) - gap
-            su += tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0)
-        sum_u = tl.where(infinite, 1.0, tl.sum(su, 0))
-        log_r = tl.where(infinite, 0.0, mu + tl.log(sum_u) - tl.log(sum_v) - b * shift)
-    if FAMILY >= ZERO:
-        outside, set_top = tl.sum(rest, 0), tl.max(top_set, 0)
-        empty = set_top == -INF
-        set_top = tl.where(empty, 0.0, set_top)
-        inside = zero
-        for at in tl.range(0, vocab, BLOCK):
-            z, v, _ = block64(Z, V, at, vocab, BLOCK)
-            inside += tl.where(chosen_classes(z, v, least, FAMILY), tl.exp((z - set_top) * k), 0.0)
-        sum_set = tl.where(empty, 1.0, tl.sum(inside, 0))
-        infinite = empty if FAMILY == ZERO else has_lone_p
-        if FAMILY == ZERO:
-            value = log1p64(outside / (sum_set * tl.exp((set_top - mz) * k)))
-        else:
-            value = tl.where(outside == 0.0, 0.0, tl.maximum(shift - (least - gap) * k, 0.0))
-        outside = tl.where(infinite, 0.0, outside)
-    else:
-        value = shift * 0.0
-        f, own = zero, zero
-        R = tl.exp(log_r)
-        for at in tl.range(0, vocab, BLOCK):
-            z, v, _ = block64(Z, V, at, vocab, BLOCK)
-            both = (z > -INF) & (v > -INF)
-            t = tl.where(both, z - v, gap) - gap
-            if FAMILY == MOMENTS:
-                x = tl.where(both, (z - v) - shift, 0.0)
-                f += 0.5 * x * x
-            else:
-                p, q, d = tl.exp((v - mv) * k) / sum_v, tl.exp((z - mz) * k) / sum_z, t * k - shift
-                if FAMILY == POWER:
-                    w = tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u
-                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, magnitude, select)
-                    term = tl.where(both, term, tl.where(v == -INF, q, p * (1.0 / b - 1.0))) / (1.0 - b)
-                else:
-                    _, term = kl_terms(p, q, d, psi_series, magnitude, select)
-                    term = tl.where(both, term, q)
-                f += term
-                own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
-        F = tl.maximum(tl.sum(f, 0), 0.0)
-        if FAMILY == MOMENTS:
-            infinite = tl.where(tilt == 0.0, has_lone_q, has_lone_p | has_lone_q)
-            value = tilt * F / count
-        elif FAMILY == POWER:
-            log_r = tl.where(tl.abs(log_r) < 0.4, log1p64(tl.where(tl.abs(log_r) < 0.4, -b * (1.0 - b) * F, 0.0)), log_r)
-            value = -log_r / b
-        else:
-            value = F
+            one = tl.full([PARTS], 1.0, tl.float64)
+            d, f = merged(STATE, 0, one, PARTS), merged(STATE, 1, one, PARTS)
+            value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
             if FAMILY == ENTROPY:
-                value += tl.sum(own, 0)
-    value = tl.where(broken, float("nan"), tl.where(infinite, INF, value))
-
-    hard_value, hard_factor, hard_label, label = value * 0.0, value * 0.0, value * 0.0, -1
-    if HARD:
-        label, label_logit = label_of(LABELS, Z, row, 0, vocab)
-        others = zero
-        for at in tl.range(0, vocab, BLOCK):
-            z, _, cols = block64(Z, V, at, vocab, BLOCK)
-            others += tl.where(cols == label, 0.0, tl.exp(z - mz))
-        hard = tl.sum(others, 0)
-        own_share = tl.exp(label_logit - mz)
-        sum_of_all = own_share + hard
-        hard_value = tl.where(own_share == 1.0, log1p64(hard), tl.log(sum_of_all) + (mz - label_logit))
-        hard_factor = weight * hard_grad_scale / sum_of_all
-        hard_label = -hard_factor * hard
-        hard_value = tl.where(broken, float("nan"), hard_value)
-    if GRAD:
-        soft = tl.where(broken, float("nan"), weight * grad_scale)
-        for at in tl.range(0, vocab, BLOCK):
-            z, v, cols = block64(Z, V, at, vocab, BLOCK)
-            both = (z > -INF) & (v > -INF)
-            t = tl.where(both, z - v, gap) - gap
-            if FAMILY == MOMENTS:
-                g = tl.where(both, (z - v) - shift, 0.0) * (tilt / count)
-            else:
-                q = tl.exp((z - mz) * k) / sum_z
-                if FAMILY >= ZERO:
-                    in_set = tl.exp((z - set_top) * k) * (outside / sum_z / sum_set)
-                    g = tl.where(chosen_classes(z, v, least, FAMILY), -in_set, q)
-                else:
-                    p, d = tl.exp((v - mv) * k) / sum_v, t * k - shift
-                    x, w = zero, p
-                    if FAMILY == POWER:
-                        x = tl.where(infinite, 0.0, b * d - log_r)
-                        w = tl.where(infinite, p, tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u)
-                    alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
-                    g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)
-                g = tl.where(z == -INF, 0.0, g)
-            g = soft * g
-            if HARD:
-                g += tl.where(cols == label, hard_label, hard_factor * tl.exp(z - mz))
-            tl.store(G + cols, g.to(tl.float32).to(G.dtype.element_ty), mask=cols < vocab)
-    loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
-    tl.store(LOSS + row, tl.where(broken, float("nan"), loss))
+                value += entropy(merged(STATE, 2, one, PARTS), merged(STATE, 3, one, PARTS), merged(STATE, 4, one, PARTS), top, c)
+    if last_one:
+        tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
 
 
 # ---------------------------------------------------------------- log-softmax, and a factor

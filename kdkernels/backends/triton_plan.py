@@ -11,10 +11,10 @@ from dataclasses import dataclass
 ACCESS = 16  # bytes of the widest access
 THREADS_PER_PROCESSOR = 512  # in flight: enough to hide memory's latency, few enough for 128 registers each
 CACHE_SHARE = 0.6  # of the second-level cache for rows between their sweeps; the rest is what passes through
-REGISTERS_WHOLE = 32 << 10  # bytes of a row pair that registers hold: 16 classes of each row to a thread, at 2 bytes, in 512 threads
+REGISTERS_WHOLE = 16 << 10  # bytes of a row pair that registers hold: 8 classes of each row to a thread, at 2 bytes, in 512 threads
 SMALLEST_PART = 8192  # classes; below this an exchange between programs costs more than it saves
 MOST_PARTS = 16
-WHOLE_CLASSES_PER_THREAD = 16
+WHOLE_CLASSES_PER_THREAD = 8
 TILE_WARPS = 4  # with a run of R classes of each row to a thread: twice as many classes take 40 registers more
 
 # what the launcher and the kernels say to each other
@@ -22,9 +22,10 @@ TILE_WARPS = 4  # with a run of R classes of each row to a thread: twice as many
 FAMILIES = ("KL", "ENTROPY", "POWER", "MOMENTS", "ZERO", "INFINITY")
 # every row starts and ends on 16 bytes; the rows of all tensors are off by the same number of classes; they are not: a class an access
 EVEN, WINDOW, SCALAR = range(3)
-# phases of a row that several programs share
-PUBLISH, FINISH, BOTH = range(3)
-SLOTS = 16  # fp64 numbers of state to a part
+# phases of a row that several programs share: the sums, once and again, and the rest; or all of it
+PUBLISH, AGAIN, FINISH, BOTH = range(4)
+SUM_SLOTS = 12  # fp64 numbers that a part publishes each time
+SLOTS = 32  # of its state: twice those, and what the second sweep sums
 
 
 @dataclass(frozen=True)

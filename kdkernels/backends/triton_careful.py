@@ -1,0 +1,245 @@
+"""Rows out of a float's range, and orders 0 and inf: the textbook's order of operations, in fp64. The twin of csrc/careful.h."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import (
+    ENTROPY,
+    INF,
+    MOMENTS,
+    NUMBERS,
+    POWER,
+    ZERO,
+    finite,
+    is_lost,
+    kl_terms,
+    label_of,
+    log1p64,
+    long,
+    magnitude,
+    power_terms,
+    psi_series,
+    select,
+    weighted,
+    wide,
+    write_zeros,
+)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def careful_rows(
+    Z, V, G, LABELS, WEIGHTS, LOSS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
+    k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
+    ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The operator's contract in the textbook's order and fp64, for every row or for those that are lost; ROWS rows to a program."""
+    first = tl.program_id(0) * ROWS
+    some = tl.full([], 1, tl.int32)
+    if not ALL:
+        several = first + tl.arange(0, ROWS)
+        losses = tl.load(LOSS + several, mask=several < rows, other=0.0)
+        some = tl.max(is_lost(losses).to(tl.int32), 0)
+    if some > 0:
+        for index in tl.range(first, tl.minimum(first + ROWS, rows)):
+            row = long(index)
+            weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
+            lost = tl.full([], 1, tl.int32)
+            if not ALL:
+                lost = is_lost(tl.load(LOSS + row)).to(tl.int32)
+            g_at = row // inner * g_outer + row % inner * g_inner
+            if ALL & GRAD:
+                write_zeros(G + g_at, tl.where(weight == 0.0, 0, vocab), width, BLOCK)
+            if weight == 0.0:
+                tl.store(LOSS + row, weight)
+            elif lost > 0:
+                careful_row(
+                    Z + (row // inner * z_outer + row % inner * z_inner), V + (row // inner * v_outer + row % inner * v_inner), G + g_at,
+                    LABELS, LOSS, row, weight, vocab, wide(k), wide(tilt), value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                    FAMILY, BASE_Z, CENTERED, HARD, GRAD, BLOCK,
+                )  # fmt: skip
+
+
+@triton.jit
+def block64(Z, V, at, vocab, BLOCK: tl.constexpr):
+    """(z, v, class) of a block, -inf beyond the row."""
+    cols = at + tl.arange(0, BLOCK)
+    z = tl.load(Z + cols, mask=cols < vocab, other=-INF).to(tl.float64)
+    return z, tl.load(V + cols, mask=cols < vocab, other=-INF).to(tl.float64), cols
+
+
+@triton.jit
+def near_expm1(p, x):
+    """p (e^x - 1) for |x| < 1/2."""
+    return p * (x + psi_series(x))
+
+
+@triton.jit
+def chosen_classes(z, v, least, FAMILY: tl.constexpr):
+    """The classes that w is q restricted to: order 0, the teacher's support; order inf, where z - v is least, as the logits are given."""
+    if FAMILY == ZERO:
+        return v > -INF
+    else:
+        return (z - v == least) & (z > -INF)
+
+
+@triton.jit
+def careful_row(
+    Z, V, G, LABELS, LOSS, row, weight, vocab, k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = 1.0 - tilt if BASE_Z else tilt
+    zero = tl.zeros([BLOCK], tl.float64)
+    top_z, top_v, least = zero - INF, zero - INF, zero + INF
+    bad = tl.zeros([BLOCK], tl.int32)
+    lone_p, lone_q = bad, bad
+    for at in tl.range(0, vocab, BLOCK):
+        z, v, _ = block64(Z, V, at, vocab, BLOCK)
+        top_z, top_v = tl.maximum(top_z, z), tl.maximum(top_v, v)
+        bad |= ((z != z) | (v != v)).to(tl.int32)
+        lone_p |= ((z == -INF) & (v > -INF)).to(tl.int32)
+        lone_q |= ((v == -INF) & (z > -INF)).to(tl.int32)
+        least = tl.minimum(least, tl.where(v > -INF, z - v, INF))
+    mz, mv, least = tl.max(top_z, 0), tl.max(top_v, 0), tl.min(least, 0)
+    broken = (tl.max(bad, 0) > 0) | (finite(mz) == 0) | (finite(mv) == 0)
+    has_lone_p, has_lone_q = tl.max(lone_p, 0) > 0, tl.max(lone_q, 0) > 0
+    mz, mv = tl.where(broken, 0.0, mz), tl.where(broken, 0.0, mv)
+    gap = mz - mv
+
+    # sums relative to both maxima
+    sz, sv, sd, rest, top_u, top_set = zero, zero, zero, zero, zero - INF, zero - INF
+    for at in tl.range(0, vocab, BLOCK):
+        z, v, _ = block64(Z, V, at, vocab, BLOCK)
+        both = (z > -INF) & (v > -INF)
+        t = tl.where(both, z - v, gap) - gap
+        if FAMILY == MOMENTS:
+            sv += both.to(tl.float64)
+            sd += tl.where(both, z - v, 0.0)
+        else:
+            ez, ev, y = tl.exp((z - mz) * k), tl.exp((v - mv) * k), t * k
+            sz += ez
+            sv += ev
+            sd += tl.where(both & (tl.abs(y) < 0.5), near_expm1(ev, y), ez - ev)
+            if FAMILY == POWER:
+                top_u = tl.maximum(top_u, tl.where(both, (v - mv) * k + b * y, -INF))
+            if FAMILY >= ZERO:
+                chosen = chosen_classes(z, v, least, FAMILY)
+                rest += tl.where(chosen, 0.0, ez)
+                top_set = tl.maximum(top_set, tl.where(chosen, z, -INF))
+    sum_z, sum_v, sum_d = tl.sum(sz, 0), tl.sum(sv, 0), tl.sum(sd, 0)
+    if FAMILY == MOMENTS:
+        count = tl.maximum(sum_v, 1.0)
+        shift = sum_d / count if CENTERED else sum_d * 0.0
+    else:
+        near = tl.abs(sum_d) < 0.5 * sum_v
+        shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
+
+    infinite = has_lone_p
+    log_r, mu, sum_u, set_top, sum_set, outside = shift * 0.0, shift * 0.0, shift * 0.0 + 1.0, mz, shift * 0.0, shift * 0.0
+    if FAMILY == POWER:
+        mu = tl.max(top_u, 0)
+        infinite = tl.where(b < 0.0, has_lone_p, mu == -INF)
+        mu = tl.where(mu == -INF, 0.0, mu)
+        su = zero
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            both = (z > -INF) & (v > -INF)
+            t = tl.where(both, z - v, gap) - gap
+            su += tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0)
+        sum_u = tl.where(infinite, 1.0, tl.sum(su, 0))
+        log_r = tl.where(infinite, 0.0, mu + tl.log(sum_u) - tl.log(sum_v) - b * shift)
+    if FAMILY >= ZERO:
+        outside, set_top = tl.sum(rest, 0), tl.max(top_set, 0)
+        empty = set_top == -INF
+        set_top = tl.where(empty, 0.0, set_top)
+        inside = zero
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            inside += tl.where(chosen_classes(z, v, least, FAMILY), tl.exp((z - set_top) * k), 0.0)
+        sum_set = tl.where(empty, 1.0, tl.sum(inside, 0))
+        infinite = empty if FAMILY == ZERO else has_lone_p
+        if FAMILY == ZERO:
+            value = log1p64(outside / (sum_set * tl.exp((set_top - mz) * k)))
+        else:
+            value = tl.where(outside == 0.0, 0.0, tl.maximum(shift - (least - gap) * k, 0.0))
+        outside = tl.where(infinite, 0.0, outside)
+    else:
+        value = shift * 0.0
+        f, own = zero, zero
+        R = tl.exp(log_r)
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            both = (z > -INF) & (v > -INF)
+            t = tl.where(both, z - v, gap) - gap
+            if FAMILY == MOMENTS:
+                x = tl.where(both, (z - v) - shift, 0.0)
+                f += 0.5 * x * x
+            else:
+                p, q, d = tl.exp((v - mv) * k) / sum_v, tl.exp((z - mz) * k) / sum_z, t * k - shift
+                if FAMILY == POWER:
+                    w = tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u
+                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, magnitude, select)
+                    term = tl.where(both, term, tl.where(v == -INF, q, p * (1.0 / b - 1.0))) / (1.0 - b)
+                else:
+                    _, term = kl_terms(p, q, d, psi_series, magnitude, select)
+                    term = tl.where(both, term, q)
+                f += term
+                own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
+        F = tl.maximum(tl.sum(f, 0), 0.0)
+        if FAMILY == MOMENTS:
+            infinite = tl.where(tilt == 0.0, has_lone_q, has_lone_p | has_lone_q)
+            value = tilt * F / count
+        elif FAMILY == POWER:
+            log_r = tl.where(tl.abs(log_r) < 0.4, log1p64(tl.where(tl.abs(log_r) < 0.4, -b * (1.0 - b) * F, 0.0)), log_r)
+            value = -log_r / b
+        else:
+            value = F
+            if FAMILY == ENTROPY:
+                value += tl.sum(own, 0)
+    value = tl.where(broken, float("nan"), tl.where(infinite, INF, value))
+
+    hard_value, hard_factor, hard_label, label = value * 0.0, value * 0.0, value * 0.0, -1
+    if HARD:
+        label, label_logit = label_of(LABELS, Z, row, 0, vocab)
+        others = zero
+        for at in tl.range(0, vocab, BLOCK):
+            z, _, cols = block64(Z, V, at, vocab, BLOCK)
+            others += tl.where(cols == label, 0.0, tl.exp(z - mz))
+        hard = tl.sum(others, 0)
+        own_share = tl.exp(label_logit - mz)
+        sum_of_all = own_share + hard
+        hard_value = tl.where(own_share == 1.0, log1p64(hard), tl.log(sum_of_all) + (mz - label_logit))
+        hard_factor = weight * hard_grad_scale / sum_of_all
+        hard_label = -hard_factor * hard
+        hard_value = tl.where(broken, float("nan"), hard_value)
+    if GRAD:
+        soft = tl.where(broken, float("nan"), weight * grad_scale)
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, cols = block64(Z, V, at, vocab, BLOCK)
+            both = (z > -INF) & (v > -INF)
+            t = tl.where(both, z - v, gap) - gap
+            if FAMILY == MOMENTS:
+                g = tl.where(both, (z - v) - shift, 0.0) * (tilt / count)
+            else:
+                q = tl.exp((z - mz) * k) / sum_z
+                if FAMILY >= ZERO:
+                    in_set = tl.exp((z - set_top) * k) * (outside / sum_z / sum_set)
+                    g = tl.where(chosen_classes(z, v, least, FAMILY), -in_set, q)
+                else:
+                    p, d = tl.exp((v - mv) * k) / sum_v, t * k - shift
+                    x, w = zero, p
+                    if FAMILY == POWER:
+                        x = tl.where(infinite, 0.0, b * d - log_r)
+                        w = tl.where(infinite, p, tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u)
+                    alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
+                    g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)
+                g = tl.where(z == -INF, 0.0, g)
+            g = soft * g
+            if HARD:
+                g += tl.where(cols == label, hard_label, hard_factor * tl.exp(z - mz))
+            tl.store(G + cols, g.to(tl.float32).to(G.dtype.element_ty), mask=cols < vocab)
+    loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
+    tl.store(LOSS + row, tl.where(broken, float("nan"), loss))
