@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import types
 
 import numpy as np
 import oracle
@@ -101,3 +102,23 @@ def test_memory_is_seen():
     if memory["kdkernels"] is None:
         pytest.skip("this system does not tell")
     assert 0.9 < memory["kdkernels"] < 1.3 and memory["kl_div(log_target=True)"] > 3.5
+
+
+def test_libraries_are_those_installed(monkeypatch):
+    """None on a machine without them; only KL at a finite temperature has one."""
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    assert contenders.libraries(parse("kl"), 2.0) == {}
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name)
+    assert contenders.libraries(parse("renyi(2)"), 2.0) == contenders.libraries(parse("kl"), math.inf) == {}
+    fake = types.ModuleType("liger_kernel.ops.kl_div")
+
+    def apply(log_q, log_p, reduction, log_target):
+        return torch.nn.functional.kl_div(log_q, log_p, reduction=reduction, log_target=log_target)
+
+    fake.LigerKLDivLossFunction = types.SimpleNamespace(apply=apply)
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.kl_div", fake)
+    (loss,) = contenders.libraries(parse("kl"), 2.0).values()
+    z, v = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss(z, v), contenders.fused(parse("kl"), 2.0)(z, v))

@@ -6,6 +6,7 @@ Each is a function (student logits, teacher logits) -> mean over rows of T^2 D, 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -52,6 +53,20 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
     if order == 1:
         return {"kl_div(log_softmax, softmax)": kl, "kl_div(log_target=True)": kl_of_logs}
     return {"logsumexp of log_softmaxes": renyi}
+
+
+def libraries(divergence: Divergence, T: float) -> dict[str, Loss]:
+    """Kernels of others that take logits or what PyTorch makes of them, where they are installed. For GPUs: they are written in Triton."""
+    found: dict[str, Loss] = {}
+    if importlib.util.find_spec("liger_kernel") and divergence.order == 1 and divergence.name == "kl" and math.isfinite(T):
+        from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+
+        def liger(z, v):
+            log_q, log_p = (F.log_softmax(x / T, -1).flatten(0, -2) for x in (z, v))
+            return T * T * LigerKLDivLossFunction.apply(log_q, log_p, "batchmean", True)
+
+        found["log_softmax + Liger KLDiv"] = liger
+    return found
 
 
 def compiled(loss: Loss) -> Loss:

@@ -77,7 +77,8 @@ class Bench:
         z, v = case.logits(self.device)
         check = _Check(case, z, v)
         eager = contenders.spellings(which, T)
-        losses: dict[str, Loss] = {FUSED: contenders.fused(which, T), **eager}
+        others = {} if self.device.type == "cpu" else contenders.libraries(which, T)
+        losses: dict[str, Loss] = {FUSED: contenders.fused(which, T), **eager, **others}
         errors = {}
         for name in list(losses):
             on_step(name)
