@@ -104,6 +104,7 @@ def covering() -> list[Case]:
     """A case for each path, family, dtype and flag."""
     return [
         Case(),
+        Case("renyi(0.5)", vocab=32768),
         Case("renyi(0.5)", vocab=4096, hard=True),
         Case("renyi(2.0)", vocab=128256),
         Case("renyi(0.5)", vocab=50257, hard=True, weighted=True),

@@ -163,8 +163,11 @@ def kl_terms(p, q, d, psi, abs, where):
     return gap, where(near, p * s, gap - p * d)
 
 
-def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where):
-    """(q - p, t - p, (1 - tilt) p f(d)) for q = p e^d and t = p e^{tilt d}; powers are only subtracted where they differ."""
+def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where, small_tilt):
+    """(q - p, t - p, (1 - tilt) p f(d)) for q = p e^d and t = p e^{tilt d}; powers are only subtracted where they differ.
+
+    small_tilt says that |tilt| <= 1: the third then asks for nothing that is only the first's.
+    """
     x = tilt * d
     near = abs(d) < 0.5
     close = abs(x) < 0.5
@@ -172,4 +175,5 @@ def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where):
     u = psi(x)
     gap = where(near, p * (d + s), q - p)
     powers = where(close, p * (x + u), t - p)
-    return gap, powers, where(near & close, p * (s - u * inverse_tilt), gap - powers * inverse_tilt)
+    rest = q - p if small_tilt else gap
+    return gap, powers, where(near & close, p * (s - u * inverse_tilt), rest - powers * inverse_tilt)

@@ -144,7 +144,7 @@ class _Row:
         near = (log_r.abs() < 0.5) & ~disjoint
         w = eu / su
         t = w * torch.where(near, log_r, 0.0).exp()
-        term = math_of.power_terms(p, q, t, d, b, 1 / b, _psi, torch.abs, torch.where)[2] / (1 - b)
+        term = math_of.power_terms(p, q, t, d, b, 1 / b, _psi, torch.abs, torch.where, False)[2] / (1 - b)
         term = torch.where(self.no_v, q / (1 - b), torch.where(self.no_z, p / b, term))
         F = torch.where(self.no_z & self.no_v, 0.0, term).sum(-1, keepdim=True)
         return w, torch.where(near, torch.log1p(torch.where(near, -b * (1 - b) * F, 0.0)), log_r), disjoint

@@ -181,7 +181,7 @@ def careful_row(
                 p, q, d = tl.exp((v - mv) * k) / sum_v, tl.exp((z - mz) * k) / sum_z, t * k - shift
                 if FAMILY == POWER:
                     w = tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u
-                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, magnitude, select)
+                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, magnitude, select, False)
                     term = tl.where(both, term, tl.where(v == -INF, q, p * (1.0 / b - 1.0))) / (1.0 - b)
                 else:
                     _, term = kl_terms(p, q, d, psi_series, magnitude, select)

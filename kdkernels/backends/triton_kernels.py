@@ -177,7 +177,10 @@ def scaled_difference(b, o, k, K, K_low, CARRY: tl.constexpr):
 
 
 @triton.jit
-def terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr):
+def terms(
+    b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr,
+):  # fmt: skip
     """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term only where VALUE."""
     y = scaled_difference(b, o, k, K, K_low, CARRY)
     if FAMILY == MOMENTS:
@@ -192,7 +195,7 @@ def terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY: tl.constexpr,
             y = tl.minimum(y, BIG)  # +inf, and the nan of a class that neither has; e is 0 there
         if FAMILY == POWER:
             eu = tl.math.exp2(tl.fma(y, tilt * LOG2E, a))
-            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, magnitude, select)
+            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, magnitude, select, BASE_Z)
             return e, em, et, eu, term
         else:
             em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
@@ -265,7 +268,7 @@ def first_tile(
         e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -M_o[:, None]))
         so = so * scale_o + tl.sum(eo, 1)
         eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
-    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, 0.0, tilt, inverse_tilt, FAMILY, VALUE, CARRY)
+    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, 0.0, tilt, inverse_tilt, FAMILY, BASE_Z, VALUE, CARRY)
     s += tl.sum(e, 1)
     d += tl.sum(em, 1)
     if FAMILY == POWER:
@@ -332,8 +335,8 @@ def second_tile(
     b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
     a = tl.fma(b, c, -M)
     e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -(M + N))) * w
-    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, True, CARRY)
-    d += tl.sum(em, 1)
+    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, BASE_Z, True, CARRY)
+    d += tl.sum(et if FAMILY == POWER and BASE_Z else em, 1)
     f += tl.sum(term, 1)
     if FAMILY == ENTROPY:
         others += tl.sum(tl.where(b == top, 0.0, e), 1)
@@ -341,10 +344,13 @@ def second_tile(
         own -= tl.sum(tl.where(e > 0.0, e * ((b - top) * c), 0.0), 1)
     if GRAD:
         z = b if BASE_Z else o
-        g = A * em + C * e
-        if FAMILY == POWER:
-            g += P * tl.where(direct, eu, et)
-        g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
+        if FAMILY == POWER and BASE_Z:
+            g = P * tl.where(direct, eu, et) + C * e  # 0 at once for a class that the student masks
+        else:
+            g = A * em + C * e
+            if FAMILY == POWER:
+                g += P * tl.where(direct, eu, et)
+            g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
         if HARD:
             cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
             g += tl.where(cols == edge + label, hard_label, hard_factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M)))
@@ -382,7 +388,10 @@ def second_sweep(
                 at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct,
                 hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, WINDOW, WHOLE, RB, R,
             )  # fmt: skip
-    return total(d), total(f), total(others), total(ties), total(own)
+    sum_d, sum_f = total(d), total(f)
+    if FAMILY == POWER and BASE_Z:
+        sum_d = sum_f + sum_d * inverse_tilt  # of et so far; a term is em - et / tilt, and em is asked for nowhere else
+    return sum_d, sum_f, total(others), total(ties), total(own)
 
 
 @triton.jit
