@@ -1,170 +1,164 @@
 // The rows that the step of row.h cannot take, in fp64: differences beyond the range of a float exponential (low temperatures, large
 // orders), divergences that are +inf, rows with nan, and orders 0 and inf. Slower, rare, and right for every input.
 //
-// Textbook order: maxima; sums at T; the terms of F; then the gradient, block by block, from what the first three left. A block
-// comes as two rows of doubles padded with -inf, and a class masked in both rows counts for nothing, so there are no tails.
+// Textbook order: maxima; sums at T; the terms of F; then the gradient, class by class, from what the first three left. F is a vector
+// of doubles padded with -inf (a class masked in both rows counts for nothing, so there are no tails) or one double of a GPU's thread;
+// a Crew gives sums and maxima over all lanes.
 #pragma once
 #include "row.h"
 
 namespace kd {
 namespace KD_LEVEL {
 
-KD_HD VD abs_of(VD x) { return from_bits(bits(x) & Exp2<double>::kAbs); }
-KD_HD double sum_of(VD x) { double s = 0; for (int i = 0; i < Vec<double>::W; i++) s += x[i]; return s; }
-KD_HD double max_of(VD x) { double s = x[0]; for (int i = 1; i < Vec<double>::W; i++) s = x[i] > s ? x[i] : s; return s; }
-KD_HD bool any(VL x) { int64_t s = 0; for (int i = 0; i < Vec<double>::W; i++) s |= x[i]; return s != 0; }
-KD_HD VD exp2_flushed(VD x) { return exp2_of_product(x, 1., Exp2<double>::kFloor); }
+template <class F> KD_HD F abs_of(F x) { return from_bits(bits(x) & Exp2<double>::kAbs); }
+template <class F> KD_HD F exp2_flushed(F x) { return exp2_of_product(x, 1., Exp2<double>::kFloor); }
 // expm1_psi for arguments in natural units, 0 outside |x| < 1/2 where it is not used
-KD_HD ExpM1<VD> near_zero(VD x, VL near) { return expm1_psi(select(near, x, VD{}) * kLog2e); }
+template <class F, class Mask> KD_HD ExpM1<F> near_zero(F x, Mask near) { return expm1_psi(select(near, x, F{}) * kLog2e); }
 
-class Careful {
+template <class F, class Crew> class Careful {
  public:
-  explicit Careful(const Plan &p) : plan_(p), k_(p.moments ? 1 : p.k), b_(1 - p.order) {}
+  using Int = typename Element<F>::Int;
+  KD_HD Careful(const Plan &p, const Crew &crew) : plan_(p), crew_(crew), k_(p.moments ? 1 : p.k), b_(1 - p.order) {}
 
-  // blocks(f) calls f(z, v, n) for each block of the row, n a multiple of the vector width.
-  template <class Blocks> double measure(Blocks blocks) {
-    blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) {
+  // classes(f) calls f(z, v) for every class of the row.
+  template <class Classes> KD_HD double measure(Classes classes) {
+    classes([&](F z, F v) {
       mz = larger(z, mz); mv = larger(v, mv);
       nan |= (z != z) | (v != v);
-    }); });
-    top_z_ = max_of(mz); top_v_ = max_of(mv);
-    broken_ = any(nan) || !std::isfinite(top_z_) || !std::isfinite(top_v_);
+    });
+    top_z_ = crew_.largest(mz); top_v_ = crew_.largest(mv);
+    broken_ = crew_.any(nan) || !std::isfinite(top_z_) || !std::isfinite(top_v_);
     if (broken_) return NAN;
 
-    blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { add_sums(z, v); }); });
-    if (plan_.moments) return measure_moments(blocks);
-    const double sz = sum_of(sz_), sv = sum_of(sv_), sd = sum_of(sd_);
+    classes([&](F z, F v) { add_sums(z, v); });
+    if (plan_.moments) return measure_moments(classes);
+    const double sz = crew_.sum(sz_), sv = crew_.sum(sv_), sd = crew_.sum(sd_);
     inv_z_ = 1 / sz; inv_v_ = 1 / sv;
     shift_ = std::fabs(sd) < .5 * sv ? std::log1p(sd / sv) : std::log(sz) - std::log(sv);
     log_v_ = std::log(sv);
-    const bool lone_p = any(lone_p_);
+    const bool lone_p = crew_.any(lone_p_);
     if (plan_.order == 0) {
-      const double out = sum_of(out_), in = sum_of(in_);
+      const double out = crew_.sum(out_), in = crew_.sum(in_);
       ratio_ = in > 0 ? out / in : 0;
       return in > 0 ? std::log1p(ratio_) : INFINITY;
     }
     if (std::isinf(plan_.order)) {
-      least_ = -max_of(-least_v_);
+      least_ = -crew_.largest(-least_v_);
       // q over the set where d is smallest, relative to its own largest: all of it may be far below the row's
-      VD top = splat<VD>(-INFINITY), set{};
-      blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { top = select(z - v == least_, larger(z, top), top); }); });
-      top_set_ = max_of(top);
-      blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { set += select(z - v == least_, exp_set(z), VD{}); }); });
-      const double chosen = sum_of(set), rest = sz - chosen * std::exp((top_set_ - top_z_) * k_);
+      F top = splat<F>(-INFINITY), set{};
+      classes([&](F z, F v) { top = select(z - v == least_, larger(z, top), top); });
+      top_set_ = crew_.largest(top);
+      classes([&](F z, F v) { set += select(z - v == least_, exp_set(z), F{}); });
+      const double chosen = crew_.sum(set), rest = sz - chosen * std::exp((top_set_ - top_z_) * k_);
       in_set_ = lone_p ? 0 : rest / chosen * inv_z_;
       return lone_p ? INFINITY : larger(shift_ - (least_ - (top_z_ - top_v_)) * k_, 0.);
     }
-    top_u_ = max_of(mu_);
+    top_u_ = crew_.largest(mu_);
     infinite_ = plan_.order >= 1 ? lone_p : !std::isfinite(top_u_);
 
-    blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { su_ += tilted(z, v); }); });
-    const double su = plan_.tilted && !infinite_ ? sum_of(su_) : 1;
+    classes([&](F z, F v) { su_ += tilted(z, v); });
+    const double su = plan_.tilted && !infinite_ ? crew_.sum(su_) : 1;
     inv_u_ = 1 / su;
     log_r_ = plan_.tilted ? top_u_ * kLn2 + std::log(su) - log_v_ - b_ * shift_ : 0;
     if (infinite_) { log_r_ = 0; return INFINITY; }
     const double R = std::exp(log_r_);
-    blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) { add_terms(z, v, R); }); });
-    const double F = larger(sum_of(f_), 0.);
-    if (!plan_.tilted) return F + (plan_.entropy ? sum_of(entropy_) : 0);
-    if (near_one(R)) log_r_ = std::log1p(-b_ * (1 - b_) * F);
+    classes([&](F z, F v) { add_terms(z, v, R); });
+    const double terms = larger(crew_.sum(f_), 0.);
+    if (!plan_.tilted) return terms + (plan_.entropy ? crew_.sum(entropy_) : 0);
+    if (near_one(R)) log_r_ = std::log1p(-b_ * (1 - b_) * terms);
     return log_r_ / -b_;
   }
 
-  // T dD/dz of a block: q - w.
-  void gradient(const double *z, const double *v, int64_t n, double *g) const {
-    constexpr int W = Vec<double>::W;
-    for (int64_t i = 0; i < n; i += W) store(g + i, broken_ ? splat<VD>(NAN) : gradient(load<VD>(z + i), load<VD>(v + i)));
-  }
+  // T dD/dz of a class: q - w.
+  KD_HD F gradient(F z, F v) const { return broken_ ? splat<F>(NAN) : moved(z, v); }
 
  private:
-  template <class Body> static void each(const double *z, const double *v, int64_t n, Body body) {
-    for (int64_t i = 0; i < n; i += Vec<double>::W) body(load<VD>(z + i), load<VD>(v + i));
-  }
-  static VL masked(VD x) { return x == -INFINITY; }
-  VD exp_z(VD z) const { return exp2_flushed((z - top_z_) * plan_.c); }
-  VD exp_set(VD z) const { return exp2_flushed((z - top_set_) * plan_.c); }
-  VD exp_v(VD v) const { return exp2_flushed((v - top_v_) * plan_.c); }
+  static KD_HD Int masked(F x) { return x == -INFINITY; }
+  KD_HD F exp_z(F z) const { return exp2_flushed((z - top_z_) * plan_.c); }
+  KD_HD F exp_set(F z) const { return exp2_flushed((z - top_set_) * plan_.c); }
+  KD_HD F exp_v(F v) const { return exp2_flushed((v - top_v_) * plan_.c); }
   // ((z - v) - (top_z - top_v)) / T in base 2, 0 where a class is masked
-  VD diff(VD z, VD v) const { return select(masked(z) | masked(v), VD{}, (z - v) - (top_z_ - top_v_)) * plan_.c; }
-  VD log_ratio(VD z, VD v) const { return diff(z, v) * kLn2 - shift_; }
+  KD_HD F diff(F z, F v) const { return select(masked(z) | masked(v), F{}, (z - v) - (top_z_ - top_v_)) * plan_.c; }
+  KD_HD F log_ratio(F z, F v) const { return diff(z, v) * kLn2 - shift_; }
   // base-2 exponent of p^a q^(1-a), up to the constants of the row
-  VD exponent(VD z, VD v) const {
-    const VL dead = masked(v) | masked(z);                            // orders above 1 with z masked are +inf anyway
-    return select(dead, splat<VD>(-INFINITY), (v - top_v_) * plan_.c + b_ * diff(z, v));
+  KD_HD F exponent(F z, F v) const {
+    const Int dead = masked(v) | masked(z);                            // orders above 1 with z masked are +inf anyway
+    return select(dead, splat<F>(-INFINITY), (v - top_v_) * plan_.c + b_ * diff(z, v));
   }
-  VD tilted(VD z, VD v) const { return plan_.tilted ? exp2_flushed(exponent(z, v) - top_u_) : exp_v(v); }
+  KD_HD F tilted(F z, F v) const { return plan_.tilted ? exp2_flushed(exponent(z, v) - top_u_) : exp_v(v); }
 
-  void add_sums(VD z, VD v) {
-    const VL no_z = masked(z), no_v = masked(v);
+  KD_HD void add_sums(F z, F v) {
+    const Int no_z = masked(z), no_v = masked(v);
     lone_p_ |= no_z & ~no_v; lone_q_ |= no_v & ~no_z;
     if (plan_.moments) {
-      const VD both = select(no_z | no_v, VD{}, splat<VD>(1));
-      sv_ += both; sd_ += select(no_z | no_v, VD{}, z - v);
+      const F both = select(no_z | no_v, F{}, splat<F>(1));
+      sv_ += both; sd_ += select(no_z | no_v, F{}, z - v);
       return;
     }
-    const VD ez = exp_z(z), ev = exp_v(v), y = diff(z, v);
-    const VL near = (abs_of(y) < .5) & ~(no_z | no_v);
+    const F ez = exp_z(z), ev = exp_v(v), y = diff(z, v);
+    const Int near = (abs_of(y) < .5) & ~(no_z | no_v);
     sz_ += ez; sv_ += ev;
-    sd_ += select(near, ev * expm1_psi(select(near, y, VD{})).m1, ez - ev);
-    out_ += select(no_v, ez, VD{}); in_ += select(no_v, VD{}, ez);
-    const VD gap = select(no_v, splat<VD>(INFINITY), z - v);
+    sd_ += select(near, ev * expm1_psi(select(near, y, F{})).m1, ez - ev);
+    out_ += select(no_v, ez, F{}); in_ += select(no_v, F{}, ez);
+    const F gap = select(no_v, splat<F>(INFINITY), z - v);
     least_v_ = select(gap < least_v_, gap, least_v_);
     if (plan_.tilted && plan_.order > 0) mu_ = larger(exponent(z, v), mu_);
   }
 
-  void add_terms(VD z, VD v, double R) {
-    const VL no_z = masked(z), no_v = masked(v);
-    const VD p = exp_v(v) * inv_v_, q = exp_z(z) * inv_z_, d = log_ratio(z, v);
-    const VL near = abs_of(d) * larger(1., std::fabs(b_)) < .5;
-    const VD series = near_zero(d, near).psi;
-    VD term;
+  KD_HD void add_terms(F z, F v, double R) {
+    const Int no_z = masked(z), no_v = masked(v);
+    const F p = exp_v(v) * inv_v_, q = exp_z(z) * inv_z_, d = log_ratio(z, v);
+    const Int near = abs_of(d) * larger(1., std::fabs(b_)) < .5;
+    const F series = near_zero(d, near).psi;
+    F term;
     if (plan_.tilted) {
-      const VL close = abs_of(b_ * d) < .5;
-      const ExpM1<VD> m = near_zero(b_ * d, close);
-      const VD powers = select(close, p * m.m1, tilted(z, v) * inv_u_ * R - p);
+      const Int close = abs_of(b_ * d) < .5;
+      const ExpM1<F> m = near_zero(b_ * d, close);
+      const F powers = select(close, p * m.m1, tilted(z, v) * inv_u_ * R - p);
       term = select(near, p * (series - m.psi / b_), (q - p) - powers / b_);
       term = select(no_v, q, select(no_z, p * (1 / b_ - 1), term)) / (1 - b_);
     } else {
       term = select(near, p * series, (q - p) - p * d);
       term = select(no_v, q, term);
     }
-    f_ += select(no_z & no_v, VD{}, term);
-    entropy_ += select(p > 0., p * (log_v_ - (v - top_v_) * k_), VD{});
+    f_ += select(no_z & no_v, F{}, term);
+    entropy_ += select(p > 0., p * (log_v_ - (v - top_v_) * k_), F{});
   }
 
-  VD gradient(VD z, VD v) const {
-    const VL no_z = masked(z), no_v = masked(v);
-    if (plan_.moments) return select(no_z | no_v, VD{}, ((z - v) - shift_) * inv_v_ * plan_.factor);
-    const VD q = exp_z(z) * inv_z_;
+  KD_HD F moved(F z, F v) const {
+    const Int no_z = masked(z), no_v = masked(v);
+    if (plan_.moments) return select(no_z | no_v, F{}, ((z - v) - shift_) * inv_v_ * plan_.factor);
+    const F q = exp_z(z) * inv_z_;
     if (plan_.order == 0) return select(no_v, q, -q * ratio_);
-    if (std::isinf(plan_.order)) return select(no_z, VD{}, select(z - v == least_, -exp_set(z) * in_set_, q));
-    const VD p = exp_v(v) * inv_v_, d = log_ratio(z, v);
+    if (std::isinf(plan_.order)) return select(no_z, F{}, select(z - v == least_, -exp_set(z) * in_set_, q));
+    const F p = exp_v(v) * inv_v_, d = log_ratio(z, v);
     const bool plain = !plan_.tilted || infinite_;
-    const VD x = plain ? VD{} : b_ * d - log_r_, w = plain ? p : tilted(z, v) * inv_u_;
-    const VL near = (abs_of(d) < .5) & (abs_of(x) < .5) & ~(no_z | no_v);
-    const VD g = select(near, p * (near_zero(d, near).m1 - near_zero(x, near).m1), q - w);
-    return select(no_z, VD{}, g);                                     // a masked class of the student is not moved
+    const F x = plain ? F{} : b_ * d - log_r_, w = plain ? p : tilted(z, v) * inv_u_;
+    const Int near = (abs_of(d) < .5) & (abs_of(x) < .5) & ~(no_z | no_v);
+    const F g = select(near, p * (near_zero(d, near).m1 - near_zero(x, near).m1), q - w);
+    return select(no_z, F{}, g);                          // a masked class of the student is not moved
   }
 
   // T = inf: the variance of z - v over the classes that both have
-  template <class Blocks> double measure_moments(Blocks blocks) {
-    const double n = sum_of(sv_);
+  template <class Classes> KD_HD double measure_moments(Classes classes) {
+    const double n = crew_.sum(sv_);
     inv_v_ = 1 / n;
-    shift_ = plan_.centered ? sum_of(sd_) * inv_v_ : 0;
-    blocks([&](const double *z, const double *v, int64_t n) { each(z, v, n, [&](VD z, VD v) {
-      const VD x = select(masked(z) | masked(v), VD{}, (z - v) - shift_);
+    shift_ = plan_.centered ? crew_.sum(sd_) * inv_v_ : 0;
+    classes([&](F z, F v) {
+      const F x = select(masked(z) | masked(v), F{}, (z - v) - shift_);
       f_ += x * x;
-    }); });
-    if (plan_.factor == 0) return any(lone_q_) ? INFINITY : 0;        // Renyi(0) asks only whose support it is
-    if (any(lone_p_) || any(lone_q_)) return INFINITY;
-    return plan_.factor * sum_of(f_) * inv_v_ / 2;
+    });
+    if (plan_.factor == 0) return crew_.any(lone_q_) ? INFINITY : 0;  // Renyi(0) asks only whose support it is
+    if (crew_.any(lone_p_) || crew_.any(lone_q_)) return INFINITY;
+    return plan_.factor * crew_.sum(f_) * inv_v_ / 2;
   }
 
   const Plan &plan_;
+  const Crew &crew_;
   const double k_, b_;
-  VD mz = splat<VD>(-INFINITY), mv = splat<VD>(-INFINITY), mu_ = splat<VD>(-INFINITY), least_v_ = splat<VD>(INFINITY);
-  VL nan{}, lone_p_{}, lone_q_{};
-  VD sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
+  F mz = splat<F>(-INFINITY), mv = splat<F>(-INFINITY), mu_ = splat<F>(-INFINITY), least_v_ = splat<F>(INFINITY);
+  Int nan{}, lone_p_{}, lone_q_{};
+  F sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
   double top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0;
   bool broken_ = false, infinite_ = false;
 };

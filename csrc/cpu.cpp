@@ -296,6 +296,13 @@ template <class Real> void emit(int arrays, const Real *const *kept, const doubl
 }
 
 // ---------------------------------------------------------------- rows
+// What careful.h asks of the lanes of a vector.
+struct Lanes {
+  double sum(VD x) const { double s = 0; for (int i = 0; i < Vec<double>::W; i++) s += x[i]; return s; }
+  double largest(VD x) const { double s = x[0]; for (int i = 1; i < Vec<double>::W; i++) s = x[i] > s ? x[i] : s; return s; }
+  bool any(VL x) const { int64_t s = 0; for (int i = 0; i < Vec<double>::W; i++) s |= x[i]; return s != 0; }
+};
+
 KD_HD const char *at(const void *p, int32_t dtype, const int64_t *stride, const kd_call &c, int64_t row) {
   return (const char *)p + (row / c.inner * stride[0] + row % c.inner * stride[1]) * element_size(dtype);
 }
@@ -391,9 +398,14 @@ template <class Real> class RowJob {
       for (int64_t j = n; j < padded; j++) z[j] = v[j] = -INFINITY;
       return padded;
     };
-    Careful careful(plan_);
+    constexpr int W = Vec<double>::W;
+    const Lanes lanes;
+    Careful<VD, Lanes> careful(plan_, lanes);
     const double value = careful.measure([&](auto body) {
-      for (int64_t i = 0; i < c_.vocab; i += N) body(z, v, fill(i, smaller(N, c_.vocab - i)));
+      for (int64_t i = 0; i < c_.vocab; i += N) {
+        const int64_t n = fill(i, smaller(N, c_.vocab - i));
+        for (int64_t j = 0; j < n; j += W) body(load<VD>(z + j), load<VD>(v + j));
+      }
     });
     if (hard() && !plan_.careful) {                  // the sweep stopped where the row was lost
       for (int64_t i = 0; i < blocks_; i++) {
@@ -409,7 +421,8 @@ template <class Real> class RowJob {
       if (hard()) with_block(row, i, desk, [&](auto *z, auto *, auto *) { sweep_hard(z, n, e1); });
       for (int64_t j = 0; j < n; j += N) {
         const int64_t m = smaller(N, n - j);
-        careful.gradient(z, v, fill(i0 + j, m), g);
+        const int64_t padded = fill(i0 + j, m);
+        for (int64_t l = 0; l < padded; l += W) store(g + l, careful.gradient(load<VD>(z + l), load<VD>(v + l)));
         for (int64_t l = 0; l < m; l++) soft[j + l] = Real(g[l]);
       }
       const Real *kept[4] = {soft};
@@ -467,7 +480,7 @@ template <class Real> class RowJob {
   void finish(State &s, int64_t row, double value) const {
     double loss = c_.value_scale != 0 ? c_.value_scale * value : 0;
     if (hard()) {
-      s.hard = merge_hard(s.hard_parts, int(blocks_));
+      s.hard = merge_hard(int(blocks_), [&](int i) { return s.hard_parts[i]; });
       load_row(student(row), c_.student_dtype, c_.labels[row], 1, &s.label);
       loss += c_.hard_scale * (std::log1p(s.hard.rest) + (s.hard.top - s.label));
     }

@@ -10,7 +10,11 @@
 // Orders 0 and inf have no such sum; careful.h takes them. At T = inf b is uniform and f(x) = x^2 / 2 (row.h, "moments").
 #pragma once
 #include <cmath>
+#if defined(KD_GPU)
+#include "cuda/verbs.h"   // a class to a thread
+#else
 #include "dtype.h"
+#endif
 
 namespace kd {
 namespace KD_LEVEL {
@@ -20,39 +24,56 @@ constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.4426950408889634074;
 // ---------------------------------------------------------------- exponentials, in base 2: y is x / ln 2
 // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low bits. Coefficients are minimax on |r| <= 1/2 for
 // float (9e-8 and, relative to psi, 1.3e-7) with the value at 0 exact, so that high temperatures carry no bias; Taylor for double.
-template <class Real> struct Exp2;
-template <> struct Exp2<float> {
-  static constexpr float kRound = 12582912.f, kFloor = -125.f;
-  static constexpr int kMantissa = 23;
-  static constexpr int32_t kOne = 0x3f800000, kAbs = 0x7fffffff;
-  static constexpr float exp[] = {1.f, 0.693147f, 0.24022247f, 0.05550711f, 0.009671292f, 0.0013269538f};
-  static constexpr float psi[] = {0.2402265f, 0.05550382f, 0.009618149f, 0.0013380869f, 0.00015422578f};
-};
-template <> struct Exp2<double> {
-  static constexpr double kRound = 6755399441055744., kFloor = -1021.;
-  static constexpr int kMantissa = 52;
-  static constexpr int64_t kOne = 0x3ff0000000000000, kAbs = 0x7fffffffffffffff;
-  static constexpr double exp[] = {1.0, 0.693147180559945309, 0.240226506959100712, 0.05550410866482158, 0.00961812910762847716,
-      0.00133335581464284434, 0.0001540353039338161, 0.0000152527338040598403, 1.32154867901443095e-6, 1.01780860092396997e-7,
-      7.05491162080112333e-9, 4.4455382718708115e-10, 2.56784359934882051e-11, 1.36914888539041289e-12};
-  static constexpr double psi[] = {0.240226506959100712, 0.05550410866482158, 0.00961812910762847716, 0.00133335581464284434,
-      0.0001540353039338161, 0.0000152527338040598403, 1.32154867901443095e-6, 1.01780860092396997e-7, 7.05491162080112333e-9,
-      4.4455382718708115e-10, 2.56784359934882051e-11, 1.36914888539041289e-12, 6.77872635482254563e-14};
-};
-
 template <class F, class Real, int N> KD_HD F polynomial(F r, const Real (&c)[N]) {
   F p = splat<F>(c[N - 1]);
   for (int j = N - 2; j >= 0; j--) p = p * r + c[j];
   return p;
 }
 
+template <class Real> struct Exp2;
+template <> struct Exp2<float> {
+  static constexpr float kRound = 12582912.f, kFloor = -125.f;
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kOne = 0x3f800000, kAbs = 0x7fffffff;
+  template <class F> static KD_HD F exp(F r) {
+    constexpr float c[] = {1.f, 0.693147f, 0.24022247f, 0.05550711f, 0.009671292f, 0.0013269538f};
+    return polynomial(r, c);
+  }
+  template <class F> static KD_HD F psi(F r) {
+    constexpr float c[] = {0.2402265f, 0.05550382f, 0.009618149f, 0.0013380869f, 0.00015422578f};
+    return polynomial(r, c);
+  }
+};
+template <> struct Exp2<double> {
+  static constexpr double kRound = 6755399441055744., kFloor = -1021.;
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kOne = 0x3ff0000000000000, kAbs = 0x7fffffffffffffff;
+  template <class F> static KD_HD F exp(F r) {
+    constexpr double c[] = {1.0, 0.693147180559945309, 0.240226506959100712, 0.05550410866482158, 0.00961812910762847716,
+        0.00133335581464284434, 0.0001540353039338161, 0.0000152527338040598403, 1.32154867901443095e-6, 1.01780860092396997e-7,
+        7.05491162080112333e-9, 4.4455382718708115e-10, 2.56784359934882051e-11, 1.36914888539041289e-12};
+    return polynomial(r, c);
+  }
+  template <class F> static KD_HD F psi(F r) {
+    constexpr double c[] = {0.240226506959100712, 0.05550410866482158, 0.00961812910762847716, 0.00133335581464284434,
+        0.0001540353039338161, 0.0000152527338040598403, 1.32154867901443095e-6, 1.01780860092396997e-7, 7.05491162080112333e-9,
+        4.4455382718708115e-10, 2.56784359934882051e-11, 1.36914888539041289e-12, 6.77872635482254563e-14};
+    return polynomial(r, c);
+  }
+};
+
 // 2^(a c) for a c up to 127, and exactly 0 where a < floor = kFloor / c. The product is not rounded before it is reduced (a fused
 // multiply-add where there is one).
 template <class F> KD_HD F exp2_of_product(F a, typename Element<F>::Real c, typename Element<F>::Real floor) {
   using E = Exp2<typename Element<F>::Real>;
   const F m = a * c + E::kRound, r = a * c + (E::kRound - m);
-  return select(a < floor, F{}, from_bits(bits(polynomial(r, E::exp)) + (bits(m) << E::kMantissa)));
+  return select(a < floor, F{}, from_bits(bits(E::exp(r)) + (bits(m) << E::kMantissa)));
 }
+
+#if defined(KD_GPU)
+// The hardware's, within 2^-22. Every term of a class has the same e for a factor, so that its error is one of that class's weight.
+KD_HD float exp2_of_product(float a, float c, float) { return gpu::exp2(a * c); }
+#endif
 
 template <class F> struct ExpM1 { F m1, psi; };   // e^x - 1 and e^x - 1 - x, each to a few rounding errors *relative*
 
@@ -60,7 +81,7 @@ template <class F> KD_HD ExpM1<F> expm1_psi(F y) {   // |y| <= 120 (float), 1000
   using E = Exp2<typename Element<F>::Real>;
   using Real = typename Element<F>::Real;
   const F m = y + E::kRound, r = y + (E::kRound - m);
-  const F psi = r * r * polynomial(r, E::psi), e = r * Real(kLn2) + psi;
+  const F psi = r * r * E::psi(r), e = r * Real(kLn2) + psi;
   const F s = from_bits((bits(m) << E::kMantissa) + E::kOne), m1 = s * e + (s - Real(1));
   return {m1, select(m == E::kRound, psi, m1 - y * Real(kLn2))};
 }

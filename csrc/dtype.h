@@ -2,20 +2,13 @@
 // The mathematics is templated on F, a vector here and a plain float or double on a GPU; select, bits and the casts below are all
 // it needs to be told about the difference.
 #pragma once
-#include <cstdint>
-#include <cstring>
+#include "number.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#if defined(__CUDACC__)
-#define KD_HD __host__ __device__ __forceinline__
-#else
-#define KD_HD inline __attribute__((always_inline))
-#endif
-
 namespace kd {
-namespace KD_LEVEL {  // one namespace per instruction set: the linker must never mix their inline functions
+namespace KD_LEVEL {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -46,10 +39,6 @@ using VH = Vec<float>::H;
 using VD = Vec<double>::F;
 using VL = Vec<double>::I;
 
-// what Real and which integer an F is made of
-template <class F> struct Element;
-template <> struct Element<float> { using Real = float; using Int = int32_t; };
-template <> struct Element<double> { using Real = double; using Int = int64_t; };
 template <> struct Element<VF> { using Real = float; using Int = VI; };
 template <> struct Element<VD> { using Real = double; using Int = VL; };
 
@@ -61,14 +50,6 @@ KD_HD VF select(VI m, VF a, VF b) { return m ? a : b; }
 KD_HD VD select(VL m, VD a, VD b) { return m ? a : b; }
 KD_HD VI select(VI m, VI a, VI b) { return m ? a : b; }
 
-KD_HD int64_t bits(double x) { int64_t u; std::memcpy(&u, &x, 8); return u; }
-KD_HD int32_t bits(float x) { int32_t u; std::memcpy(&u, &x, 4); return u; }
-KD_HD float from_bits(int32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
-KD_HD double from_bits(int64_t u) { double x; std::memcpy(&x, &u, 8); return x; }
-KD_HD float select(bool m, float a, float b) { return m ? a : b; }
-KD_HD double select(bool m, double a, double b) { return m ? a : b; }
-
-template <class F> KD_HD F splat(typename Element<F>::Real x) { return F{} + x; }
 template <class F> KD_HD F larger(F a, F b) { return select(a > b, a, b); }   // b where a is nan
 template <class V, class T> KD_HD V load(const T *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V, class T> KD_HD void store(T *p, V v) { std::memcpy(p, &v, sizeof v); }

@@ -98,6 +98,12 @@ KD_HD Kept<F> step_moments(F b, F o, typename Element<F>::Real ref, typename Ele
   return {e, y, F{}};
 }
 
+// e again, as step returned it, where only the rest was kept.
+template <bool kMask, class F> KD_HD F weight_of(F b, F o, const References<typename Element<F>::Real> &r) {
+  const F e = exp2_of_product(b - r.top, r.c, r.floor);
+  return kMask && r.other_is_student ? select(o == -typename Element<F>::Real(INFINITY), F{}, e) : e;
+}
+
 // The hard term's softmax at T = 1, from the same student logits: e1 = e^{z - top}.
 template <class F> KD_HD F step_hard(F z, typename Element<F>::Real top, F &rest, F &ties) {
   using Real = typename Element<F>::Real;
@@ -137,67 +143,82 @@ struct Coefficients { double A, B, C; };
 KD_HD double expm1_of(double x, const Plan &plan) { return plan.moments ? x : std::expm1(x); }
 KD_HD double f_of(double x, const Plan &plan) { return plan.moments ? x * x / 2 : f_of(x, plan.tilt); }
 
+// Who closes a row: one thread, block after block; or (csrc/cuda) the lanes of a warp, a block to a lane. sum adds f(i, sums) over
+// all i < n; first is the least i with the largest f(i).
+struct Alone {
+  template <int N, class Add> KD_HD void sum(int n, double (&sums)[N], Add add) const {
+    for (int i = 0; i < n; i++) add(i, sums);
+  }
+  template <class Of> KD_HD int first(int n, Of of) const {
+    int best = 0;
+    for (int i = 1; i < n; i++) if (of(i) > of(best)) best = i;
+    return best;
+  }
+};
+
 // Blocks are merged in their order, whatever ran where, so that results do not depend on the number of threads.
 // With u the block's unit and h = shift - offset what its y still has to lose:
 //     1 = sum u e^{-h} (s + d)
 //     F = sum u (e^{-tilt h} F_block + s f(-h) + d (expm1(-h) - expm1(-tilt h)) / (1 - tilt))
-inline Row close_row(Part *parts, int n, const Plan &plan) {
+template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {}) {
   Row r;
-  for (int i = 0; i < n; i++) if (parts[i].s > 0) r.top = larger(parts[i].top, r.top);
-  double most = 0, origin = 0;
-  for (int i = 0; i < n; i++) {
+  const int highest = crew.first(n, [&](int i) { return parts[i].s > 0 ? parts[i].top : -INFINITY; });
+  if (parts[highest].s > 0) r.top = larger(parts[highest].top, r.top);
+  double total[1]{};
+  crew.sum(n, total, [&](int i, double (&sum)[1]) {
     Part &p = parts[i];
     p.unit = p.empty() ? 0 : plan.moments ? 1 : std::exp(plan.k * (p.top - r.top));
-    const double mass = p.s * p.unit;
-    r.total += mass;
-    if (mass > most) { most = mass; origin = p.offset; }
-  }
-  if (!(most > 0) || !std::isfinite(r.total)) { r.lost = true; return r; }
+    sum[0] += p.s * p.unit;
+  });
+  r.total = total[0];
+  const int heaviest = crew.first(n, [&](int i) { return parts[i].s * parts[i].unit; });
+  if (!(parts[heaviest].s * parts[heaviest].unit > 0) || !std::isfinite(r.total)) { r.lost = true; return r; }
 
-  double away = 0, direct = 0;        // e^{shift - origin} - 1, and e^{shift - origin} as a sum of positive terms
-  for (int i = 0; i < n; i++) {
+  const double origin = parts[heaviest].offset;
+  double moved[3]{};                  // e^{shift - origin} - 1, and e^{shift - origin} as a sum of positive terms; blocks out of range
+  crew.sum(n, moved, [&](int i, double (&sum)[3]) {
     Part &p = parts[i];
-    if (p.empty()) continue;
+    if (p.empty()) return;
     p.unit /= r.total;
     const double far = p.offset - origin, x = expm1_of(far, plan);
-    if (!(std::fabs(far) <= 500 || plan.moments)) { r.lost = true; return r; }
-    away += p.unit * (p.s * x + (plan.moments ? p.d : p.d * (x + 1)));
-    direct += p.unit * (p.s + p.d) * (x + 1);
-  }
-  if (plan.moments) r.shift = plan.centered ? origin + away : 0;
-  else r.shift = origin + (std::fabs(away) < .5 ? std::log1p(away) : std::log(direct));
+    if (!(std::fabs(far) <= 500 || plan.moments)) { sum[2] += 1; return; }
+    sum[0] += p.unit * (p.s * x + (plan.moments ? p.d : p.d * (x + 1)));
+    sum[1] += p.unit * (p.s + p.d) * (x + 1);
+  });
+  if (moved[2] > 0) { r.lost = true; return r; }
+  if (plan.moments) r.shift = plan.centered ? origin + moved[0] : 0;
+  else r.shift = origin + (std::fabs(moved[0]) < .5 ? std::log1p(moved[0]) : std::log(moved[1]));
 
-  double gross = 0;                   // what F's terms would be without their signs
-  if (plan.tilted) r.R = 0;
-  for (int i = 0; i < n; i++) {
+  double sums[3]{};                   // F, what its terms would be without their signs, R
+  crew.sum(n, sums, [&](int i, double (&sum)[3]) {
     const Part &p = parts[i];
-    if (p.empty()) continue;
+    if (p.empty()) return;
     const double h = r.shift - p.offset, x = expm1_of(-h, plan), b = plan.tilt;
     double own = p.k1, still = p.s * f_of(-h, plan), cross = p.d * x;
     if (plan.tilted) {
       const double xt = std::expm1(-b * h);
       own = (1 + xt) * (p.k1 - p.k2 / b) / (1 - b); cross = p.d * (x - xt) / (1 - b);
-      r.R += p.unit * (1 + xt) * p.t;
+      sum[2] += p.unit * (1 + xt) * p.t;
     }
-    r.F += p.unit * (own + still + cross);
-    gross += p.unit * (own + still + std::fabs(cross));
-  }
+    sum[0] += p.unit * (own + still + cross);
+    sum[1] += p.unit * (own + still + std::fabs(cross));
+  });
+  r.F = sums[0];
+  if (plan.tilted) r.R = sums[2];
   const bool finite = std::isfinite(r.shift) && std::isfinite(r.F) && std::isfinite(r.R);
   if (!finite || !(r.R > 0)) { r.lost = true; return r; }       // R = 0: no class in common
   r.F = larger(r.F, 0.);
-  r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && gross > 64 * r.F;
+  r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && sums[1] > 64 * r.F;
   r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;
   r.value = plan.factor * (plan.tilted ? r.log_r / (plan.order - 1) : r.F);
   if (plan.entropy) {                 // of the base: sum e (log total - log e), with total - 1 to its own digits
-    double others = 0;
-    bool first = true;
-    for (int i = 0; i < n; i++) {
-      if (first && parts[i].top == r.top) { others += parts[i].rest; first = false; } else { others += parts[i].unit * parts[i].s * r.total; }
-    }
-    for (int i = 0; i < n; i++) {
+    double others[1]{}, of_base[1]{};
+    crew.sum(n, others, [&](int i, double (&sum)[1]) { sum[0] += i == highest ? parts[i].rest : parts[i].unit * parts[i].s * r.total; });
+    crew.sum(n, of_base, [&](int i, double (&sum)[1]) {
       const Part &p = parts[i];
-      if (p.s > 0) r.value += p.unit * (p.n + p.s * (plan.k * (r.top - p.top) + std::log1p(others)));
-    }
+      if (p.s > 0) sum[0] += p.unit * (p.n + p.s * (plan.k * (r.top - p.top) + std::log1p(others[0])));
+    });
+    r.value += of_base[0];
   }
   return r;
 }
@@ -214,13 +235,14 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
   return {A, B, C - less};
 }
 
-inline HardPart merge_hard(const HardPart *parts, int n) {
+template <class Of, class Crew = Alone> KD_HD HardPart merge_hard(int n, Of of, const Crew &crew = {}) {
   HardPart r;
-  int first = -1;
-  for (int i = 0; i < n; i++) if (parts[i].top > r.top) { r.top = parts[i].top; first = i; }
-  if (first < 0) return r;
-  r.rest = parts[first].rest;
-  for (int i = 0; i < n; i++) if (i != first && parts[i].s > 0) r.rest += parts[i].s * std::exp(parts[i].top - r.top);
+  const int highest = crew.first(n, [&](int i) { return of(i).top; });
+  if (!(of(highest).top > -INFINITY)) return r;
+  r.top = of(highest).top;
+  double rest[1]{of(highest).rest};
+  crew.sum(n, rest, [&](int i, double (&sum)[1]) { if (i != highest && of(i).s > 0) sum[0] += of(i).s * std::exp(of(i).top - r.top); });
+  r.rest = rest[0];
   r.s = 1 + r.rest;
   return r;
 }
