@@ -1,4 +1,4 @@
-// The whole ABI of the shared libraries: one struct, a few C functions. Python fills it through ctypes (kdkernels/backends/native.py),
+// The whole ABI of the shared libraries, the CPU's and CUDA's: one struct, a few C functions. Python fills it through ctypes (kdkernels/backends/native.py),
 // so a field added here is added there, and kd_call_size() lets the loader refuse a library that was built from another version.
 #pragma once
 #include <cstdint>
@@ -6,7 +6,7 @@
 extern "C" {
 
 enum kd_dtype : int32_t { KD_BF16 = 0, KD_F16 = 1, KD_F32 = 2, KD_F64 = 3 };
-enum kd_status : int32_t { KD_OK = 0, KD_BAD_LABEL = 1, KD_BAD_CALL = 2 };
+enum kd_status : int32_t { KD_OK = 0, KD_BAD_LABEL = 1, KD_BAD_CALL = 2, KD_CUDA_ERROR = 1000 };   // CUDA's own errors are added to the last
 
 // rows are (outer, inner) pairs: row r starts at (r / inner) * stride[0] + (r % inner) * stride[1] elements, so that
 // logits[:, :-1] needs no copy. Offsets are int64_t: 15k rows of 152k classes already pass 2^31.
@@ -21,16 +21,18 @@ struct kd_call {
   int64_t student_stride[2], teacher_stride[2], grad_stride[2];
   int32_t student_dtype, teacher_dtype;
   int32_t divergence;               // index into kd_divergences()
-  int32_t threads;
+  int32_t threads;                  // of the CPU
   int32_t fresh;                    // the gradient's pages have not been touched yet
-  int32_t reserved;
+  int32_t device;                   // of CUDA
   double order;                     // of Renyi
   double temperature;               // inf: the limit of T^2 D
   double value_scale;               // factor of D
   double grad_scale;                // factor of T dD/dz (of the limit's gradient at T = inf)
   double hard_scale;                // factor of CE in the value
   double hard_grad_scale;           // factor of dCE/dz
-  int64_t bad_row;                  // out: the row of a bad label
+  int64_t bad_row;                  // out: the row of a bad label (on a GPU such a row is nan instead)
+  void *stream, *workspace;         // CUDA's stream; kd_workspace() bytes on the device, aligned to 16
+  int64_t workspace_size;
 };
 
 // log softmax(x / T) over rows, and its gradient: out = log_softmax, or, given upstream, (upstream - softmax * sum upstream) / T.
@@ -40,9 +42,22 @@ struct kd_log_softmax_call {
   int64_t rows, vocab;
   int64_t logits_stride, upstream_stride, out_stride;
   int32_t dtype;                    // of logits, upstream and out
-  int32_t threads;
+  int32_t threads, device, reserved;
   double temperature;
+  void *stream;
 };
+
+// CUDA only: x *= factor, a number on the device.
+struct kd_scale_call {
+  void *x;
+  const void *factor, *stream;
+  int64_t count;
+  int32_t dtype, factor_dtype, device, reserved;
+};
+
+// CUDA only: what a geometry depends on, and a geometry (csrc/cuda/plan.h).
+struct kd_figures { int32_t capability, processors, shared_per_block, shared_per_processor; };
+struct kd_geometry { int32_t kind, parts, tiles, stages, cluster, threads, shared, reserved; int64_t blocks; };
 
 int32_t kd_loss(kd_call *);
 int32_t kd_log_softmax(const kd_log_softmax_call *);
@@ -51,4 +66,12 @@ int64_t kd_log_softmax_call_size(void);
 const char *kd_divergences(void);   // comma-separated names, in the order of kd_call::divergence
 const char *kd_isa(void);           // the instruction-set level in use
 int kd_openmp(void);                // 1 when built with OpenMP
+
+// CUDA only
+int32_t kd_scale(const kd_scale_call *);
+int64_t kd_scale_call_size(void);
+int64_t kd_workspace(const kd_call *);      // bytes that kd_loss wants; negative: a status
+int32_t kd_plan(const kd_call *, const kd_figures *, kd_geometry *);   // which kernel, without a device
+const char *kd_unavailable(int32_t device); // why the device cannot run these kernels; null when it can
+const char *kd_error(int32_t status);
 }

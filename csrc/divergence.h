@@ -9,7 +9,7 @@
 // The smaller of the two tilts (at most 1/2) loses the least in F. T dD/dz = q - w with w = t / R (w = p for KL).
 // Orders 0 and inf have no such sum; careful.h takes them. At T = inf b is uniform and f(x) = x^2 / 2 (row.h, "moments").
 #pragma once
-#include <cmath>
+#include "number.h"
 #if defined(KD_GPU)
 #include "cuda/verbs.h"   // a class to a thread
 #else
@@ -72,7 +72,7 @@ template <class F> KD_HD F exp2_of_product(F a, typename Element<F>::Real c, typ
 
 #if defined(KD_GPU)
 // The hardware's, within 2^-22. Every term of a class has the same e for a factor, so that its error is one of that class's weight.
-KD_HD float exp2_of_product(float a, float c, float) { return gpu::exp2(a * c); }
+KD_DEVICE float exp2_of_product(float a, float c, float) { return gpu::exp2(a * c); }
 #endif
 
 template <class F> struct ExpM1 { F m1, psi; };   // e^x - 1 and e^x - 1 - x, each to a few rounding errors *relative*

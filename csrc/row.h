@@ -98,11 +98,8 @@ KD_HD Kept<F> step_moments(F b, F o, typename Element<F>::Real ref, typename Ele
   return {e, y, F{}};
 }
 
-// e again, as step returned it, where only the rest was kept.
-template <bool kMask, class F> KD_HD F weight_of(F b, F o, const References<typename Element<F>::Real> &r) {
-  const F e = exp2_of_product(b - r.top, r.c, r.floor);
-  return kMask && r.other_is_student ? select(o == -typename Element<F>::Real(INFINITY), F{}, e) : e;
-}
+// e again, as step returned it, where the rest was kept and nothing is masked.
+template <class F> KD_HD F weight_of(F b, const References<typename Element<F>::Real> &r) { return exp2_of_product(b - r.top, r.c, r.floor); }
 
 // The hard term's softmax at T = 1, from the same student logits: e1 = e^{z - top}.
 template <class F> KD_HD F step_hard(F z, typename Element<F>::Real top, F &rest, F &ties) {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import kdkernels
-from kdkernels.backends import native
+from kdkernels.backends import abi, native
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -58,7 +58,7 @@ def test_without_openmp(tmp_path):
     assert "openmp: no" in (package / "_build.txt").read_text()
     if platform.machine() == "x86_64":
         assert "levels: v2 v3\n" in (package / "_build.txt").read_text()
-    library = native.Library(package / "_cpu.so")
+    library = abi.Library(package / "_cpu.so")
     assert not library.openmp
     info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
     assert "single-threaded" in info
@@ -79,11 +79,11 @@ def test_wheel(tmp_path):
 def test_a_library_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(kdkernels.divergence.REGISTRY, "new", kdkernels.KL)
     with pytest.raises(OSError, match="divergences are kl,cross_entropy,renyi,logit_matching, this package's .*new; reinstall"):
-        native.Library(native.LIBRARY)
+        abi.Library(native.LIBRARY)
     monkeypatch.undo()
-    monkeypatch.setattr(native, "Call", native.LogSoftmaxCall)
+    monkeypatch.setattr(abi, "Call", abi.LogSoftmaxCall)
     with pytest.raises(OSError, match="kd_call has .* bytes"):
-        native.Library(native.LIBRARY)
+        abi.Library(native.LIBRARY)
 
 
 def test_loading_leaves_denormals_alone():

@@ -141,12 +141,12 @@ def test_other_functions():
 
 def test_a_backend_that_is_not_there(monkeypatch, tmp_path):
     from kdkernels import backends
-    from kdkernels.backends import native
+    from kdkernels.backends import abi, native
 
     record = tmp_path / "_build.txt"
     record.write_text("error: no C++ compiler was found\n")
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
-    monkeypatch.setattr(native, "BUILD_RECORD", record)
+    monkeypatch.setattr(abi, "BUILD_RECORD", record)
     native.library.cache_clear()
     backends._resolve.cache_clear()
     try:

@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 
 # device type -> backends, best first
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager"), "xpu": ("triton", "eager")}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager")}
 OTHER_DEVICES: tuple[str, ...] = ("eager",)
-NAMES: tuple[str, ...] = ("auto", "cpu", "triton", "eager")
+NAMES: tuple[str, ...] = ("auto", "cpu", "cuda", "triton", "eager")
 
-_MODULES = {"cpu": "native", "triton": "triton", "eager": "eager"}
+_MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton", "eager": "eager"}
 
 
 @functools.cache

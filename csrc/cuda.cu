@@ -1,0 +1,171 @@
+// The CUDA library. Compiled once for each piece (KD_SHAPE = kPlain, kTilted; KD_BASE, KD_OTHER = 2, 4 bytes: the loss kernels of a shape and a pair of
+// widths) and once more without, for the C functions and the other kernels. No torch, no Python; the CUDA runtime is linked in.
+//
+// A call: tickets are zeroed where blocks share rows, the kernel of its geometry runs, then careful_rows looks at the losses and computes
+// the rows that were left, in fp64. Everything is put on the stream of the call; nothing waits for it.
+#define KD_LEVEL device
+#include "cuda/plan.h"
+
+namespace kd {
+namespace KD_LEVEL {
+
+// Launch the geometry's kernel; `most` is asked instead where it is given: how many of its clusters the device holds.
+template <Shape kShape, int kB, int kO> int launch_piece(const kd_geometry &g, const Job &job, void *stream, int *most) {
+  const gpu::Shape shape{g.blocks, g.threads, g.cluster, g.shared};
+  const auto with = [&](auto kernel) {
+    if (const int error = gpu::allow(kernel, g.shared, g.cluster)) return error;
+    if (most) return gpu::most_clusters(kernel, shape, most);
+    return gpu::launch(kernel, shape, stream, job);
+  };
+  switch (g.kind) {
+    case kWarpRows: return with(loss_rows<WarpRows, kShape, kB, kO>);
+    case kBlockRows: return with(loss_rows<BlockRows, kShape, kB, kO>);
+    case kCluster: return with(loss_clusters<Cluster, kShape, kB, kO>);
+    default: return with(loss_clusters<WideCluster, kShape, kB, kO>);
+  }
+}
+
+#if defined(KD_SHAPE)
+template int launch_piece<KD_SHAPE, KD_BASE, KD_OTHER>(const kd_geometry &, const Job &, void *, int *);
+}  // namespace KD_LEVEL
+}  // namespace kd
+#else
+
+#define KD_PIECES(shape) X(shape, 2, 2) X(shape, 2, 4) X(shape, 4, 2) X(shape, 4, 4)
+#define X(shape, base, other) extern template int launch_piece<shape, base, other>(const kd_geometry &, const Job &, void *, int *);
+KD_PIECES(kPlain) KD_PIECES(kTilted)
+#undef X
+}  // namespace KD_LEVEL
+}  // namespace kd
+
+#include "cuda/others.h"
+
+namespace kd {
+namespace KD_LEVEL {
+namespace {
+
+int launch_loss(const kd_geometry &g, const Job &job, void *stream, int *most = nullptr) {
+  const int zs = host_size(job.call.student_dtype), vs = host_size(job.call.teacher_dtype);
+  const int base = job.plan.student_base ? zs : vs, other = job.plan.student_base ? vs : zs;
+#define X(shape, b, o) if (job.plan.tilted == (shape == kTilted) && base == b && other == o) return launch_piece<shape, b, o>(g, job, stream, most);
+  KD_PIECES(kPlain) KD_PIECES(kTilted)
+#undef X
+  return KD_BAD_CALL;
+}
+
+bool understood(const kd_call *c) {
+  const auto dtype = [](int32_t x) { return x == KD_BF16 || x == KD_F16 || x == KD_F32; };
+  return c && c->rows >= 0 && c->vocab > 0 && c->inner > 0 && c->grad_width >= c->vocab && dtype(c->student_dtype) && dtype(c->teacher_dtype);
+}
+
+Job make_job(const kd_call &c) {
+  Job job{};
+  job.call = c;
+  job.plan = make_plan(c.divergence, c.order, c.temperature, false);
+  job.c = float(job.plan.c); job.c_low = job.plan.exact ? float(job.plan.c_low) : 0;
+  job.tilt = float(job.plan.tilt);
+  job.reach = float(43 / (std::fabs(job.plan.tilt) > 1 ? std::fabs(job.plan.tilt) : 1));   // nothing within it over- or underflows: 2^43 2^-125
+  job.hard = c.labels && (c.hard_scale != 0 || c.hard_grad_scale != 0);
+  return job;
+}
+
+int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
+int64_t ticket_bytes(const kd_call &c) { return round16((1 + 3 * c.rows) * 4); }
+int64_t workspace_of(const kd_call &c, const kd_geometry &g) {
+  return g.parts > 1 ? ticket_bytes(c) + c.rows * g.parts * g.tiles * kWords * 8 : 0;
+}
+
+// The geometry on the call's device; clusters that the device does not hold are left for blocks.
+int geometry_on(const kd_call &c, const Job &job, kd_geometry &g) {
+  kd_figures f{};
+  if (const int error = gpu::figures(c.device, f)) return KD_CUDA_ERROR + error;
+  if (!make_geometry(c, job.plan, f, g)) return KD_BAD_CALL;
+  if (g.kind < kCluster) return KD_OK;
+  int most = 0;
+  if (const int error = launch_loss(g, job, nullptr, &most)) return KD_CUDA_ERROR + error;
+  if (most < 1) {
+    f.capability = 80;
+    return make_geometry(c, job.plan, f, g) ? KD_OK : KD_BAD_CALL;
+  }
+  g.blocks = g.cluster * (c.rows < most ? c.rows : most);
+  return KD_OK;
+}
+
+}  // namespace
+}  // namespace KD_LEVEL
+}  // namespace kd
+
+#define KD_API extern "C" __attribute__((visibility("default")))
+
+KD_API int32_t kd_loss(kd_call *c) {
+  using namespace kd::KD_LEVEL;
+  if (!understood(c)) return KD_BAD_CALL;
+  if (!c->rows) return KD_OK;
+  const gpu::OnDevice here(c->device);
+  Job job = make_job(*c);
+  kd_geometry g{};
+  if (const int status = geometry_on(*c, job, g)) return status;
+  if (c->workspace_size < workspace_of(*c, g)) return KD_BAD_CALL;
+  const auto cuda = [](int error) { return error ? KD_CUDA_ERROR + error : KD_OK; };
+  job.all = g.kind == kCarefulRows;
+  if (!job.all) {
+    job.parts = g.parts; job.tiles = g.tiles; job.stages = g.stages;
+    job.team_bytes = g.kind == kWarpRows ? g.shared / WarpRows::kTeams : g.shared;
+    if (g.parts > 1) {
+      job.tickets = (uint32_t *)c->workspace;
+      job.state = (double *)((char *)c->workspace + ticket_bytes(*c));
+      if (const int error = gpu::zero(job.tickets, ticket_bytes(*c), c->stream)) return cuda(error);
+    }
+    if (const int error = launch_loss(g, job, c->stream)) return error == KD_BAD_CALL ? error : cuda(error);
+  }
+  const gpu::Shape rest{over(c->rows, job.all ? 1 : kLook), CarefulRows::kThreads, 1, CarefulRows::kWarps * 8};
+  return cuda(gpu::launch(careful_rows<CarefulRows>, rest, c->stream, job));
+}
+
+KD_API int64_t kd_workspace(const kd_call *c) {
+  using namespace kd::KD_LEVEL;
+  if (!understood(c)) return -KD_BAD_CALL;
+  if (!c->rows) return 0;
+  const gpu::OnDevice here(c->device);
+  kd_geometry g{};
+  const int status = geometry_on(*c, make_job(*c), g);
+  return status ? -status : workspace_of(*c, g);
+}
+
+KD_API int32_t kd_plan(const kd_call *c, const kd_figures *f, kd_geometry *g) {
+  using namespace kd::KD_LEVEL;
+  return understood(c) && make_geometry(*c, make_job(*c).plan, *f, *g) ? KD_OK : KD_BAD_CALL;
+}
+
+KD_API int32_t kd_log_softmax(const kd_log_softmax_call *c) {
+  using namespace kd::KD_LEVEL;
+  if (!c->rows) return KD_OK;
+  const gpu::OnDevice here(c->device);
+  const SoftmaxJob job{*c, 1 / c->temperature};
+  const gpu::Shape shape{c->rows, CarefulRows::kThreads, 1, CarefulRows::kWarps * 8};
+  const int error = c->dtype == KD_F32 ? gpu::launch(log_softmax_rows<CarefulRows, 4>, shape, c->stream, job)
+                                       : gpu::launch(log_softmax_rows<CarefulRows, 2>, shape, c->stream, job);
+  return error ? KD_CUDA_ERROR + error : KD_OK;
+}
+
+KD_API int32_t kd_scale(const kd_scale_call *c) {
+  using namespace kd::KD_LEVEL;
+  if (!c->count) return KD_OK;
+  const gpu::OnDevice here(c->device);
+  const ScaleJob job{c->x, c->factor, c->count, c->dtype, c->factor_dtype};
+  const int64_t blocks = over(c->count, CarefulRows::kThreads * kRun * 4), most = 1 << 16;
+  const int error = gpu::launch(scale_all<CarefulRows>, gpu::Shape{blocks < most ? blocks : most, CarefulRows::kThreads, 1, 0}, (void *)c->stream, job);
+  return error ? KD_CUDA_ERROR + error : KD_OK;
+}
+
+KD_API int64_t kd_call_size(void) { return sizeof(kd_call); }
+KD_API int64_t kd_log_softmax_call_size(void) { return sizeof(kd_log_softmax_call); }
+KD_API int64_t kd_scale_call_size(void) { return sizeof(kd_scale_call); }
+KD_API const char *kd_divergences(void) { return kd::KD_LEVEL::kNames; }
+KD_API const char *kd_isa(void) { return KD_ARCHS; }   // what it was compiled for
+KD_API int kd_openmp(void) { return 0; }
+KD_API const char *kd_unavailable(int32_t device) { return gpu::unavailable(device); }
+KD_API const char *kd_error(int32_t status) {
+  return status >= KD_CUDA_ERROR ? gpu::error_text(status - KD_CUDA_ERROR) : status == KD_BAD_CALL ? "the call is not one that these kernels take" : "";
+}
+#endif

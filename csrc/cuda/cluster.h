@@ -1,0 +1,138 @@
+// A row to a cluster of blocks, clusters that stay: sm_90 and sm_100, where both rows' slices fit the blocks' shared memory.
+//
+// Each block holds its slice of both rows in their dtypes. Bulk copies fill a ring of slices some rows ahead, so that memory never waits for
+// arithmetic; the blocks send each other their tile's sums through distributed shared memory, once per row, with one cluster
+// barrier; em and et are retained in registers, so a row's exponentials are taken once. Two blocks to a multiprocessor: the sums of one
+// row are exchanged while the other row is computed.
+#pragma once
+#include "tile.h"
+
+namespace kd {
+namespace KD_LEVEL {
+
+constexpr int kMostBlocks = 16;                      // of a cluster
+
+template <class G> struct ClusterDesk {
+  Scratch<G> scratch;
+  Part own, parts[2][kMostBlocks];                   // of this row and of the one before, which a slower block may still read
+  HardPart own_hard, hards[2][kMostBlocks];
+  Factors factors;
+  gpu::Arrivals filled[8];                           // of each slot of the ring
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
+  using T = Team<G>;
+  using TileOf = Tile<G, kShape, kB, kO>;
+  const Job &job;
+  ClusterDesk<G> &desk;
+  char *const logits;
+  const int rank, blocks;
+
+  KD_DEVICE char *slot(int64_t turn) const { return logits + turn % job.stages * TileOf::kBytes; }
+  KD_DEVICE void take_slice(TileOf &tile, int64_t turn) const {
+    const int slice = (tile.at.chunks + blocks - 1) / blocks, from = slice * rank;
+    tile.turn_to(from, from + slice < tile.at.chunks ? from + slice : tile.at.chunks, slot(turn));
+  }
+
+  // The whole chunks of a slice, on their way to its slot; an empty phase for a row that does not count. By one thread.
+  KD_DEVICE void issue(int64_t row, int64_t turn) const {
+    if (row >= job.call.rows) return;
+    gpu::Arrivals *filled = desk.filled + turn % job.stages;
+    if (weight_at(job.call, row) == 0) { gpu::arrivals_expect(filled, 0); return; }
+    const RowAt at = locate(job.call, row);
+    TileOf tile(job, desk.scratch, at);
+    take_slice(tile, turn);
+    int place = 0, to = tile.count;
+    if (place < to && !tile.inside(place)) place++;
+    if (place < to && !tile.inside(to - 1)) to--;
+    const int chunks = place < to ? to - place : 0;
+    gpu::arrivals_expect(filled, chunks * kRun * (kB + kO));
+    if (!chunks) return;
+    gpu::copy_bulk(tile.base_at(place), tile.base_row() + int64_t(tile.class_of(place)) * kB, chunks * kRun * kB, filled);
+    gpu::copy_bulk(tile.other_at(place), tile.other_row() + int64_t(tile.class_of(place)) * kO, chunks * kRun * kO, filled);
+  }
+
+  // What the bulk copy leaves out: classes of chunks that are not whole, by the thread that will read them.
+  KD_DEVICE void fetch_edges(const TileOf &tile) const {
+    tile.chunks([&](int place) {
+      if (tile.inside(place)) return;
+      fetch<kB>(tile.base_at(place), tile.base_row(), tile.class_of(place), tile.vocab());
+      fetch<kO>(tile.other_at(place), tile.other_row(), tile.class_of(place), tile.vocab());
+      gpu::before_bulk();                            // a later row's bulk copy may write here
+    });
+  }
+
+  // The block's part to every block of the cluster, by a warp.
+  KD_DEVICE void send(int parity) const {
+    const int lane = gpu::thread() % 32;
+    for (int i = lane; i < blocks * kWords; i += 32) {
+      const int w = i % kWords;
+      const bool soft = w < kPartWords;
+      double *to = soft ? (double *)(desk.parts[parity] + rank) + w : (double *)(desk.hards[parity] + rank) + (w - kPartWords);
+      *gpu::of_block(to, i / kWords) = soft ? ((const double *)&desk.own)[w] : ((const double *)&desk.own_hard)[w - kPartWords];
+    }
+  }
+
+  KD_DEVICE void run() {
+    const kd_call &c = job.call;
+    Scratch<G> &scratch = desk.scratch;
+    const int64_t cluster = gpu::block() / blocks, clusters = gpu::blocks() / blocks;
+    if (T::thread() == 0) for (int i = 0; i < job.stages; i++) gpu::arrivals_init(desk.filled + i);
+    gpu::sync_cluster();
+    if (T::thread() == 0) for (int i = 0; i < job.stages - 1; i++) issue(cluster + i * clusters, i);
+    int parity = 0;
+    int64_t turn = 0;
+    double next_weight = cluster < c.rows ? weight_at(c, cluster) : 0;   // read a row ahead
+    KD_ROLLED for (int64_t row = cluster; row < c.rows; row += clusters, turn++) {
+      gpu::sync_block();                             // everyone has left the slot of the row before
+      if (T::thread() == 0) issue(row + (job.stages - 1) * clusters, turn + job.stages - 1);
+      const RowAt at = locate(c, row);
+      TileOf tile(job, scratch, at);
+      take_slice(tile, turn);
+      const bool counts = next_weight != 0;
+      next_weight = row + clusters < c.rows ? weight_at(c, row + clusters) : 0;
+      const RowOf x = counts ? row_of(job, at, row) : RowOf{0, -1, 0};
+      if (counts) fetch_edges(tile);
+      gpu::arrivals_wait(desk.filled + turn % job.stages, turn / job.stages % 2);
+      const bool last = rank == blocks - 1;
+      if (!counts) {
+        if (rank == 0 && T::thread() == 0) c.loss[row] = 0;
+        const int from = tile.class_of(0);
+        if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last ? c.grad_width : tile.class_of(tile.count), c.student_dtype, T::thread(), G::kThreads);
+        continue;
+      }
+      KD_ROLLED for (int attempt = 0; attempt < 2; attempt++) {
+        const double given = attempt ? scratch.ref : 0;
+        tile.measure(attempt > 0, given, &desk.own, &desk.own_hard);
+        if (T::warp() == 0) send(parity);
+        gpu::sync_cluster();
+        if (T::warp() == 0) {
+          close(job, x, desk.parts[parity], desk.hards[parity], blocks, rank, 1, attempt > 0, scratch, &desk.factors, rank == 0 ? c.loss + row : nullptr);
+        }
+        gpu::sync_block();
+        parity ^= 1;
+        if (!scratch.refine) break;
+        gpu::sync_block();
+      }
+      if (scratch.lost || !c.grad) continue;
+      tile.allow_whole(desk.parts[parity ^ 1][rank].care == kFast && !desk.parts[parity ^ 1][rank].empty());
+      tile.emit(desk.parts[parity ^ 1][rank], desk.hards[parity ^ 1][rank], desk.factors, x.label, job.hard ? float(scratch.label_less) : 0);
+      if (last) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
+    }
+    gpu::sync_cluster();                             // nobody leaves while its shared memory may still be written to
+  }
+};
+#endif
+
+template <class G, Shape kShape, int kB, int kO>
+KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 512 / G::kThreads) loss_clusters(const KD_PARAM Job job) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  ClusterDesk<G> &desk = *(ClusterDesk<G> *)gpu::shared();
+  char *const logits = gpu::shared() + (sizeof(desk) + 127) / 128 * 128;
+  ClusterRows<G, kShape, kB, kO>{job, desk, logits, gpu::cluster_rank(), gpu::cluster_blocks()}.run();
+#endif
+}
+
+}  // namespace KD_LEVEL
+}  // namespace kd

@@ -1,0 +1,111 @@
+// Which kernel runs a call, and with what geometry: every choice in one place, with its reason. Knows no device but its figures.
+//
+// A row's exponentials are taken once where its tiles are in registers until it is closed: a tile is 32 classes to a thread, whose em and et
+// then take 32 or 64 of the 128 registers that two blocks of 256 threads leave to each. So a row takes as many blocks as it has tiles, up
+// to a point. Two blocks to a multiprocessor, because one exchanges its sums while the other computes.
+#pragma once
+#include "cluster.h"
+#include "rows.h"
+
+namespace kd {
+namespace KD_LEVEL {
+
+#if defined(KD_TEST_GEOMETRY)                        // few threads, so that hosts can run them
+using WarpRows = Geometry<32, 1, 2>;
+using BlockRows = Geometry<64, 1>;
+using Cluster = Geometry<64, 1>;
+using WideCluster = Geometry<64, 2>;
+using CarefulRows = Geometry<64, 1>;
+constexpr int kMostCluster = 4, kMostTilesOfRow = 64;
+#else
+using WarpRows = Geometry<32, 4, 4>;
+using BlockRows = Geometry<256, 4>;
+using Cluster = Geometry<256, 4>;
+using WideCluster = Geometry<512, 4>;
+using CarefulRows = Geometry<256, 1>;
+constexpr int kMostCluster = kMostBlocks, kMostTilesOfRow = 256;
+#endif
+constexpr int kMostParts = 32;                       // blocks to a row by tickets: their states are read by each of them
+constexpr int kFewestChunks = 256;                   // of a block's slice; below, an exchange costs more than it saves
+constexpr int kReserved = 1024;                      // bytes of shared memory that a block takes besides
+
+enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster };
+
+inline int64_t chunks_of(int64_t vocab) { return (vocab + kRun - 1 + kRun - 1) / kRun; }   // at any offset
+inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int host_size(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
+
+// The rows of student and teacher lie alike: their chunks begin on 16 bytes in both, which is what a bulk copy asks for.
+inline bool alike(const kd_call &c) {
+  const int zs = host_size(c.student_dtype), vs = host_size(c.teacher_dtype), run = 16 / (zs > vs ? zs : vs);
+  const uintptr_t z = (uintptr_t)c.student, v = (uintptr_t)c.teacher;
+  if (z % zs || v % vs || (z / zs - v / vs) % run) return false;
+  for (int i = 0; i < 2; i++) if ((c.student_stride[i] - c.teacher_stride[i]) % run) return false;
+  return true;
+}
+
+template <class G> int desk_bytes(int parts_of_row, int tiles) { return int((intptr_t)Desk<G>((char *)0, parts_of_row, tiles).logits); }
+template <class G> int cluster_desk_bytes() { return (sizeof(ClusterDesk<G>) + 127) / 128 * 128; }
+
+template <class G> void plan_rows(const kd_call &c, const kd_figures &f, int parts, kd_geometry &g) {
+  const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size;
+  g.parts = parts;
+  g.tiles = int(over(over(chunks_of(c.vocab), parts), G::kTile));
+  const int desk = desk_bytes<G>(parts * g.tiles, g.tiles);
+  g.stages = g.tiles > 1 && G::kTeams * (desk + 2 * slot) <= f.shared_per_block ? 2 : 1;
+  g.threads = G::kThreads * G::kTeams; g.cluster = 1;
+  g.shared = G::kTeams * (desk + g.stages * slot);
+  g.blocks = over(c.rows, G::kTeams) * parts;
+}
+
+// False where a slice of both rows does not fit twice into shared memory.
+template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int blocks, kd_geometry &g) {
+  const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size, desk = cluster_desk_bytes<G>();
+  const int beside = 512 / G::kThreads;              // blocks to a multiprocessor that registers allow
+  for (int n = beside > 1 ? 2 : 1; n >= 1; n--) {
+    const int room = f.shared_per_processor / n - kReserved, most = room < f.shared_per_block ? room : f.shared_per_block;
+    g.stages = (most - desk) / slot;
+    if (g.stages > 3) g.stages = 3;                  // one row being read, one waiting, one on its way
+    if (g.stages >= 2) break;
+  }
+  if (g.stages < 2) return false;
+  g.parts = g.tiles = 1; g.cluster = blocks; g.threads = G::kThreads;
+  g.shared = desk + g.stages * slot;
+  g.blocks = blocks;                                 // times the clusters that fit: the launcher asks the device
+  return true;
+}
+
+// False where no kernel takes the call.
+inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
+  g = {};
+  const int64_t chunks = chunks_of(c.vocab);
+  g.kind = kCarefulRows;
+  if (plan.careful) return true;
+  if (chunks <= WarpRows::kTile) {
+    g.kind = kWarpRows;
+    plan_rows<WarpRows>(c, f, 1, g);
+    return true;
+  }
+  // more blocks to a row where rows are too few for the device
+  const auto widen = [&](int64_t blocks, int64_t most) {
+    while (2 * blocks <= most && c.rows * blocks < f.processors && chunks / (2 * blocks) >= kFewestChunks) blocks *= 2;
+    return int(blocks);
+  };
+  const int family = f.capability / 10;
+  if ((family == 9 || family == 10) && alike(c)) {   // the others have no distributed shared memory to speak of: 99 KB to a block
+    int64_t blocks = 1;
+    while (blocks * Cluster::kTile < chunks && blocks < kMostCluster) blocks *= 2;   // powers of two: others leave multiprocessors idle
+    g.kind = kCluster;
+    if (blocks * Cluster::kTile >= chunks && plan_cluster<Cluster>(c, f, widen(blocks, kMostCluster), g)) return true;
+    g.kind = kWideCluster;
+    if (kMostCluster * WideCluster::kTile >= chunks && plan_cluster<WideCluster>(c, f, kMostCluster, g)) return true;
+  }
+  g.kind = kBlockRows;
+  // blocks of a row wait for each other: half of what is surely resident, one to a multiprocessor
+  const int64_t most = f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts, tiles = over(chunks, BlockRows::kTile);
+  plan_rows<BlockRows>(c, f, widen(tiles < most ? tiles : most, most), g);
+  return g.parts * g.tiles <= kMostTilesOfRow && g.shared <= f.shared_per_block;
+}
+
+}  // namespace KD_LEVEL
+}  // namespace kd

@@ -1,0 +1,128 @@
+// Rows by a block each, several rows by a warp each, or a row by several blocks: every architecture.
+//
+// A block takes a slice of the row tile by tile, the next tile's logits on their way (each thread copies what it alone will read, so the
+// ring needs no barrier), closes the row, and emits the gradient from the last tile, whose exponentials are in registers, to the first;
+// those before are read again, from the second-level cache, and computed again, with the same bits. Several blocks exchange their
+// tiles' sums through memory. A block draws its (row, part) as a ticket, in order, so that whoever waits, waits for blocks that have begun.
+#pragma once
+#include "tile.h"
+
+namespace kd {
+namespace KD_LEVEL {
+
+// Shared memory of a team: its scratch, the parts of the row, the factors of its own tiles, the logits.
+template <class G> struct Desk {
+  Scratch<G> *scratch;
+  Part *parts;
+  HardPart *hards;
+  Factors *factors;
+  char *logits;
+  KD_HD Desk(char *memory, int parts_of_row, int tiles) {
+    scratch = (Scratch<G> *)memory; memory += round_up(sizeof(Scratch<G>));
+    parts = (Part *)memory; memory += round_up(parts_of_row * sizeof(Part));
+    hards = (HardPart *)memory; memory += round_up(parts_of_row * sizeof(HardPart));
+    factors = (Factors *)memory; memory += round_up(tiles * sizeof(Factors));
+    logits = memory;
+  }
+  static KD_HD int round_up(int64_t bytes) { return int((bytes + 15) / 16 * 16); }
+};
+
+// Own tiles' sums to everyone's, by a warp: written, announced, awaited, read.
+template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles, int attempt) {
+  const int lane = gpu::thread() % 32, n = job.parts * tiles;
+  double *state = job.state + row * int64_t(job.parts * job.tiles) * kWords;
+  uint32_t *arrived = job.tickets + 1 + 3 * row;     // at the first exchange, at the second, and before it
+  if (attempt) {                                     // everyone has read what is about to be written over
+    gpu::sync_warp();
+    if (lane == 0) { gpu::announce(arrived + 2); gpu::await(arrived + 2, job.parts); }
+    gpu::sync_warp();
+    arrived++;
+  }
+  for (int i = lane; i < tiles * kWords; i += 32) {
+    const int t = part * tiles + i / kWords, w = i % kWords;
+    state[t * kWords + w] = w < kPartWords ? ((const double *)(desk.parts + t))[w] : ((const double *)(desk.hards + t))[w - kPartWords];
+  }
+  gpu::sync_warp();
+  if (lane == 0) { gpu::announce(arrived); gpu::await(arrived, job.parts); }
+  gpu::sync_warp();
+  for (int i = lane; i < n * kWords; i += 32) {
+    const int t = i / kWords, w = i % kWords;
+    *(w < kPartWords ? (double *)(desk.parts + t) + w : (double *)(desk.hards + t) + (w - kPartWords)) = gpu::load_fresh(state + i);
+  }
+  gpu::sync_warp();
+}
+
+template <class G, Shape kShape, int kB, int kO>
+KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
+  using T = Team<G>;
+  using TileOf = Tile<G, kShape, kB, kO>;
+  const kd_call &c = job.call;
+  const int team = gpu::thread() / G::kThreads;
+  const Desk<G> desk(gpu::shared() + team * job.team_bytes, job.parts * job.tiles, job.tiles);
+  Scratch<G> &scratch = *desk.scratch;
+  int64_t row = gpu::block() * G::kTeams + team;
+  int part = 0;
+  if (job.parts > 1) {
+    if (T::thread() == 0) scratch.ticket = gpu::next_ticket(job.tickets);
+    T::sync();
+    row = scratch.ticket / job.parts; part = scratch.ticket % job.parts;
+  }
+  if (row >= c.rows) return;
+
+  const RowAt at = locate(c, row);
+  const int slice = (at.chunks + job.parts - 1) / job.parts, lo = slice * part, hi = lo + slice < at.chunks ? lo + slice : at.chunks;
+  if (weight_at(c, row) == 0) {
+    if (part == 0 && T::thread() == 0) c.loss[row] = 0;
+    if (!c.grad) return;
+    const int from = lo * kRun - at.offset, to = hi * kRun - at.offset;
+    put_zeros(at.grad, from < 0 ? 0 : from, part == job.parts - 1 ? c.grad_width : to, c.student_dtype, T::thread(), G::kThreads);
+    return;
+  }
+  const RowOf x = row_of(job, at, row);
+  const int tiles = slice > G::kTile ? int((slice + G::kTile - 1) / G::kTile) : 1, mine = part * tiles;
+  TileOf tile(job, scratch, at);
+  const auto turn_to = [&](int t) { tile.turn_to(lo + t * G::kTile, hi, desk.logits + t % job.stages * TileOf::kBytes); };
+  const auto fetch = [&](int t) {                    // always a group of copies, for copy_wait to count
+    if (t >= 0 && t < tiles) { turn_to(t); tile.fetch_own(); }
+    gpu::copy_commit();
+  };
+
+  const bool ahead = job.stages > 1;                 // else there is room for one tile at a time
+  const auto arrive = [&] { if (ahead) gpu::copy_wait<1>(); else gpu::copy_wait<0>(); };
+  KD_ROLLED for (int attempt = 0; attempt < 2; attempt++) {
+    const double given = attempt ? scratch.ref : 0;
+    if (ahead) fetch(0);
+    KD_ROLLED for (int t = 0; t < tiles; t++) {
+      fetch(ahead ? t + 1 : t);
+      arrive();
+      turn_to(t);
+      tile.measure(attempt > 0, given, desk.parts + mine + t, desk.hards + mine + t);
+    }
+    if (T::warp() == 0) {
+      if (job.parts > 1) exchange(job, desk, row, part, tiles, attempt);
+      close(job, x, desk.parts, desk.hards, job.parts * tiles, mine, tiles, attempt > 0, scratch, desk.factors, part == 0 ? c.loss + row : nullptr);
+    }
+    T::sync();
+    if (!scratch.refine) break;
+    T::sync();
+  }
+  if (scratch.lost || !c.grad) return;
+
+  const float label_gradient = job.hard ? float(scratch.label_less) : 0;
+  KD_ROLLED for (int t = tiles - 1; t >= 0; t--) {   // the last tile, or two, are still in the slots
+    if (t < tiles - 1) { fetch(ahead ? t - 1 : t); arrive(); }
+    turn_to(t);
+    const Part &p = desk.parts[mine + t];
+    tile.allow_whole(p.care == kFast && !p.empty());
+    if (t < tiles - 1) {
+      Sums<float> unused;
+      int32_t wild = 0;
+      tile.sweep_whole(tile.references(p), unused, wild);
+    }
+    tile.emit(p, desk.hards[mine + t], desk.factors[t], x.label, label_gradient);
+  }
+  if (part == job.parts - 1) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
+}
+
+}  // namespace KD_LEVEL
+}  // namespace kd

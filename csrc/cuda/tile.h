@@ -1,0 +1,561 @@
+// A tile: the classes of a row that a team of threads takes at a time, from shared memory to sums, and from coefficients to a gradient.
+//
+// Threads take chunks of 8 classes, chunk c of a row beginning at class 8 c - offset, where the offset makes chunks lie on 16 bytes; of
+// the first and the last chunk some classes may be outside of the row, and are masked classes. A tile is a block of row.h: it has its own
+// references, which the team agrees on before any exponential is taken, and leaves em (and et) in registers until the row is closed; e is
+// cheap to compute again. What is summed in a thread and over its warp is fp32, in a fixed order; everything above is fp64.
+#pragma once
+#define KD_GPU 1
+#include "../api.h"
+#include "../row.h"
+
+namespace kd {
+namespace KD_LEVEL {
+
+constexpr int kRun = 8;                              // classes of a chunk: 16 bytes at 2 bytes each, 32 at 4
+constexpr int kLost = 3;                             // Part::care of a tile that only careful.h can take
+constexpr int64_t kLostMark = 0x7ff8000000010571;   // the loss of a row that is still to be computed: a nan that no arithmetic returns
+constexpr int kPartWords = sizeof(Part) / 8, kWords = kPartWords + sizeof(HardPart) / 8;   // of 8 bytes, between blocks
+
+// How a kernel is laid out: kTeams rows to a block, kThreads threads to a row's tile, kChunks chunks to a thread.
+template <int kThreads_, int kChunks_, int kTeams_ = 1> struct Geometry {
+  static constexpr int kThreads = kThreads_, kChunks = kChunks_, kTeams = kTeams_, kWarps = kThreads / 32, kTile = kThreads * kChunks;
+  static_assert(kTeams == 1 || kThreads == 32, "several rows to a block: a warp to each, which needs no barrier of the block");
+};
+
+// A call, as the kernels get it.
+struct Job {
+  kd_call call;
+  Plan plan;
+  float c, c_low, tilt, reach;                       // plan's, as the tiles take them
+  int32_t parts, tiles;                              // blocks to a row; the most tiles to a block
+  int32_t stages, team_bytes;                        // of logits in shared memory; shared memory of a team
+  int32_t hard, all;                                 // the hard term is asked for; every row is careful.h's
+  uint32_t *tickets;                                 // [1 + 3 rows]: the next (row, part); arrivals at a row's exchanges. Zero at launch
+  double *state;                                     // [rows][parts * tiles][kWords]
+};
+
+struct Factors { float A, B, C, lone, hard; };       // of a tile; lone: of e where the teacher masks the class
+
+// What the threads of a team tell each other.
+template <class G> struct Scratch {
+  float top[G::kWarps], student_top[G::kWarps];
+  float at_top, weight, mean;
+  float sums[G::kWarps][10];
+  double ref, rest_less, label_less;
+  int lost, refine;
+  uint32_t ticket;
+};
+
+template <class G> struct Team {
+  static KD_DEVICE int thread() { return gpu::thread() % G::kThreads; }
+  static KD_DEVICE int lane() { return gpu::thread() % 32; }
+  static KD_DEVICE int warp() { return thread() / 32; }
+  static KD_DEVICE void sync() { if (G::kThreads == 32) gpu::sync_warp(); else gpu::sync_block(); }
+  static KD_DEVICE bool any(bool x) { return G::kThreads == 32 ? gpu::warp_any(x) : gpu::sync_block_any(x); }   // and a barrier
+};
+
+// The lanes of a warp as who closes a row (row.h).
+struct WarpCrew {
+  template <int N, class Add> KD_DEVICE void sum(int n, double (&sums)[N], Add add) const {
+    double own[N]{};
+    for (int i = gpu::thread() % 32; i < n; i += 32) add(i, own);
+    gpu::warp_sum(own);
+    for (int j = 0; j < N; j++) sums[j] += own[j];
+    gpu::sync_warp();
+  }
+  template <class Of> KD_DEVICE int first(int n, Of of) const {
+    double most = -INFINITY;
+    int where = n - 1;
+    for (int i = gpu::thread() % 32; i < n; i += 32) if (of(i) > most) { most = of(i); where = i; }
+    const double best = gpu::warp_largest(most);
+    return -gpu::warp_largest(most == best ? -where : 1 - n);
+  }
+};
+
+// ---------------------------------------------------------------- logits
+KD_DEVICE int64_t element_of(const kd_call &c, const int64_t *stride, int64_t row) {
+  return row < c.inner ? row * stride[1] : row / c.inner * stride[0] + row % c.inner * stride[1];
+}
+KD_DEVICE int size_of(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
+
+struct RowAt {
+  const char *student, *teacher;
+  char *grad;
+  int offset, chunks;
+};
+KD_DEVICE RowAt locate(const kd_call &c, int64_t row) {
+  RowAt at{};
+  const int zs = size_of(c.student_dtype), vs = size_of(c.teacher_dtype);
+  at.student = (const char *)c.student + element_of(c, c.student_stride, row) * zs;
+  at.teacher = (const char *)c.teacher + element_of(c, c.teacher_stride, row) * vs;
+  if (c.grad) at.grad = (char *)c.grad + element_of(c, c.grad_stride, row) * zs;
+  at.offset = vs < zs ? int((uintptr_t)at.teacher % 16) / vs : int((uintptr_t)at.student % 16) / zs;
+  at.chunks = (at.offset + int(c.vocab) + kRun - 1) / kRun;
+  return at;
+}
+
+template <int kBytes> KD_DEVICE float element(const char *p, int64_t i, bool f16) {
+  if constexpr (kBytes == 4) return ((const float *)p)[i];
+  const uint32_t u = ((const uint16_t *)p)[i];
+  return f16 ? gpu::from_f16(u) : gpu::from_bf16(u);
+}
+KD_DEVICE float element(const char *p, int64_t i, int32_t dtype) {
+  return dtype == KD_F32 ? element<4>(p, i, false) : element<2>(p, i, dtype == KD_F16);
+}
+
+// A chunk of a row to its place in shared memory; visible to this thread after copy_wait, to others after a barrier besides.
+template <int kBytes> KD_DEVICE void fetch(char *to, const char *row, int first, int vocab) {
+  const char *from = row + int64_t(first) * kBytes;
+  if (first >= 0 && first + kRun <= vocab && (uintptr_t)from % 16 == 0) {
+    KD_UNROLL for (int i = 0; i < kRun * kBytes; i += 16) gpu::copy_async(to + i, from + i);
+    return;
+  }
+  KD_UNROLL for (int i = 0; i < kRun; i++) {         // edges, and rows that lie otherwise than the chunks: class by class
+    if (first + i < 0 || first + i >= vocab) continue;
+    if (kBytes == 4) ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
+    else ((uint16_t *)to)[i] = ((const uint16_t *)from)[i];
+  }
+}
+
+template <int kBytes> KD_DEVICE void unpack(const char *p, bool f16, float (&x)[kRun]) {
+  if constexpr (kBytes == 4) {
+    const gpu::Word4 a = gpu::load16(p), b = gpu::load16(p + 16);
+    KD_UNROLL for (int i = 0; i < 4; i++) { x[i] = from_bits((int32_t)a.x[i]); x[4 + i] = from_bits((int32_t)b.x[i]); }
+  } else {
+    const gpu::Word4 w = gpu::load16(p);
+    if (f16) KD_UNROLL for (int i = 0; i < 4; i++) { x[2 * i] = gpu::from_f16(w.x[i] & 0xffff); x[2 * i + 1] = gpu::from_f16(w.x[i] >> 16); }
+    else KD_UNROLL for (int i = 0; i < 4; i++) { x[2 * i] = gpu::from_bf16(w.x[i] & 0xffff); x[2 * i + 1] = gpu::from_bf16(w.x[i] >> 16); }
+  }
+}
+
+// The largest of many chunks, 16-bit logits two at a time as they lie.
+template <int kBytes> struct Largest {
+  float value = -INFINITY;
+  uint32_t pair;
+  bool f16;
+  explicit KD_DEVICE Largest(bool is_f16) : pair(is_f16 ? 0xfc00fc00 : 0xff80ff80), f16(is_f16) {}
+  KD_DEVICE void add(const char *p) {
+    if constexpr (kBytes == 4) {
+      float x[kRun];
+      unpack<4>(p, false, x);
+      KD_UNROLL for (int i = 0; i < kRun; i++) value = gpu::largest(value, x[i]);
+    } else {
+      const gpu::Word4 w = gpu::load16(p);
+      if (f16) KD_UNROLL for (int i = 0; i < 4; i++) pair = gpu::largest_f16_pair(pair, w.x[i]);
+      else KD_UNROLL for (int i = 0; i < 4; i++) pair = gpu::largest_bf16_pair(pair, w.x[i]);
+    }
+  }
+  KD_DEVICE float get() const {
+    if (kBytes == 4) return value;
+    const float a = f16 ? gpu::from_f16(pair & 0xffff) : gpu::from_bf16(pair & 0xffff), b = f16 ? gpu::from_f16(pair >> 16) : gpu::from_bf16(pair >> 16);
+    return gpu::largest(value, gpu::largest(a, b));
+  }
+};
+
+// 8 classes of a gradient; those outside of the row are not written.
+template <class Index> KD_DEVICE void put(char *row, Index first, Index vocab, int32_t dtype, const float (&g)[kRun]) {
+  char *to = row + int64_t(first) * size_of(dtype);
+  const bool whole = first >= 0 && first + kRun <= vocab && (uintptr_t)to % 16 == 0;
+  if (dtype == KD_F32) {
+    if (whole) {
+      KD_UNROLL for (int h = 0; h < 2; h++) {
+        gpu::Word4 w;
+        KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = (uint32_t)bits(g[4 * h + i]);
+        gpu::store_streaming(to + 16 * h, w);
+      }
+    } else {
+      KD_UNROLL for (int i = 0; i < kRun; i++) if (first + i >= 0 && first + i < vocab) ((float *)to)[i] = g[i];
+    }
+    return;
+  }
+  gpu::Word4 w;
+  KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = dtype == KD_F16 ? gpu::to_f16_pair(g[2 * i], g[2 * i + 1]) : gpu::to_bf16_pair(g[2 * i], g[2 * i + 1]);
+  if (whole) { gpu::store_streaming(to, w); return; }
+  KD_UNROLL for (int i = 0; i < kRun; i++) {
+    if (first + i >= 0 && first + i < vocab) ((uint16_t *)to)[i] = uint16_t(i % 2 ? w.x[i / 2] >> 16 : w.x[i / 2] & 0xffff);
+  }
+}
+
+// Zeros over [from, to) of a gradient row, by `threads` threads.
+KD_DEVICE void put_zeros(char *row, int64_t from, int64_t to, int32_t dtype, int thread, int threads) {
+  for (int64_t i = from + thread; i < to; i += threads) if (dtype == KD_F32) ((float *)row)[i] = 0; else ((uint16_t *)row)[i] = 0;
+}
+
+// ---------------------------------------------------------------- the tile
+// Shape kPlain (KL, cross entropy, T = inf) or kTilted; the base's logits have kB bytes, the other's kO.
+//
+// A chunk is *whole* where it lies inside of the row, its gradient on 16 bytes, and no class of the tile asks for more than the fast step: of
+// those em and et stay in registers, which takes unrolled loops. The others (a row's first and last chunk; masks; T = inf) are computed
+// again where they are emitted, in rolled loops: a tenth of the code, for a few classes, or few rows.
+template <class G, Shape kShape, int kB, int kO> struct Tile {
+  static constexpr bool kCarry = kB == 4 || kO == 4;  // 16-bit logits have differences without rounding errors
+  static constexpr int kBytes = G::kTile * kRun * (kB + kO);
+  using T = Team<G>;
+
+  const Job &job;
+  Scratch<G> &scratch;
+  const RowAt &at;
+  int first = 0, count = 0;                          // its chunks of the row
+  int whole_from = 0, whole_to = 0;                  // those that are whole, from the first on
+  char *slot = nullptr;                              // the base's logits, then the other's
+  float em[G::kChunks * kRun], et[kShape == kTilted ? G::kChunks * kRun : 1];
+
+  KD_DEVICE Tile(const Job &j, Scratch<G> &s, const RowAt &a) : job(j), scratch(s), at(a) {}
+
+  // Chunks [from, end) of the row, or as many as a tile takes.
+  KD_DEVICE void turn_to(int from, int end, char *logits) {
+    first = from; slot = logits;
+    count = end - from < G::kTile ? end - from : G::kTile;
+    allow_whole(true);
+  }
+  KD_DEVICE void allow_whole(bool yes) {
+    yes &= !moments() && !(job.call.grad && (uintptr_t)(at.grad + int64_t(class_of(0)) * size_of(job.call.student_dtype)) % 16);
+    whole_from = first == 0 && at.offset > 0;
+    whole_to = !yes ? 0 : class_of(count) > vocab() ? count - 1 : count;
+  }
+
+  KD_DEVICE bool base_f16() const { return (job.plan.student_base ? job.call.student_dtype : job.call.teacher_dtype) == KD_F16; }
+  KD_DEVICE bool other_f16() const { return (job.plan.student_base ? job.call.teacher_dtype : job.call.student_dtype) == KD_F16; }
+  KD_DEVICE const char *base_row() const { return job.plan.student_base ? at.student : at.teacher; }
+  KD_DEVICE const char *other_row() const { return job.plan.student_base ? at.teacher : at.student; }
+  KD_DEVICE char *base_at(int place) const { return slot + place * kRun * kB; }
+  KD_DEVICE char *other_at(int place) const { return slot + (G::kTile * kB + place * kO) * kRun; }
+  KD_DEVICE int vocab() const { return int(job.call.vocab); }
+  KD_DEVICE int class_of(int place) const { return (first + place) * kRun - at.offset; }
+  KD_DEVICE bool in_row(int i) const { return i >= 0 && i < vocab(); }
+  KD_DEVICE bool inside(int place) const { return class_of(place) >= 0 && class_of(place) + kRun <= vocab(); }
+  KD_DEVICE bool moments() const { return kShape == kPlain && job.plan.moments; }
+
+  // This thread's whole chunks, body(j, place) with j known when compiled; the others; all.
+  template <class Body> KD_DEVICE void whole_chunks(Body body) const {
+    KD_UNROLL for (int j = 0; j < G::kChunks; j++) {
+      const int place = j * G::kThreads + T::thread();
+      if (place >= whole_from && place < whole_to) body(j, place);
+    }
+  }
+  template <class Body> KD_DEVICE void other_chunks(Body body) const {
+    KD_ROLLED for (int place = T::thread(); place < count; place += G::kThreads) if (place < whole_from || place >= whole_to) body(place);
+  }
+  template <class Body> KD_DEVICE void chunks(Body body) const {
+    KD_ROLLED for (int place = T::thread(); place < count; place += G::kThreads) body(place);
+  }
+
+  // 8 classes as numbers; those outside of the row are masked.
+  KD_DEVICE void mask(int place, float (&x)[kRun]) const {
+    if (inside(place)) return;
+    KD_UNROLL for (int i = 0; i < kRun; i++) if (!in_row(class_of(place) + i)) x[i] = -INFINITY;
+  }
+  KD_DEVICE void load_base(int place, float (&b)[kRun]) const { unpack<kB>(base_at(place), base_f16(), b); mask(place, b); }
+  KD_DEVICE void load_other(int place, float (&o)[kRun]) const { unpack<kO>(other_at(place), other_f16(), o); mask(place, o); }
+  KD_DEVICE void load_student(int place, float (&z)[kRun]) const { if (job.plan.student_base) load_base(place, z); else load_other(place, z); }
+
+  // This thread's chunks, on their way to the slot.
+  KD_DEVICE void fetch_own() const {
+    chunks([&](int place) {
+      fetch<kB>(base_at(place), base_row(), class_of(place), vocab());
+      fetch<kO>(other_at(place), other_row(), class_of(place), vocab());
+    });
+  }
+
+  template <int kSize, class At> KD_DEVICE float largest_own(At at_place, bool f16) const {
+    Largest<kSize> top(f16);
+    chunks([&](int place) {
+      if (inside(place)) return top.add(at_place(place));
+      float x[kRun];
+      unpack<kSize>(at_place(place), f16, x);
+      mask(place, x);
+      KD_UNROLL for (int i = 0; i < kRun; i++) top.value = gpu::largest(top.value, x[i]);
+    });
+    return top.get();
+  }
+  KD_DEVICE float largest_base() const { return largest_own<kB>([&](int place) { return base_at(place); }, base_f16()); }
+  KD_DEVICE float largest_other() const { return largest_own<kO>([&](int place) { return other_at(place); }, other_f16()); }
+  static KD_DEVICE float largest_of(const float (&x)[G::kWarps]) {
+    float top = x[0];
+    KD_UNROLL for (int i = 1; i < G::kWarps; i++) top = gpu::largest(top, x[i]);
+    return top;
+  }
+
+  // Where differences are measured from: near their mean under the base, as cpu.cpp's find_references has it: the difference at the
+  // largest class, which alone decides where it dominates, and those of 64 classes spread over the tile. `own` is this thread's largest.
+  KD_DEVICE float find_reference(float own, float top) {
+    constexpr int kSamples = 64;
+    int holder = 0;
+    KD_UNROLL for (int i = G::kWarps - 1; i >= 0; i--) if (scratch.top[i] == top) holder = i;
+    if (T::warp() == holder && gpu::warp_first(own == top) == T::lane()) {
+      float found = 0;
+      bool hit = false;
+      KD_ROLLED for (int place = T::thread(); place < count && !hit; place += G::kThreads) {
+        float b[kRun], o[kRun];
+        load_base(place, b); load_other(place, o);
+        KD_UNROLL for (int i = kRun - 1; i >= 0; i--) if (b[i] == top) { found = o[i] - b[i]; hit = true; }
+      }
+      scratch.at_top = found;
+    }
+    const bool sampled = count >= 256 / kRun;
+    if (sampled && T::warp() == 0) {
+      float sums[2]{};
+      KD_UNROLL for (int n = 0; n < kSamples / 32; n++) {
+        const int i = n * 32 + T::lane(), place = (count - 1) * i / (kSamples - 1), l = i % kRun;
+        if (!in_row(class_of(place) + l)) continue;
+        const float b = element<kB>(base_at(place), l, base_f16()), x = element<kO>(other_at(place), l, other_f16()) - b;
+        const float w = gpu::exp2((b - top) * job.c);
+        if (x - x == 0 && w > 0) { sums[0] += w; sums[1] += w * x; }
+      }
+      gpu::warp_sum(sums);
+      if (T::lane() == 0) { scratch.weight = sums[0]; scratch.mean = sums[1]; }
+    }
+    T::sync();
+    const float x = scratch.at_top, weight = sampled ? scratch.weight : 0, mean = sampled ? scratch.mean : 0;
+    if (!(x - x == 0)) return weight > 0 ? mean / weight : 0;
+    const float each = float(count) * (kRun / float(kSamples));      // classes that one of the sample stands for
+    return x + each * (mean - weight * x) / (1 + each * weight);
+  }
+
+  KD_DEVICE References<float> references(const Part &p) const {
+    const float ref = float(p.ref), low = kCarry || moments() ? float(p.ref - ref) : 0;
+    return {float(p.top), ref, low, job.c, kCarry ? job.c_low : 0, job.tilt, 0, job.reach, !job.plan.student_base};
+  }
+
+  // e, em and et of a chunk that is not whole.
+  template <class Keep> KD_DEVICE void step_other(int place, const References<float> &r, Sums<float> &s, int32_t &wild, Keep keep) const {
+    float b[kRun], o[kRun];
+    load_base(place, b); load_other(place, o);
+    KD_UNROLL for (int i = 0; i < kRun; i++) {
+      keep(i, moments() ? step_moments<true>(b[i], o[i], r.ref, r.ref_low, s, wild) : step<kShape, kCarry, true>(b[i], o[i], r, s, wild));
+    }
+  }
+  KD_DEVICE void sweep_whole(const References<float> &r, Sums<float> &s, int32_t &wild) {   // em and et stay
+    whole_chunks([&](int j, int place) {
+      float b[kRun], o[kRun];
+      unpack<kB>(base_at(place), base_f16(), b); unpack<kO>(other_at(place), other_f16(), o);
+      KD_UNROLL for (int i = 0; i < kRun; i++) {
+        const Kept<float> k = step<kShape, kCarry, false>(b[i], o[i], r, s, wild);
+        em[j * kRun + i] = k.em;
+        if (kShape == kTilted) et[j * kRun + i] = k.et;
+      }
+    });
+  }
+
+  // Sums of the classes' entropy under the base, without the largest ones: others, ties, n (row.h, kEntropy).
+  KD_DEVICE void sweep_entropy(float top, float (&x)[3]) const {
+    chunks([&](int place) {
+      float b[kRun];
+      load_base(place, b);
+      KD_UNROLL for (int i = 0; i < kRun; i++) {
+        const float a = b[i] - top, e = exp2_of_product(a, job.c, 0.f);
+        x[0] += a == 0 ? 0 : e; x[1] += a == 0;
+        x[2] -= e > 0 ? e * (a * job.c) : 0;
+      }
+    });
+  }
+  KD_DEVICE void sweep_hard(float top, float (&x)[2]) const {
+    chunks([&](int place) {
+      float z[kRun];
+      load_student(place, z);
+      KD_UNROLL for (int i = 0; i < kRun; i++) step_hard(z[i], top, x[0], x[1]);
+    });
+  }
+
+  template <int N> KD_DEVICE void share(int from, float (&x)[N]) {
+    gpu::warp_sum(x);
+    if (T::lane() == 0) KD_UNROLL for (int i = 0; i < N; i++) scratch.sums[T::warp()][from + i] = x[i];
+  }
+  template <int N> KD_DEVICE void collect(int from, double (&x)[N]) const {   // by a warp
+    KD_UNROLL for (int i = 0; i < N; i++) x[i] = T::lane() < G::kWarps ? scratch.sums[T::lane()][from + i] : 0;
+    gpu::warp_sum(x);
+  }
+
+  // The tile in the slot, whose copies this thread has waited for, as a block of its row: to *part and *hard, by the first warp. given: the
+  // row's own reference.
+  KD_DEVICE void measure(bool has_given, double given, Part *part, HardPart *hard) {
+    constexpr int kSums = kShape == kTilted ? 5 : 3;
+    const Plan &plan = job.plan;
+    const float own = largest_base(), of_warp = gpu::warp_largest(own);
+    if (T::lane() == 0) scratch.top[T::warp()] = of_warp;
+    if (job.hard && !plan.student_base) {
+      const float z = gpu::warp_largest(largest_other());
+      if (T::lane() == 0) scratch.student_top[T::warp()] = z;
+    }
+    T::sync();
+    Part p;
+    float top = largest_of(scratch.top);
+    const float hard_top = job.hard && !plan.student_base ? largest_of(scratch.student_top) : top;
+    bool lost = false, none = false;
+    if (top == -INFINITY) {                          // no class of the base here: what the other has is measured from its own largest
+      const float o = gpu::warp_largest(largest_other());
+      bool nan = false;
+      chunks([&](int place) {
+        float b[kRun], x[kRun];
+        load_base(place, b); load_other(place, x);
+        KD_UNROLL for (int i = 0; i < kRun; i++) nan |= b[i] != b[i] || x[i] != x[i];
+      });
+      lost = T::any(nan);
+      if (T::lane() == 0) scratch.top[T::warp()] = o;
+      T::sync();
+      top = largest_of(scratch.top);
+      none = top == -INFINITY;
+    } else if (top < INFINITY) {
+      p.ref = find_reference(own, top);
+    }
+    lost |= !(top < INFINITY);
+    p.top = top;
+    if (has_given && !none) p.ref = given;
+    const References<float> r = references(p);
+
+    KD_ROLLED for (int masked = 0; !lost && !none; masked++) {
+      Sums<float> s;
+      int32_t wild = 0;
+      sweep_whole(r, s, wild);
+      other_chunks([&](int place) { step_other(place, r, s, wild, [](int, const Kept<float> &) {}); });
+      float x[5] = {s.s, s.d, s.k1, s.k2, s.t}, kept[kSums];
+      KD_UNROLL for (int i = 0; i < kSums; i++) kept[i] = x[i];
+      share(0, kept);
+      const bool far = T::any(moments() ? !(from_bits(wild) < INFINITY) : !(from_bits(wild) <= job.reach));
+      p.care = masked ? kMasked : kFast;
+      if (!far) break;
+      if (masked || moments()) { lost = true; break; }
+      allow_whole(false);
+    }
+    if (plan.entropy) { float x[3]{}; sweep_entropy(top, x); share(5, x); }
+    if (job.hard) {
+      float x[2]{};
+      if (hard_top - hard_top == 0) sweep_hard(hard_top, x);
+      share(8, x);
+    }
+    T::sync();
+    if (T::warp() != 0) return;
+    if (lost) {
+      p.care = kLost;
+    } else if (!none) {
+      double x[kSums];
+      collect(0, x);
+      p.s = x[0]; p.d = x[1]; p.k1 = x[2];
+      if (kShape == kTilted) { p.k2 = x[kSums - 2]; p.t = x[kSums - 1]; }
+      p.offset = (moments() ? 1 : plan.k) * (double(r.ref) + r.ref_low);
+      if (plan.entropy) {
+        double y[3];
+        collect(5, y);
+        p.rest = y[0] + (y[1] > 0 ? y[1] - 1 : 0); p.s = y[0] + y[1]; p.n = y[2] * kLn2;
+      }
+    }
+    HardPart h;
+    if (job.hard) {
+      double y[2];
+      collect(8, y);
+      h.top = hard_top;
+      if (hard_top - hard_top == 0) { h.rest = y[0] + (y[1] - 1); h.s = 1 + h.rest; }
+    }
+    if (T::lane() == 0) { *part = p; *hard = h; }
+    gpu::sync_warp();
+  }
+
+  KD_DEVICE void add_hard(int place, const HardPart &h, const Factors &f, int label, float label_gradient, float (&g)[kRun]) const {
+    float z[kRun];
+    load_student(place, z);
+    const float top = float(h.top), scale = h.s > 0 ? f.hard : 0;
+    KD_UNROLL for (int i = 0; i < kRun; i++) {
+      const float e = exp2_of_product(z[i] - top, float(kLog2e), 0.f);
+      g[i] += class_of(place) + i == label ? label_gradient : scale != 0 ? scale * e : 0;
+    }
+  }
+  // The gradient of the tile, whose em and et are in registers.
+  KD_DEVICE void emit(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
+    const References<float> r = references(p);
+    whole_chunks([&](int j, int place) {
+      float b[kRun], g[kRun];
+      unpack<kB>(base_at(place), base_f16(), b);
+      KD_UNROLL for (int i = 0; i < kRun; i++) {
+        g[i] = f.C * weight_of(b[i], r) + f.A * em[j * kRun + i];
+        if (kShape == kTilted) g[i] += f.B * et[j * kRun + i];
+      }
+      if (job.hard) add_hard(place, h, f, label, label_gradient, g);
+      put(at.grad, class_of(place), vocab(), job.call.student_dtype, g);
+    });
+    const bool lone = kShape == kTilted && job.plan.student_base, empty = p.empty();
+    other_chunks([&](int place) {
+      float g[kRun];
+      if (empty) {
+        KD_UNROLL for (int i = 0; i < kRun; i++) g[i] = 0 * f.C;
+      } else {
+        Sums<float> unused;
+        int32_t wild = 0;
+        step_other(place, r, unused, wild, [&](int i, const Kept<float> &k) {
+          g[i] = lone && k.et == -k.e ? f.lone * k.e : f.C * k.e + f.A * k.em + (kShape == kTilted ? f.B * k.et : 0);
+        });
+      }
+      if (job.hard) add_hard(place, h, f, label, label_gradient, g);
+      put(at.grad, class_of(place), vocab(), job.call.student_dtype, g);
+    });
+  }
+};
+
+// ---------------------------------------------------------------- closing a row, by a warp
+// What a row's threads need besides its tiles.
+struct RowOf {
+  double weight;
+  int label;
+  float label_logit;                                 // nan for a label outside of the vocabulary
+};
+KD_DEVICE double weight_at(const kd_call &c, int64_t row) { return c.weight ? c.weight[row] : 1; }
+KD_DEVICE RowOf row_of(const Job &job, const RowAt &at, int64_t row) {
+  const kd_call &c = job.call;
+  RowOf x{weight_at(c, row), -1, 0};
+  if (job.hard) {
+    const int64_t label = c.labels[row];
+    const bool known = label >= 0 && label < c.vocab;
+    x.label = known ? int(label) : -1;
+    x.label_logit = known ? element(at.student, x.label, c.student_dtype) : NAN;   // before anyone writes the gradient over it
+  }
+  return x;
+}
+
+KD_DEVICE double loss_of(const Job &job, const RowOf &x, double value, const HardPart &h) {
+  const kd_call &c = job.call;
+  double loss = c.value_scale != 0 ? c.value_scale * value : 0;
+  if (job.hard) loss += c.hard_scale * (std::log1p(h.rest) + (h.top - x.label_logit));
+  return x.weight * loss;
+}
+// q - 1 at the label, from the other classes: exact where q rounds to 1
+KD_DEVICE double label_part(const Job &job, const RowOf &x, const HardPart &h) {
+  return -x.weight * job.call.hard_grad_scale * (h.rest - std::expm1(x.label_logit - h.top)) / h.s;
+}
+
+// The parts [0, n) of a row, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss. again: the
+// references were the row's own.
+template <class G> KD_DEVICE void close(const Job &job, const RowOf &x, Part *parts, HardPart *hards, int n, int mine, int tiles, bool again, Scratch<G> &scratch,
+                                        Factors *factors, double *loss) {
+  const WarpCrew crew;
+  const int lane = gpu::thread() % 32;
+  int care = 0;
+  for (int i = lane; i < n; i += 32) if (parts[i].care > care) care = parts[i].care;
+  Row row;
+  row.lost = gpu::warp_largest(care) == kLost;
+  if (!row.lost) row = close_row(parts, n, job.plan, crew);
+  if (again) row.refine = false;
+  HardPart h;
+  if (job.hard) h = merge_hard(n, [&](int i) { return hards[i]; }, crew);
+  const kd_call &c = job.call;
+  const double scale = x.weight * c.grad_scale, hard_scale = x.weight * c.hard_grad_scale;
+  for (int i = lane; i < tiles && !row.lost; i += 32) {
+    const Part &p = parts[mine + i];
+    const HardPart &own = hards[mine + i];
+    const Coefficients k = coefficients(p, row, job.plan, scale);
+    Factors f{float(k.A), float(k.B), float(k.C), float(k.C - k.B), 0};
+    if (job.hard) {
+      if (own.s > 0) f.hard = float(hard_scale * std::exp(own.top - h.top) / h.s);
+      if (!(x.label_logit == x.label_logit)) f.C = f.lone = NAN;
+    }
+    factors[i] = f;
+  }
+  if (lane == 0) {
+    scratch.lost = row.lost; scratch.refine = row.refine;
+    scratch.ref = job.plan.moments ? row.shift : row.shift / job.plan.k;
+    if (job.hard) scratch.label_less = label_part(job, x, h);
+    if (loss && !row.refine) *loss = row.lost ? from_bits(kLostMark) : loss_of(job, x, row.value, h);
+  }
+}
+
+}  // namespace KD_LEVEL
+}  // namespace kd

@@ -1,0 +1,180 @@
+"""The C ABI of csrc/api.h through ctypes, for the CPU library and CUDA's: one struct per call, no torch and no Python in their build.
+
+Loading checks that a library speaks the same language as this package: the size of each struct and the list of divergences.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import divergence as math_of
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+BUILD_RECORD = Path(__file__).parent.parent / "_build.txt"
+
+
+class Call(ctypes.Structure):
+    """kd_call."""
+
+    _fields_ = [
+        *((x, c_void_p) for x in ("student", "teacher", "grad", "labels", "weight", "loss")),
+        *((x, c_int64) for x in ("rows", "inner", "vocab", "grad_width")),
+        *((x, c_int64 * 2) for x in ("student_stride", "teacher_stride", "grad_stride")),
+        *((x, c_int32) for x in ("student_dtype", "teacher_dtype", "divergence", "threads", "fresh", "device")),
+        *((x, c_double) for x in ("order", "temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale")),
+        ("bad_row", c_int64),
+        *((x, c_void_p) for x in ("stream", "workspace")),
+        ("workspace_size", c_int64),
+    ]
+
+
+class LogSoftmaxCall(ctypes.Structure):
+    """kd_log_softmax_call."""
+
+    _fields_ = [
+        *((x, c_void_p) for x in ("logits", "upstream", "out")),
+        *((x, c_int64) for x in ("rows", "vocab", "logits_stride", "upstream_stride", "out_stride")),
+        *((x, c_int32) for x in ("dtype", "threads", "device", "reserved")),
+        ("temperature", c_double),
+        ("stream", c_void_p),
+    ]
+
+
+class ScaleCall(ctypes.Structure):
+    """kd_scale_call, of CUDA."""
+
+    _fields_ = [
+        *((x, c_void_p) for x in ("x", "factor", "stream")),
+        ("count", c_int64),
+        *((x, c_int32) for x in ("dtype", "factor_dtype", "device", "reserved")),
+    ]
+
+
+class Library:
+    """A loaded library and what it says of itself; OSError with a remedy when it is not this package's."""
+
+    def __init__(self, path: Path):
+        self.c = lib = ctypes.CDLL(str(path))
+        structs = {"kd_call": Call, "kd_log_softmax_call": LogSoftmaxCall}
+        if hasattr(lib, "kd_scale"):
+            structs["kd_scale_call"] = ScaleCall
+            lib.kd_workspace.argtypes, lib.kd_workspace.restype = [c_void_p], c_int64
+            lib.kd_scale.argtypes = [c_void_p]
+            lib.kd_error.restype = lib.kd_unavailable.restype = c_char_p
+        for struct, cls in structs.items():
+            size = getattr(lib, f"{struct}_size")
+            size.restype = c_int64
+            if size() != ctypes.sizeof(cls):
+                raise OSError(f"{path.name}: {struct} has {size()} bytes, this package's {ctypes.sizeof(cls)}; reinstall kdkernels")
+        lib.kd_divergences.restype = lib.kd_isa.restype = c_char_p
+        names = lib.kd_divergences().decode()
+        if names != ",".join(math_of.REGISTRY):
+            raise OSError(f"{path.name}: its divergences are {names}, this package's {','.join(math_of.REGISTRY)}; reinstall kdkernels")
+        self.isa, self.openmp = lib.kd_isa().decode(), bool(lib.kd_openmp())
+        self.loss, self.log_softmax = lib.kd_loss, lib.kd_log_softmax
+        self.loss.argtypes, self.log_softmax.argtypes = [c_void_p], [c_void_p]
+
+
+def build_record() -> dict[str, str]:
+    """What setup.py found, by name: the reason why a library is not there, among others."""
+    lines = BUILD_RECORD.read_text().splitlines() if BUILD_RECORD.exists() else []
+    return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+
+@functools.lru_cache(maxsize=256)
+def _divergence(text: str) -> tuple[int, float]:
+    """(index in the library's list, order) of a text form."""
+    which = math_of.parse(text)
+    return list(math_of.REGISTRY).index(which.name), which.order
+
+
+def _layout(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
+    """(x, inner, (outer stride, inner stride)): rows as pairs of indices; x is copied where two strides cannot say it."""
+    if x.dim() == 2:
+        return x, max(1, x.shape[0]), (0, x.stride(0))
+    if x.dim() == 1:
+        return x, 1, (0, 0)
+    if x.dim() == 3:
+        return x, max(1, x.shape[1]), (x.stride(0), x.stride(1))
+    x = x.flatten(0, -3)
+    return x, max(1, x.shape[1]), (x.stride(0), x.stride(1))
+
+
+def loss_call(
+    student,
+    teacher,
+    labels,
+    weight,
+    grad,
+    divergence,
+    temperature,
+    value_scale,
+    grad_scale,
+    hard_scale,
+    hard_grad_scale,
+    vocab,
+    *,
+    threads=1,
+    device=0,
+    stream=None,
+) -> tuple[Call, Tensor, tuple]:
+    """(call, the rows' losses to be written, what the call points to and must live as long) from the operator's arguments (ops.py)."""
+    student, inner, student_stride = _layout(student)
+    teacher, _, teacher_stride = _layout(teacher)
+    width = student.shape[-1]
+    rows = student.numel() // width
+    out = torch.empty(rows, dtype=torch.float64, device=student.device)
+    grad_pointer, grad_stride = None, (0, 0)
+    if grad is not None:
+        grad_pointer, (_, _, grad_stride) = grad.data_ptr(), _layout(grad)
+    index, order = _divergence(divergence)
+    labels = labels if labels is None else labels.contiguous()
+    weight = weight if weight is None else weight.contiguous()
+    call = Call(
+        student.data_ptr(),
+        teacher.data_ptr(),
+        grad_pointer,
+        None if labels is None else labels.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        out.data_ptr(),
+        rows,
+        inner,
+        vocab,
+        width,
+        student_stride,
+        teacher_stride,
+        grad_stride,
+        DTYPES[student.dtype],
+        DTYPES[teacher.dtype],
+        index,
+        threads,
+        grad_pointer is not None and grad_pointer != student.data_ptr() and grad.is_contiguous(),
+        device,
+        order,
+        temperature,
+        value_scale,
+        grad_scale,
+        hard_scale,
+        hard_grad_scale,
+        0,
+        stream,
+        None,
+        0,
+    )
+    return call, out, (student, teacher, labels, weight)
+
+
+def log_softmax_call(logits, upstream, out, temperature, *, threads=1, device=0, stream=None) -> tuple[LogSoftmaxCall, tuple]:
+    """(call, what it points to) that fills `out`, which is contiguous."""
+    width = logits.shape[-1]
+    logits = logits.contiguous()
+    upstream = upstream if upstream is None else upstream.contiguous()
+    pointers = logits.data_ptr(), None if upstream is None else upstream.data_ptr(), out.data_ptr()
+    sizes = logits.numel() // width, width, width, width, width
+    return LogSoftmaxCall(*pointers, *sizes, DTYPES[logits.dtype], threads, device, 0, temperature, stream), (logits, upstream)
