@@ -34,13 +34,13 @@ template <class F, class Crew> class Careful {
     if (plan_.moments) return measure_moments(classes);
     const double sz = crew_.sum(sz_), sv = crew_.sum(sv_), sd = crew_.sum(sd_);
     inv_z_ = 1 / sz; inv_v_ = 1 / sv;
-    shift_ = std::fabs(sd) < .5 * sv ? std::log1p(sd / sv) : std::log(sz) - std::log(sv);
-    log_v_ = std::log(sv);
+    shift_ = std::fabs(sd) < .5 * sv ? log1p_of(sd / sv) : log_of(sz) - log_of(sv);
+    log_v_ = log_of(sv);
     const bool lone_p = crew_.any(lone_p_);
     if (plan_.order == 0) {
       const double out = crew_.sum(out_), in = crew_.sum(in_);
       ratio_ = in > 0 ? out / in : 0;
-      return in > 0 ? std::log1p(ratio_) : INFINITY;
+      return in > 0 ? log1p_of(ratio_) : INFINITY;
     }
     if (std::isinf(plan_.order)) {
       least_ = -crew_.largest(-least_v_);
@@ -49,7 +49,7 @@ template <class F, class Crew> class Careful {
       classes([&](F z, F v) { top = select(z - v == least_, larger(z, top), top); });
       top_set_ = crew_.largest(top);
       classes([&](F z, F v) { set += select(z - v == least_, exp_set(z), F{}); });
-      const double chosen = crew_.sum(set), rest = sz - chosen * std::exp((top_set_ - top_z_) * k_);
+      const double chosen = crew_.sum(set), rest = sz - chosen * exp_of((top_set_ - top_z_) * k_);
       in_set_ = lone_p ? 0 : rest / chosen * inv_z_;
       return lone_p ? INFINITY : larger(shift_ - (least_ - (top_z_ - top_v_)) * k_, 0.);
     }
@@ -59,13 +59,13 @@ template <class F, class Crew> class Careful {
     classes([&](F z, F v) { su_ += tilted(z, v); });
     const double su = plan_.tilted && !infinite_ ? crew_.sum(su_) : 1;
     inv_u_ = 1 / su;
-    log_r_ = plan_.tilted ? top_u_ * kLn2 + std::log(su) - log_v_ - b_ * shift_ : 0;
+    log_r_ = plan_.tilted ? top_u_ * kLn2 + log_of(su) - log_v_ - b_ * shift_ : 0;
     if (infinite_) { log_r_ = 0; return INFINITY; }
-    const double R = std::exp(log_r_);
+    const double R = exp_of(log_r_);
     classes([&](F z, F v) { add_terms(z, v, R); });
     const double terms = larger(crew_.sum(f_), 0.);
     if (!plan_.tilted) return terms + (plan_.entropy ? crew_.sum(entropy_) : 0);
-    if (near_one(R)) log_r_ = std::log1p(-b_ * (1 - b_) * terms);
+    if (near_one(R)) log_r_ = log1p_of(-b_ * (1 - b_) * terms);
     return log_r_ / -b_;
   }
 

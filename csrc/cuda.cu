@@ -18,10 +18,10 @@ template <Shape kShape, int kB, int kO> int launch_piece(const kd_geometry &g, c
     return gpu::launch(kernel, shape, stream, job);
   };
   switch (g.kind) {
-    case kWarpRows: return with(loss_rows<WarpRows, kShape, kB, kO>);
-    case kBlockRows: return with(loss_rows<BlockRows, kShape, kB, kO>);
-    case kCluster: return with(loss_clusters<Cluster, kShape, kB, kO>);
-    default: return with(loss_clusters<WideCluster, kShape, kB, kO>);
+    case kWarpRows: return with(loss_rows<typename Sizes<kShape>::WarpRows, kShape, kB, kO>);
+    case kBlockRows: return with(loss_rows<typename Sizes<kShape>::BlockRows, kShape, kB, kO>);
+    case kCluster: return with(loss_clusters<typename Sizes<kShape>::Cluster, kShape, kB, kO>);
+    default: return with(loss_clusters<typename Sizes<kShape>::WideCluster, kShape, kB, kO>);
   }
 }
 
@@ -31,10 +31,12 @@ template int launch_piece<KD_SHAPE, KD_BASE, KD_OTHER>(const kd_geometry &, cons
 }  // namespace kd
 #else
 
+#if !defined(KD_PIECES)
 #define KD_PIECES(shape) X(shape, 2, 2) X(shape, 2, 4) X(shape, 4, 2) X(shape, 4, 4)
 #define X(shape, base, other) extern template int launch_piece<shape, base, other>(const kd_geometry &, const Job &, void *, int *);
 KD_PIECES(kPlain) KD_PIECES(kTilted)
 #undef X
+#endif
 }  // namespace KD_LEVEL
 }  // namespace kd
 
@@ -110,7 +112,7 @@ KD_API int32_t kd_loss(kd_call *c) {
   job.all = g.kind == kCarefulRows;
   if (!job.all) {
     job.parts = g.parts; job.tiles = g.tiles; job.stages = g.stages;
-    job.team_bytes = g.kind == kWarpRows ? g.shared / WarpRows::kTeams : g.shared;
+    job.team_bytes = g.kind == kWarpRows ? g.shared / Sizes<kPlain>::WarpRows::kTeams : g.shared;
     if (g.parts > 1) {
       job.tickets = (uint32_t *)c->workspace;
       job.state = (double *)((char *)c->workspace + ticket_bytes(*c));

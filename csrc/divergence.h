@@ -122,13 +122,13 @@ inline Plan make_plan(int32_t divergence, double order, double temperature, bool
   return p;
 }
 
-KD_HD double psi(double x) {            // e^x - 1 - x, for the scalars of a row
+KD_ONCE double psi(double x) {            // e^x - 1 - x, for the scalars of a row
   if (x > -.5 && x < .5) {
     double s = 0;
-    for (int j = 16; j >= 2; j--) s = (s + 1) * x / j;   // x/2 (1 + x/3 (1 + ...))
+    for (int j = 16; j >= 2; j--) s = (s + 1) * (x * (1. / j));   // x/2 (1 + x/3 (1 + ...))
     return s * x;
   }
-  return std::expm1(x) - x;
+  return expm1_of(x) - x;
 }
 
 // f of the family, for the scalars of a row; tilt = 0 is KL
@@ -136,7 +136,7 @@ KD_HD double f_of(double x, double tilt) { return tilt == 0 ? psi(x) : (psi(x) -
 
 // log R from the sum of one sign, F, while R is near 1, where the logarithm of R itself would have lost its digits.
 KD_HD bool near_one(double R) { return R > .5 && R < 1.5; }
-KD_HD double log_of_R(double F, double R, const Plan &p) { return near_one(R) ? std::log1p(-p.tilt * (1 - p.tilt) * F) : std::log(R); }
+KD_HD double log_of_R(double F, double R, const Plan &p) { return near_one(R) ? log1p_of(-p.tilt * (1 - p.tilt) * F) : log_of(R); }
 
 }  // namespace KD_LEVEL
 }  // namespace kd

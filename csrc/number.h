@@ -27,6 +27,18 @@ KD_HD double select(bool m, double a, double b) { return m ? a : b; }
 
 KD_HD float larger(float a, float b) { return a > b ? a : b; }                // b where a is nan
 KD_HD double larger(double a, double b) { return a > b ? a : b; }
+
+// What a row's scalars go through. Once in a kernel, and not wherever it is called: most of a kernel would be these otherwise.
+#if defined(__CUDACC__)
+#define KD_ONCE static __host__ __device__ __noinline__
+#else
+#define KD_ONCE KD_HD
+#endif
+KD_ONCE double exp_of(double x) { return std::exp(x); }
+KD_ONCE double expm1_of(double x) { return std::expm1(x); }
+KD_ONCE double log_of(double x) { return std::log(x); }
+KD_ONCE double log1p_of(double x) { return std::log1p(x); }
+
 template <class F> KD_HD F splat(typename Element<F>::Real x) { return F{} + x; }
 
 }  // namespace KD_LEVEL

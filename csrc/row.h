@@ -61,7 +61,8 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
     const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b;
     const F x = difference<false>(o, splat<F>(r.top), r.ref, r.ref_low), q = exp2_of_product(x, r.c, r.floor);
     em = select(only_o, q, em); k1 = select(only_o, q, k1);
-    Int lost = only_o & ~(x * r.c <= r.reach);
+    const Int within = x * r.c <= r.reach;
+    Int lost = only_o & ~within;
     if (kShape == kTilted) {
       em = select(only_b, -e, em); et = select(only_b, -e, et);
       k1 = select(only_b, zero, k1); k2 = select(only_b, (r.tilt - Real(1)) * e, k2);
@@ -137,7 +138,7 @@ struct Row {
 struct Coefficients { double A, B, C; };
 
 // e^x - 1 and psi for h, which at T = inf are their first and second order
-KD_HD double expm1_of(double x, const Plan &plan) { return plan.moments ? x : std::expm1(x); }
+KD_HD double expm1_of(double x, const Plan &plan) { return plan.moments ? x : expm1_of(x); }
 KD_HD double f_of(double x, const Plan &plan) { return plan.moments ? x * x / 2 : f_of(x, plan.tilt); }
 
 // Who closes a row: one thread, block after block; or (csrc/cuda) the lanes of a warp, a block to a lane. sum adds f(i, sums) over
@@ -164,7 +165,7 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   double total[1]{};
   crew.sum(n, total, [&](int i, double (&sum)[1]) {
     Part &p = parts[i];
-    p.unit = p.empty() ? 0 : plan.moments ? 1 : std::exp(plan.k * (p.top - r.top));
+    p.unit = p.empty() ? 0 : plan.moments ? 1 : exp_of(plan.k * (p.top - r.top));
     sum[0] += p.s * p.unit;
   });
   r.total = total[0];
@@ -184,7 +185,7 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   });
   if (moved[2] > 0) { r.lost = true; return r; }
   if (plan.moments) r.shift = plan.centered ? origin + moved[0] : 0;
-  else r.shift = origin + (std::fabs(moved[0]) < .5 ? std::log1p(moved[0]) : std::log(moved[1]));
+  else r.shift = origin + (std::fabs(moved[0]) < .5 ? log1p_of(moved[0]) : log_of(moved[1]));
 
   double sums[3]{};                   // F, what its terms would be without their signs, R
   crew.sum(n, sums, [&](int i, double (&sum)[3]) {
@@ -193,7 +194,7 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
     const double h = r.shift - p.offset, x = expm1_of(-h, plan), b = plan.tilt;
     double own = p.k1, still = p.s * f_of(-h, plan), cross = p.d * x;
     if (plan.tilted) {
-      const double xt = std::expm1(-b * h);
+      const double xt = expm1_of(-b * h);
       own = (1 + xt) * (p.k1 - p.k2 / b) / (1 - b); cross = p.d * (x - xt) / (1 - b);
       sum[2] += p.unit * (1 + xt) * p.t;
     }
@@ -213,7 +214,7 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
     crew.sum(n, others, [&](int i, double (&sum)[1]) { sum[0] += i == highest ? parts[i].rest : parts[i].unit * parts[i].s * r.total; });
     crew.sum(n, of_base, [&](int i, double (&sum)[1]) {
       const Part &p = parts[i];
-      if (p.s > 0) sum[0] += p.unit * (p.n + p.s * (plan.k * (r.top - p.top) + std::log1p(others[0])));
+      if (p.s > 0) sum[0] += p.unit * (p.n + p.s * (plan.k * (r.top - p.top) + log1p_of(others[0])));
     });
     r.value += of_base[0];
   }
@@ -225,9 +226,9 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
   if (p.empty()) return {0, 0, 0};
   const double unit = p.unit * scale * plan.factor, h = r.shift - p.offset;
   if (plan.moments) return {unit, 0, -unit * h};
-  const double A = unit * std::exp(-h), C = unit * std::expm1(-h);
+  const double A = unit * exp_of(-h), C = unit * expm1_of(-h);
   if (!plan.tilted) return {A, 0, C};
-  const double bh = plan.tilt * h, B = -unit * std::exp(-bh - r.log_r), less = unit * std::expm1(-bh - r.log_r);
+  const double bh = plan.tilt * h, B = -unit * exp_of(-bh - r.log_r), less = unit * expm1_of(-bh - r.log_r);
   if (plan.student_base) return {0, B, -less};
   return {A, B, C - less};
 }
@@ -238,7 +239,7 @@ template <class Of, class Crew = Alone> KD_HD HardPart merge_hard(int n, Of of, 
   if (!(of(highest).top > -INFINITY)) return r;
   r.top = of(highest).top;
   double rest[1]{of(highest).rest};
-  crew.sum(n, rest, [&](int i, double (&sum)[1]) { if (i != highest && of(i).s > 0) sum[0] += of(i).s * std::exp(of(i).top - r.top); });
+  crew.sum(n, rest, [&](int i, double (&sum)[1]) { if (i != highest && of(i).s > 0) sum[0] += of(i).s * exp_of(of(i).top - r.top); });
   r.rest = rest[0];
   r.s = 1 + r.rest;
   return r;

@@ -17,6 +17,7 @@ template <class G> struct ClusterDesk {
   Part own, parts[2][kMostBlocks];                   // of this row and of the one before, which a slower block may still read
   HardPart own_hard, hards[2][kMostBlocks];
   Factors factors;
+  float shelf[32 * G::kChunks * kRun * 2];
   gpu::Arrivals filled[8];                           // of each slot of the ring
 };
 
@@ -29,14 +30,16 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   char *const logits;
   const int rank, blocks;
 
-  KD_DEVICE char *slot(int64_t turn) const { return logits + turn % job.stages * TileOf::kBytes; }
-  KD_DEVICE void take_slice(TileOf &tile, int64_t turn) const {
+  KD_DEVICE int64_t row_at(int turn) const { return gpu::cluster() + turn * gpu::clusters(); }
+  KD_DEVICE char *slot(int turn) const { return logits + turn % job.stages * TileOf::kBytes; }
+  KD_DEVICE void take_slice(TileOf &tile, int turn) const {
     const int slice = (tile.at.chunks + blocks - 1) / blocks, from = slice * rank;
     tile.turn_to(from, from + slice < tile.at.chunks ? from + slice : tile.at.chunks, slot(turn));
   }
 
   // The whole chunks of a slice, on their way to its slot; an empty phase for a row that does not count. By one thread.
-  KD_DEVICE void issue(int64_t row, int64_t turn) const {
+  KD_DEVICE void issue(int turn) const {
+    const int64_t row = row_at(turn);
     if (row >= job.call.rows) return;
     gpu::Arrivals *filled = desk.filled + turn % job.stages;
     if (weight_at(job.call, row) == 0) { gpu::arrivals_expect(filled, 0); return; }
@@ -65,8 +68,8 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
 
   // The block's part to every block of the cluster, by a warp.
   KD_DEVICE void send(int parity) const {
-    const int lane = gpu::thread() % 32;
-    for (int i = lane; i < blocks * kWords; i += 32) {
+    const int lane = int(gpu::from_here(int64_t(gpu::thread() % 32)));
+    KD_ROLLED for (int i = lane; i < blocks * kWords; i += 32) {
       const int w = i % kWords;
       const bool soft = w < kPartWords;
       double *to = soft ? (double *)(desk.parts[parity] + rank) + w : (double *)(desk.hards[parity] + rank) + (w - kPartWords);
@@ -77,38 +80,41 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   KD_DEVICE void run() {
     const kd_call &c = job.call;
     Scratch<G> &scratch = desk.scratch;
-    const int64_t cluster = gpu::block() / blocks, clusters = gpu::blocks() / blocks;
     if (T::thread() == 0) for (int i = 0; i < job.stages; i++) gpu::arrivals_init(desk.filled + i);
     gpu::sync_cluster();
-    if (T::thread() == 0) for (int i = 0; i < job.stages - 1; i++) issue(cluster + i * clusters, i);
+    if (T::thread() == 0) for (int i = 0; i < job.stages - 1; i++) issue(i);
     int parity = 0;
-    int64_t turn = 0;
-    double next_weight = cluster < c.rows ? weight_at(c, cluster) : 0;   // read a row ahead
-    KD_ROLLED for (int64_t row = cluster; row < c.rows; row += clusters, turn++) {
+    // the thread that looks up rows, each while the one before is computed, is not the one that issues their copies
+    const auto look_up_ahead = [&](int turn) {
+      if (T::thread() == 32 && row_at(turn) < c.rows) scratch.row[turn % 2] = look_up(job, row_at(turn));
+    };
+    look_up_ahead(0);
+    KD_ROLLED for (int turn = 0; row_at(turn) < c.rows; turn++) {
       gpu::sync_block();                             // everyone has left the slot of the row before
-      if (T::thread() == 0) issue(row + (job.stages - 1) * clusters, turn + job.stages - 1);
-      const RowAt at = locate(c, row);
+      if (T::thread() == 0) issue(turn + job.stages - 1);
+      look_up_ahead(turn + 1);
+      const RowAt &at = scratch.row[turn % 2];
       TileOf tile(job, scratch, at);
       take_slice(tile, turn);
-      const bool counts = next_weight != 0;
-      next_weight = row + clusters < c.rows ? weight_at(c, row + clusters) : 0;
-      const RowOf x = counts ? row_of(job, at, row) : RowOf{0, -1, 0};
+      const bool counts = at.weight != 0;
       if (counts) fetch_edges(tile);
       gpu::arrivals_wait(desk.filled + turn % job.stages, turn / job.stages % 2);
       const bool last = rank == blocks - 1;
       if (!counts) {
-        if (rank == 0 && T::thread() == 0) c.loss[row] = 0;
+        if (rank == 0 && T::thread() == 0) c.loss[row_at(turn)] = 0;
         const int from = tile.class_of(0);
         if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last ? c.grad_width : tile.class_of(tile.count), c.student_dtype, T::thread(), G::kThreads);
         continue;
       }
       KD_ROLLED for (int attempt = 0; attempt < 2; attempt++) {
-        const double given = attempt ? scratch.ref : 0;
-        tile.measure(attempt > 0, given, &desk.own, &desk.own_hard);
+        tile.measure(attempt > 0, &desk.own, &desk.own_hard);
         if (T::warp() == 0) send(parity);
         gpu::sync_cluster();
         if (T::warp() == 0) {
-          close(job, x, desk.parts[parity], desk.hards[parity], blocks, rank, 1, attempt > 0, scratch, &desk.factors, rank == 0 ? c.loss + row : nullptr);
+          ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
+          tile.shelve(desk.shelf);
+          close(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, attempt > 0, scratch, &desk.factors, rank == 0 ? c.loss + row_at(turn) : nullptr);
+          tile.unshelve(desk.shelf);
         }
         gpu::sync_block();
         parity ^= 1;
@@ -116,8 +122,9 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         gpu::sync_block();
       }
       if (scratch.lost || !c.grad) continue;
-      tile.allow_whole(desk.parts[parity ^ 1][rank].care == kFast && !desk.parts[parity ^ 1][rank].empty());
-      tile.emit(desk.parts[parity ^ 1][rank], desk.hards[parity ^ 1][rank], desk.factors, x.label, job.hard ? float(scratch.label_less) : 0);
+      const Part &p = gpu::from_here(&desk)->parts[parity ^ 1][rank];
+      tile.allow_whole(p.care == kFast && !p.empty());
+      tile.emit(p, desk.hards[parity ^ 1][rank], desk.factors, at.label, job.hard ? float(scratch.label_less) : 0);
       if (last) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
     }
     gpu::sync_cluster();                             // nobody leaves while its shared memory may still be written to

@@ -31,14 +31,12 @@ template <class G> struct BlockCrew {
 
 template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const BlockCrew<G> &crew) {
   const kd_call &c = job.call;
-  const RowAt at = locate(c, row);
-  const double weight = weight_at(c, row);
-  if (weight == 0) {
+  const RowAt at = look_up(job, row);
+  if (at.weight == 0) {
     if (gpu::thread() == 0) c.loss[row] = 0;
     if (c.grad) put_zeros(at.grad, 0, c.grad_width, c.student_dtype, gpu::thread(), G::kThreads);
     return;
   }
-  const RowOf x = row_of(job, at, row);
   const auto student = [&](int64_t i) { return double(element(at.student, i, c.student_dtype)); };
   const auto teacher = [&](int64_t i) { return double(element(at.teacher, i, c.teacher_dtype)); };
   Careful<double, BlockCrew<G>> careful(job.plan, crew);
@@ -61,14 +59,14 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
     }
   }
   gpu::sync_block();
-  if (gpu::thread() == 0) c.loss[row] = loss_of(job, x, value, h);
+  if (gpu::thread() == 0) c.loss[row] = loss_of(job, at, value, h);
   if (!c.grad) return;
-  const double scale = x.weight * c.grad_scale, hard_scale = x.weight * c.hard_grad_scale / h.s;
-  const bool known = x.label_logit == x.label_logit;
+  const double scale = at.weight * c.grad_scale, hard_scale = at.weight * c.hard_grad_scale / h.s;
+  const bool known = at.label_logit == at.label_logit;
   KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) {
     const double z = student(i);
     double g = scale * careful.gradient(z, teacher(i));
-    if (job.hard) g += i == x.label ? label_part(job, x, h) : h.s > 0 ? hard_scale * hard_weight(z) : 0;
+    if (job.hard) g += i == at.label ? label_part(job, at, h) : h.s > 0 ? hard_scale * hard_weight(z) : 0;
     const float out = known ? float(g) : NAN;
     if (c.student_dtype == KD_F32) ((float *)at.grad)[i] = out;
     else ((uint16_t *)at.grad)[i] = uint16_t(c.student_dtype == KD_F16 ? gpu::to_f16_pair(out, 0) : gpu::to_bf16_pair(out, 0));
@@ -103,7 +101,7 @@ template <class G, int kBytes> KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) log_so
   char *out = (char *)c.out + row * c.out_stride * kBytes;
   const float k = float(job.k), k_low = float(job.k - k);
   // (v - top) / T; at T = inf every class that is not masked has the same logit
-  const auto scaled = [&](float v, float top) { const float a = v - top; return job.k > 0 ? a * k + a * k_low : v == -INFINITY ? v : v - v; };
+  const auto scaled = [&](float v, float top) { const float a = v - top; return !(job.k > 0) ? (v == -INFINITY ? v : v - v) : a == -INFINITY ? a : a * k + a * k_low; };
   const auto each = [&](auto body) {                 // 8 classes at a time where they lie on 16 bytes
     const int64_t ahead = (16 - (uintptr_t)x % 16) % 16 / kBytes, head = ahead < c.vocab ? ahead : c.vocab, runs = (c.vocab - head) / kRun;
     KD_ROLLED for (int64_t i = gpu::thread(); i < head; i += G::kThreads) { const float v[1]{element<kBytes>(x, i, f16)}; body(i, v); }
@@ -130,10 +128,10 @@ template <class G, int kBytes> KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) log_so
   });
   const double highest = crew.largest(top);
   const bool broken = crew.any(nan) || !(std::fabs(highest) < INFINITY);
-  const double own = top > -INFINITY ? (others + 1) * std::exp(double(scaled(top, float(highest)))) : 0;
+  const double own = top > -INFINITY ? (others + 1) * exp_of(double(scaled(top, float(highest)))) : 0;
   const bool holder = top == highest;
   const double rest = crew.sum(holder ? others : own) + (crew.sum(holder) - 1);
-  const float log_total = broken ? NAN : float(std::log1p(rest));
+  const float log_total = broken ? NAN : float(log1p_of(rest));
   const float inverse = c.upstream ? float(crew.sum(total) / (1 + rest)) : 0;
   const auto store = [&](int64_t i, float y) {
     if (kBytes == 4) ((float *)out)[i] = y;

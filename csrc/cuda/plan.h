@@ -10,18 +10,25 @@
 namespace kd {
 namespace KD_LEVEL {
 
-#if defined(KD_TEST_GEOMETRY)                        // few threads, so that hosts can run them
-using WarpRows = Geometry<32, 1, 2>;
-using BlockRows = Geometry<64, 1>;
-using Cluster = Geometry<64, 1>;
-using WideCluster = Geometry<64, 2>;
+// The chunks of a thread: 32 classes, or, where two numbers of each are kept, 24 or 16; in tests few threads, so that a host can run them.
+template <Shape kShape> struct Sizes {
+#if defined(KD_TEST_GEOMETRY)
+  using WarpRows = Geometry<32, 1, 2>;
+  using BlockRows = Geometry<64, 1>;
+  using Cluster = Geometry<64, 1>;
+  using WideCluster = Geometry<64, 2>;
+#else
+  static constexpr int kChunks = kShape == kTilted ? 3 : 4, kChunksOfRows = kShape == kTilted ? 2 : 4;
+  using WarpRows = Geometry<32, kChunksOfRows, 4>;
+  using BlockRows = Geometry<256, kChunksOfRows>;
+  using Cluster = Geometry<256, kChunks>;
+  using WideCluster = Geometry<512, kChunks>;
+#endif
+};
+#if defined(KD_TEST_GEOMETRY)
 using CarefulRows = Geometry<64, 1>;
 constexpr int kMostCluster = 4, kMostTilesOfRow = 64;
 #else
-using WarpRows = Geometry<32, 4, 4>;
-using BlockRows = Geometry<256, 4>;
-using Cluster = Geometry<256, 4>;
-using WideCluster = Geometry<512, 4>;
 using CarefulRows = Geometry<256, 1>;
 constexpr int kMostCluster = kMostBlocks, kMostTilesOfRow = 256;
 #endif
@@ -76,7 +83,11 @@ template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int 
 }
 
 // False where no kernel takes the call.
-inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
+template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
+  using WarpRows = typename Sizes<kShape>::WarpRows;
+  using BlockRows = typename Sizes<kShape>::BlockRows;
+  using Cluster = typename Sizes<kShape>::Cluster;
+  using WideCluster = typename Sizes<kShape>::WideCluster;
   g = {};
   const int64_t chunks = chunks_of(c.vocab);
   g.kind = kCarefulRows;
@@ -105,6 +116,9 @@ inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &
   const int64_t most = f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts, tiles = over(chunks, BlockRows::kTile);
   plan_rows<BlockRows>(c, f, widen(tiles < most ? tiles : most, most), g);
   return g.parts * g.tiles <= kMostTilesOfRow && g.shared <= f.shared_per_block;
+}
+inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
+  return plan.tilted ? make_geometry<kTilted>(c, plan, f, g) : make_geometry<kPlain>(c, plan, f, g);
 }
 
 }  // namespace KD_LEVEL

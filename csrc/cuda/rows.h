@@ -16,12 +16,14 @@ template <class G> struct Desk {
   Part *parts;
   HardPart *hards;
   Factors *factors;
+  float *shelf;
   char *logits;
   KD_HD Desk(char *memory, int parts_of_row, int tiles) {
     scratch = (Scratch<G> *)memory; memory += round_up(sizeof(Scratch<G>));
     parts = (Part *)memory; memory += round_up(parts_of_row * sizeof(Part));
     hards = (HardPart *)memory; memory += round_up(parts_of_row * sizeof(HardPart));
     factors = (Factors *)memory; memory += round_up(tiles * sizeof(Factors));
+    shelf = (float *)memory; memory += 32 * G::kChunks * kRun * 2 * sizeof(float);
     logits = memory;
   }
   static KD_HD int round_up(int64_t bytes) { return int((bytes + 15) / 16 * 16); }
@@ -29,7 +31,7 @@ template <class G> struct Desk {
 
 // Own tiles' sums to everyone's, by a warp: written, announced, awaited, read.
 template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles, int attempt) {
-  const int lane = gpu::thread() % 32, n = job.parts * tiles;
+  const int lane = int(gpu::from_here(int64_t(gpu::thread() % 32))), n = job.parts * tiles;
   double *state = job.state + row * int64_t(job.parts * job.tiles) * kWords;
   uint32_t *arrived = job.tickets + 1 + 3 * row;     // at the first exchange, at the second, and before it
   if (attempt) {                                     // everyone has read what is about to be written over
@@ -38,14 +40,14 @@ template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, 
     gpu::sync_warp();
     arrived++;
   }
-  for (int i = lane; i < tiles * kWords; i += 32) {
+  KD_ROLLED for (int i = lane; i < tiles * kWords; i += 32) {
     const int t = part * tiles + i / kWords, w = i % kWords;
     state[t * kWords + w] = w < kPartWords ? ((const double *)(desk.parts + t))[w] : ((const double *)(desk.hards + t))[w - kPartWords];
   }
   gpu::sync_warp();
   if (lane == 0) { gpu::announce(arrived); gpu::await(arrived, job.parts); }
   gpu::sync_warp();
-  for (int i = lane; i < n * kWords; i += 32) {
+  KD_ROLLED for (int i = lane; i < n * kWords; i += 32) {
     const int t = i / kWords, w = i % kWords;
     *(w < kPartWords ? (double *)(desk.parts + t) + w : (double *)(desk.hards + t) + (w - kPartWords)) = gpu::load_fresh(state + i);
   }
@@ -58,49 +60,62 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeam
   using TileOf = Tile<G, kShape, kB, kO>;
   const kd_call &c = job.call;
   const int team = gpu::thread() / G::kThreads;
-  const Desk<G> desk(gpu::shared() + team * job.team_bytes, job.parts * job.tiles, job.tiles);
-  Scratch<G> &scratch = *desk.scratch;
-  int64_t row = gpu::block() * G::kTeams + team;
-  int part = 0;
-  if (job.parts > 1) {
-    if (T::thread() == 0) scratch.ticket = gpu::next_ticket(job.tickets);
-    T::sync();
-    row = scratch.ticket / job.parts; part = scratch.ticket % job.parts;
+  char *const memory = gpu::shared() + team * job.team_bytes;
+  const auto desk_here = [&] { return Desk<G>(gpu::from_here(memory), job.parts * job.tiles, job.tiles); };
+  Scratch<G> &scratch = *(Scratch<G> *)memory;
+  if (T::thread() == 0) {
+    int64_t row = gpu::block() * G::kTeams + team;
+    scratch.part = 0;
+    if (job.parts > 1) {
+      const uint32_t ticket = gpu::next_ticket(job.tickets);
+      row = ticket / job.parts; scratch.part = ticket % job.parts;
+    }
+    scratch.number = row;
+    if (row < c.rows) {
+      const RowAt at = look_up(job, row);
+      const int slice = (at.chunks + job.parts - 1) / job.parts, from = slice * scratch.part;
+      scratch.row[0] = at;
+      scratch.from = from; scratch.to = from + slice < at.chunks ? from + slice : at.chunks;
+      scratch.tiles = slice > G::kTile ? (slice + G::kTile - 1) / G::kTile : 1;
+    }
   }
-  if (row >= c.rows) return;
-
-  const RowAt at = locate(c, row);
-  const int slice = (at.chunks + job.parts - 1) / job.parts, lo = slice * part, hi = lo + slice < at.chunks ? lo + slice : at.chunks;
-  if (weight_at(c, row) == 0) {
-    if (part == 0 && T::thread() == 0) c.loss[row] = 0;
-    if (!c.grad) return;
-    const int from = lo * kRun - at.offset, to = hi * kRun - at.offset;
-    put_zeros(at.grad, from < 0 ? 0 : from, part == job.parts - 1 ? c.grad_width : to, c.student_dtype, T::thread(), G::kThreads);
+  T::sync();
+  if (scratch.number >= c.rows) return;
+  const RowAt &at = scratch.row[0];
+  const bool last = scratch.part == job.parts - 1;
+  if (at.weight == 0) {
+    if (scratch.part == 0 && T::thread() == 0) c.loss[scratch.number] = 0;
+    const int from = scratch.from * kRun - at.offset, to = scratch.to * kRun - at.offset;
+    if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last ? c.grad_width : to, c.student_dtype, T::thread(), G::kThreads);
     return;
   }
-  const RowOf x = row_of(job, at, row);
-  const int tiles = slice > G::kTile ? int((slice + G::kTile - 1) / G::kTile) : 1, mine = part * tiles;
   TileOf tile(job, scratch, at);
-  const auto turn_to = [&](int t) { tile.turn_to(lo + t * G::kTile, hi, desk.logits + t % job.stages * TileOf::kBytes); };
+  char *const logits = desk_here().logits;
+  const auto turn_to = [&](int t) { tile.turn_to(scratch.from + t * G::kTile, scratch.to, logits + t % job.stages * TileOf::kBytes); };
   const auto fetch = [&](int t) {                    // always a group of copies, for copy_wait to count
-    if (t >= 0 && t < tiles) { turn_to(t); tile.fetch_own(); }
+    if (t >= 0 && t < scratch.tiles) { turn_to(t); tile.fetch_own(); }
     gpu::copy_commit();
   };
+  const auto part_of = [&](int t) { return scratch.part * scratch.tiles + t; };   // tile t's place among the row's
 
   const bool ahead = job.stages > 1;                 // else there is room for one tile at a time
   const auto arrive = [&] { if (ahead) gpu::copy_wait<1>(); else gpu::copy_wait<0>(); };
   KD_ROLLED for (int attempt = 0; attempt < 2; attempt++) {
-    const double given = attempt ? scratch.ref : 0;
     if (ahead) fetch(0);
-    KD_ROLLED for (int t = 0; t < tiles; t++) {
+    KD_ROLLED for (int t = 0; t < scratch.tiles; t++) {
       fetch(ahead ? t + 1 : t);
       arrive();
       turn_to(t);
-      tile.measure(attempt > 0, given, desk.parts + mine + t, desk.hards + mine + t);
+      const Desk<G> desk = desk_here();
+      tile.measure(attempt > 0, desk.parts + part_of(t), desk.hards + part_of(t));
     }
     if (T::warp() == 0) {
-      if (job.parts > 1) exchange(job, desk, row, part, tiles, attempt);
-      close(job, x, desk.parts, desk.hards, job.parts * tiles, mine, tiles, attempt > 0, scratch, desk.factors, part == 0 ? c.loss + row : nullptr);
+      const Desk<G> desk = desk_here();
+      tile.shelve(desk.shelf);
+      if (job.parts > 1) exchange(job, desk, scratch.number, scratch.part, scratch.tiles, attempt);
+      close(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, attempt > 0, scratch, desk.factors,
+            scratch.part == 0 ? c.loss + scratch.number : nullptr);
+      tile.unshelve(desk.shelf);
     }
     T::sync();
     if (!scratch.refine) break;
@@ -109,19 +124,20 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeam
   if (scratch.lost || !c.grad) return;
 
   const float label_gradient = job.hard ? float(scratch.label_less) : 0;
-  KD_ROLLED for (int t = tiles - 1; t >= 0; t--) {   // the last tile, or two, are still in the slots
-    if (t < tiles - 1) { fetch(ahead ? t - 1 : t); arrive(); }
+  KD_ROLLED for (int t = scratch.tiles - 1; t >= 0; t--) {   // the last tile, or two, are still in the slots
+    if (t < scratch.tiles - 1) { fetch(ahead ? t - 1 : t); arrive(); }
     turn_to(t);
-    const Part &p = desk.parts[mine + t];
+    const Desk<G> desk = desk_here();
+    const Part &p = desk.parts[part_of(t)];
     tile.allow_whole(p.care == kFast && !p.empty());
-    if (t < tiles - 1) {
+    if (t < scratch.tiles - 1) {
       Sums<float> unused;
       int32_t wild = 0;
       tile.sweep_whole(tile.references(p), unused, wild);
     }
-    tile.emit(p, desk.hards[mine + t], desk.factors[t], x.label, label_gradient);
+    tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
   }
-  if (part == job.parts - 1) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
+  if (last) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
 }
 
 }  // namespace KD_LEVEL

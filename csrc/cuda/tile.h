@@ -35,16 +35,42 @@ struct Job {
   double *state;                                     // [rows][parts * tiles][kWords]
 };
 
+// A row, as one thread finds it out for all: where it lies, and what it asks for.
+struct RowAt {
+  const char *student, *teacher;
+  char *grad;
+  int offset, chunks;
+  double weight;
+  int label;                                         // -1 for one outside of the vocabulary, whose logit is nan
+  float label_logit;
+};
+KD_DEVICE int64_t element_of(const kd_call &c, const int64_t *stride, int64_t row) {
+  return row < c.inner ? row * stride[1] : row / c.inner * stride[0] + row % c.inner * stride[1];
+}
+KD_DEVICE int size_of(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
+KD_DEVICE RowAt locate(const kd_call &c, int64_t row) {
+  RowAt at{};
+  const int zs = size_of(c.student_dtype), vs = size_of(c.teacher_dtype);
+  at.student = (const char *)c.student + element_of(c, c.student_stride, row) * zs;
+  at.teacher = (const char *)c.teacher + element_of(c, c.teacher_stride, row) * vs;
+  if (c.grad) at.grad = (char *)c.grad + element_of(c, c.grad_stride, row) * zs;
+  at.offset = vs < zs ? int((uintptr_t)at.teacher % 16) / vs : int((uintptr_t)at.student % 16) / zs;
+  at.chunks = (at.offset + int(c.vocab) + kRun - 1) / kRun;
+  return at;
+}
+
 struct Factors { float A, B, C, lone, hard; };       // of a tile; lone: of e where the teacher masks the class
 
 // What the threads of a team tell each other.
 template <class G> struct Scratch {
+  RowAt row[2];                                      // this one; the next, where it is looked up ahead
   float top[G::kWarps], student_top[G::kWarps];
   float at_top, weight, mean;
   float sums[G::kWarps][10];
   double ref, rest_less, label_less;
   int lost, refine;
-  uint32_t ticket;
+  int64_t number;                                    // of the row
+  int part, from, to, tiles;                         // this block's slice of it, in chunks
 };
 
 template <class G> struct Team {
@@ -59,7 +85,8 @@ template <class G> struct Team {
 struct WarpCrew {
   template <int N, class Add> KD_DEVICE void sum(int n, double (&sums)[N], Add add) const {
     double own[N]{};
-    for (int i = gpu::thread() % 32; i < n; i += 32) add(i, own);
+    gpu::sync_warp();                                // add may write to its part, which others may still be reading
+    KD_ROLLED for (int i = gpu::thread() % 32; i < n; i += 32) add(i, own);
     gpu::warp_sum(own);
     for (int j = 0; j < N; j++) sums[j] += own[j];
     gpu::sync_warp();
@@ -67,34 +94,13 @@ struct WarpCrew {
   template <class Of> KD_DEVICE int first(int n, Of of) const {
     double most = -INFINITY;
     int where = n - 1;
-    for (int i = gpu::thread() % 32; i < n; i += 32) if (of(i) > most) { most = of(i); where = i; }
+    KD_ROLLED for (int i = gpu::thread() % 32; i < n; i += 32) if (of(i) > most) { most = of(i); where = i; }
     const double best = gpu::warp_largest(most);
     return -gpu::warp_largest(most == best ? -where : 1 - n);
   }
 };
 
 // ---------------------------------------------------------------- logits
-KD_DEVICE int64_t element_of(const kd_call &c, const int64_t *stride, int64_t row) {
-  return row < c.inner ? row * stride[1] : row / c.inner * stride[0] + row % c.inner * stride[1];
-}
-KD_DEVICE int size_of(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
-
-struct RowAt {
-  const char *student, *teacher;
-  char *grad;
-  int offset, chunks;
-};
-KD_DEVICE RowAt locate(const kd_call &c, int64_t row) {
-  RowAt at{};
-  const int zs = size_of(c.student_dtype), vs = size_of(c.teacher_dtype);
-  at.student = (const char *)c.student + element_of(c, c.student_stride, row) * zs;
-  at.teacher = (const char *)c.teacher + element_of(c, c.teacher_stride, row) * vs;
-  if (c.grad) at.grad = (char *)c.grad + element_of(c, c.grad_stride, row) * zs;
-  at.offset = vs < zs ? int((uintptr_t)at.teacher % 16) / vs : int((uintptr_t)at.student % 16) / zs;
-  at.chunks = (at.offset + int(c.vocab) + kRun - 1) / kRun;
-  return at;
-}
-
 template <int kBytes> KD_DEVICE float element(const char *p, int64_t i, bool f16) {
   if constexpr (kBytes == 4) return ((const float *)p)[i];
   const uint32_t u = ((const uint16_t *)p)[i];
@@ -153,27 +159,30 @@ template <int kBytes> struct Largest {
   }
 };
 
-// 8 classes of a gradient; those outside of the row are not written.
+KD_DEVICE gpu::Word4 pack(int32_t dtype, const float (&g)[kRun]) {
+  gpu::Word4 w;
+  if (dtype == KD_F16) KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = gpu::to_f16_pair(g[2 * i], g[2 * i + 1]);
+  else KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = gpu::to_bf16_pair(g[2 * i], g[2 * i + 1]);
+  return w;
+}
+// 8 classes of a gradient, on 16 bytes.
+KD_DEVICE void put_whole(char *to, int32_t dtype, const float (&g)[kRun]) {
+  if (dtype != KD_F32) return gpu::store_streaming(to, pack(dtype, g));
+  KD_UNROLL for (int h = 0; h < 2; h++) {
+    gpu::Word4 w;
+    KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = (uint32_t)bits(g[4 * h + i]);
+    gpu::store_streaming(to + 16 * h, w);
+  }
+}
+// Wherever they lie; those outside of the row are not written.
 template <class Index> KD_DEVICE void put(char *row, Index first, Index vocab, int32_t dtype, const float (&g)[kRun]) {
   char *to = row + int64_t(first) * size_of(dtype);
-  const bool whole = first >= 0 && first + kRun <= vocab && (uintptr_t)to % 16 == 0;
-  if (dtype == KD_F32) {
-    if (whole) {
-      KD_UNROLL for (int h = 0; h < 2; h++) {
-        gpu::Word4 w;
-        KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = (uint32_t)bits(g[4 * h + i]);
-        gpu::store_streaming(to + 16 * h, w);
-      }
-    } else {
-      KD_UNROLL for (int i = 0; i < kRun; i++) if (first + i >= 0 && first + i < vocab) ((float *)to)[i] = g[i];
-    }
-    return;
-  }
-  gpu::Word4 w;
-  KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = dtype == KD_F16 ? gpu::to_f16_pair(g[2 * i], g[2 * i + 1]) : gpu::to_bf16_pair(g[2 * i], g[2 * i + 1]);
-  if (whole) { gpu::store_streaming(to, w); return; }
+  if (first >= 0 && first + kRun <= vocab && (uintptr_t)to % 16 == 0) return put_whole(to, dtype, g);
+  const gpu::Word4 w = pack(dtype, g);
   KD_UNROLL for (int i = 0; i < kRun; i++) {
-    if (first + i >= 0 && first + i < vocab) ((uint16_t *)to)[i] = uint16_t(i % 2 ? w.x[i / 2] >> 16 : w.x[i / 2] & 0xffff);
+    if (first + i < 0 || first + i >= vocab) continue;
+    if (dtype == KD_F32) ((float *)to)[i] = g[i];
+    else ((uint16_t *)to)[i] = uint16_t(i % 2 ? w.x[i / 2] >> 16 : w.x[i / 2] & 0xffff);
   }
 }
 
@@ -199,7 +208,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   int first = 0, count = 0;                          // its chunks of the row
   int whole_from = 0, whole_to = 0;                  // those that are whole, from the first on
   char *slot = nullptr;                              // the base's logits, then the other's
-  float em[G::kChunks * kRun], et[kShape == kTilted ? G::kChunks * kRun : 1];
+  float em[G::kChunks * kRun], et[kShape == kTilted ? G::kChunks * kRun : 1];   // of whole chunks; no more than that is ever read
 
   KD_DEVICE Tile(const Job &j, Scratch<G> &s, const RowAt &a) : job(j), scratch(s), at(a) {}
 
@@ -215,8 +224,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     whole_to = !yes ? 0 : class_of(count) > vocab() ? count - 1 : count;
   }
 
-  KD_DEVICE bool base_f16() const { return (job.plan.student_base ? job.call.student_dtype : job.call.teacher_dtype) == KD_F16; }
-  KD_DEVICE bool other_f16() const { return (job.plan.student_base ? job.call.teacher_dtype : job.call.student_dtype) == KD_F16; }
+  KD_DEVICE bool base_f16() const { return kB == 2 && (job.plan.student_base ? job.call.student_dtype : job.call.teacher_dtype) == KD_F16; }
+  KD_DEVICE bool other_f16() const { return kO == 2 && (job.plan.student_base ? job.call.teacher_dtype : job.call.student_dtype) == KD_F16; }
   KD_DEVICE const char *base_row() const { return job.plan.student_base ? at.student : at.teacher; }
   KD_DEVICE const char *other_row() const { return job.plan.student_base ? at.teacher : at.student; }
   KD_DEVICE char *base_at(int place) const { return slot + place * kRun * kB; }
@@ -225,6 +234,11 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE int class_of(int place) const { return (first + place) * kRun - at.offset; }
   KD_DEVICE bool in_row(int i) const { return i >= 0 && i < vocab(); }
   KD_DEVICE bool inside(int place) const { return class_of(place) >= 0 && class_of(place) + kRun <= vocab(); }
+  // what the template knows of the student's dtype
+  KD_DEVICE int32_t grad_dtype() const {
+    const int bytes = kShape == kPlain ? kO : job.plan.student_base ? kB : kO;
+    return bytes == 4 ? KD_F32 : job.call.student_dtype;
+  }
   KD_DEVICE bool moments() const { return kShape == kPlain && job.plan.moments; }
 
   // This thread's whole chunks, body(j, place) with j known when compiled; the others; all.
@@ -367,9 +381,9 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     gpu::warp_sum(x);
   }
 
-  // The tile in the slot, whose copies this thread has waited for, as a block of its row: to *part and *hard, by the first warp. given: the
-  // row's own reference.
-  KD_DEVICE void measure(bool has_given, double given, Part *part, HardPart *hard) {
+  // The tile in the slot, whose copies this thread has waited for, as a block of its row: to *part and *hard, by the first warp. again: with
+  // the row's own reference.
+  KD_DEVICE void measure(bool again, Part *part, HardPart *hard) {
     constexpr int kSums = kShape == kTilted ? 5 : 3;
     const Plan &plan = job.plan;
     const float own = largest_base(), of_warp = gpu::warp_largest(own);
@@ -401,7 +415,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     }
     lost |= !(top < INFINITY);
     p.top = top;
-    if (has_given && !none) p.ref = given;
+    if (again && !none) p.ref = scratch.ref;
     const References<float> r = references(p);
 
     KD_ROLLED for (int masked = 0; !lost && !none; masked++) {
@@ -460,6 +474,17 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       g[i] += class_of(place) + i == label ? label_gradient : scale != 0 ? scale * e : 0;
     }
   }
+  // em and et of the warp that closes the row, which needs its registers meanwhile.
+  static constexpr int kShelf = 32 * G::kChunks * kRun * (kShape == kTilted ? 2 : 1);   // floats
+  KD_DEVICE void shelve(float *shelf) const {
+    constexpr int n = G::kChunks * kRun;
+    KD_UNROLL for (int i = 0; i < n; i++) { shelf[i * 32 + T::lane()] = em[i]; if (kShape == kTilted) shelf[(n + i) * 32 + T::lane()] = et[i]; }
+  }
+  KD_DEVICE void unshelve(const float *shelf) {
+    constexpr int n = G::kChunks * kRun;
+    KD_UNROLL for (int i = 0; i < n; i++) { em[i] = shelf[i * 32 + T::lane()]; if (kShape == kTilted) et[i] = shelf[(n + i) * 32 + T::lane()]; }
+  }
+
   // The gradient of the tile, whose em and et are in registers.
   KD_DEVICE void emit(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
     const References<float> r = references(p);
@@ -471,7 +496,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         if (kShape == kTilted) g[i] += f.B * et[j * kRun + i];
       }
       if (job.hard) add_hard(place, h, f, label, label_gradient, g);
-      put(at.grad, class_of(place), vocab(), job.call.student_dtype, g);
+      put_whole(at.grad + int64_t(class_of(place)) * size_of(grad_dtype()), grad_dtype(), g);
     });
     const bool lone = kShape == kTilted && job.plan.student_base, empty = p.empty();
     other_chunks([&](int place) {
@@ -486,50 +511,47 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         });
       }
       if (job.hard) add_hard(place, h, f, label, label_gradient, g);
-      put(at.grad, class_of(place), vocab(), job.call.student_dtype, g);
+      put(at.grad, class_of(place), vocab(), grad_dtype(), g);
     });
   }
 };
 
 // ---------------------------------------------------------------- closing a row, by a warp
-// What a row's threads need besides its tiles.
-struct RowOf {
-  double weight;
-  int label;
-  float label_logit;                                 // nan for a label outside of the vocabulary
-};
 KD_DEVICE double weight_at(const kd_call &c, int64_t row) { return c.weight ? c.weight[row] : 1; }
-KD_DEVICE RowOf row_of(const Job &job, const RowAt &at, int64_t row) {
+// The row with its weight and label; by one thread, before anyone writes the gradient over the label's logit.
+KD_DEVICE RowAt look_up(const Job &job, int64_t row) {
   const kd_call &c = job.call;
-  RowOf x{weight_at(c, row), -1, 0};
-  if (job.hard) {
+  RowAt at = locate(c, row);
+  at.weight = weight_at(c, row);
+  at.label = -1;
+  if (job.hard && at.weight != 0) {
     const int64_t label = c.labels[row];
     const bool known = label >= 0 && label < c.vocab;
-    x.label = known ? int(label) : -1;
-    x.label_logit = known ? element(at.student, x.label, c.student_dtype) : NAN;   // before anyone writes the gradient over it
+    at.label = known ? int(label) : -1;
+    at.label_logit = known ? element(at.student, label, c.student_dtype) : NAN;
   }
-  return x;
+  return at;
 }
 
-KD_DEVICE double loss_of(const Job &job, const RowOf &x, double value, const HardPart &h) {
+KD_DEVICE double loss_of(const Job &job, const RowAt &x, double value, const HardPart &h) {
   const kd_call &c = job.call;
   double loss = c.value_scale != 0 ? c.value_scale * value : 0;
-  if (job.hard) loss += c.hard_scale * (std::log1p(h.rest) + (h.top - x.label_logit));
+  if (job.hard) loss += c.hard_scale * (log1p_of(h.rest) + (h.top - x.label_logit));
   return x.weight * loss;
 }
 // q - 1 at the label, from the other classes: exact where q rounds to 1
-KD_DEVICE double label_part(const Job &job, const RowOf &x, const HardPart &h) {
-  return -x.weight * job.call.hard_grad_scale * (h.rest - std::expm1(x.label_logit - h.top)) / h.s;
+KD_DEVICE double label_part(const Job &job, const RowAt &x, const HardPart &h) {
+  return -x.weight * job.call.hard_grad_scale * (h.rest - expm1_of(x.label_logit - h.top)) / h.s;
 }
 
 // The parts [0, n) of a row, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss. again: the
 // references were the row's own.
-template <class G> KD_DEVICE void close(const Job &job, const RowOf &x, Part *parts, HardPart *hards, int n, int mine, int tiles, bool again, Scratch<G> &scratch,
+template <class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles, bool again, Scratch<G> &scratch,
                                         Factors *factors, double *loss) {
   const WarpCrew crew;
-  const int lane = gpu::thread() % 32;
+  const int lane = int(gpu::from_here(int64_t(gpu::thread() % 32)));
   int care = 0;
-  for (int i = lane; i < n; i += 32) if (parts[i].care > care) care = parts[i].care;
+  KD_ROLLED for (int i = lane; i < n; i += 32) if (parts[i].care > care) care = parts[i].care;
   Row row;
   row.lost = gpu::warp_largest(care) == kLost;
   if (!row.lost) row = close_row(parts, n, job.plan, crew);
@@ -538,13 +560,13 @@ template <class G> KD_DEVICE void close(const Job &job, const RowOf &x, Part *pa
   if (job.hard) h = merge_hard(n, [&](int i) { return hards[i]; }, crew);
   const kd_call &c = job.call;
   const double scale = x.weight * c.grad_scale, hard_scale = x.weight * c.hard_grad_scale;
-  for (int i = lane; i < tiles && !row.lost; i += 32) {
+  KD_ROLLED for (int i = lane; i < tiles && !row.lost; i += 32) {
     const Part &p = parts[mine + i];
     const HardPart &own = hards[mine + i];
     const Coefficients k = coefficients(p, row, job.plan, scale);
     Factors f{float(k.A), float(k.B), float(k.C), float(k.C - k.B), 0};
     if (job.hard) {
-      if (own.s > 0) f.hard = float(hard_scale * std::exp(own.top - h.top) / h.s);
+      if (own.s > 0) f.hard = float(hard_scale * exp_of(own.top - h.top) / h.s);
       if (!(x.label_logit == x.label_logit)) f.C = f.lone = NAN;
     }
     factors[i] = f;

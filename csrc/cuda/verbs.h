@@ -26,6 +26,9 @@ KD_DEVICE int64_t block() { return blockIdx.x; }
 KD_DEVICE int64_t blocks() { return gridDim.x; }
 KD_DEVICE char *shared() { extern __shared__ __align__(128) char memory[]; return memory; }   // the block's, as launched
 
+// x, with nothing that depends on it computed before this point: else addresses are kept in registers through all of a row
+template <class T> KD_DEVICE T from_here(T x) { asm volatile("" : "+l"(x)); return x; }
+
 // ---------------------------------------------------------------- a block and its warps
 KD_DEVICE void sync_block() { __syncthreads(); }
 KD_DEVICE bool sync_block_any(bool x) { return __syncthreads_or(x); }
@@ -85,6 +88,8 @@ KD_DEVICE double load_fresh(const double *p) { return __ldcg(p); }   // past the
 using Arrivals = uint64_t;   // an mbarrier, in shared memory
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 KD_DEVICE int cluster_rank() { uint32_t x; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x)); return x; }
+KD_DEVICE int64_t cluster() { uint32_t x; asm("mov.u32 %0, %%clusterid.x;" : "=r"(x)); return x; }
+KD_DEVICE int64_t clusters() { uint32_t x; asm("mov.u32 %0, %%nclusterid.x;" : "=r"(x)); return x; }
 KD_DEVICE int cluster_blocks() { uint32_t x; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(x)); return x; }
 KD_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -1,7 +1,7 @@
 // The verbs of csrc/cuda/verbs.h on a host: each CUDA thread is a thread, barriers are pthread's (ThreadSanitizer sees through std::barrier),
 // shared memory is allocated to the byte (AddressSanitizer sees its end), and copies arrive no sooner than they are waited for.
 //
-// KD_PLANT_RACE leaves out a barrier and KD_PLANT_OVERRUN copies 16 bytes too many, to see that both are reported.
+// A fault can be planted, to see that it is reported: a barrier left out, a copy of 16 bytes too many.
 #pragma once
 #include <pthread.h>
 #include <sched.h>
@@ -26,6 +26,9 @@
 #define KD_ROLLED
 
 namespace gpu {
+
+enum Fault { kNone, kRace, kOverrun };
+inline Fault planted = kNone;
 
 constexpr int kMostResident = 4096;                  // threads of blocks that run at a time; ThreadSanitizer fails beyond 8,000
 
@@ -81,12 +84,11 @@ inline thread_local Here here;
 inline int thread() { return here.thread; }
 inline int64_t block() { return here.block; }
 inline int64_t blocks() { return here.blocks; }
+template <class T> T from_here(T x) { return x; }
 inline char *shared() { return (char *)here.own->shared; }
 
 inline void sync_block() {
-#if defined(KD_PLANT_RACE)
-  if (here.skipped++ == 0) return;
-#endif
+  if (planted == kRace && here.skipped++ == 1) return;
   here.own->barrier.wait();
 }
 inline bool sync_block_any(bool x) {
@@ -188,6 +190,8 @@ struct alignas(8) Arrivals { std::atomic<uint32_t> phase; std::atomic<int32_t> b
 
 inline int cluster_rank() { return here.rank; }
 inline int cluster_blocks() { return int(here.cluster->shared.size()); }
+inline int64_t cluster() { return here.block / cluster_blocks(); }
+inline int64_t clusters() { return here.blocks / cluster_blocks(); }
 inline void sync_cluster() { here.cluster->barrier.wait(); }
 template <class T> T *of_block(T *p, int rank) { return (T *)(here.cluster->shared[rank] + ((char *)p - shared())); }
 inline void arrivals_init(Arrivals *a) { new (a) Arrivals{}; }
@@ -198,17 +202,14 @@ inline void arrivals_expect(Arrivals *a, uint32_t bytes) {
 inline void arrivals_wait(Arrivals *a, uint32_t phase) { while (a->phase.load(std::memory_order_acquire) % 2 == phase) sched_yield(); }
 inline void copy_bulk(void *to, const void *from, uint32_t bytes, Arrivals *a) {
   require_aligned(to); require_aligned(from); require(bytes % 16 == 0, "a bulk copy of bytes that 16 does not divide");
-#if defined(KD_PLANT_OVERRUN)
-  std::memcpy((char *)to + bytes, (const char *)from + bytes, 16);
-#endif
-  std::memcpy(to, from, bytes);
+  std::memcpy(to, from, bytes + (planted == kOverrun ? 16 : 0));
   if (a->bytes.fetch_sub(int32_t(bytes)) == int32_t(bytes)) a->phase.fetch_add(1, std::memory_order_release);
 }
 inline void before_bulk() {}
 
 // ---------------------------------------------------------------- the host's side
 struct Shape { int64_t blocks; int threads, cluster, shared; };
-struct Device { int capability = 90, processors = 8, shared_per_block = 227 << 10, shared_per_processor = 228 << 10, clusters = 2, launches = 0; };
+struct Device { int capability = 90, processors = 8, shared_per_block = 227 << 10, shared_per_processor = 228 << 10, clusters = 2; };
 inline Device device;                                // what a test says it is
 
 template <class Kernel> int allow(Kernel *, int shared, int) { return shared > device.shared_per_block; }
@@ -217,7 +218,6 @@ inline int zero(void *p, int64_t bytes, void *) { std::memset(p, 0, bytes); retu
 
 template <class... Args> int launch(void (*kernel)(Args...), const Shape &s, void *, const typename std::remove_const<Args>::type &...args) {
   const int at_a_time = kMostResident / s.threads / s.cluster * s.cluster;
-  device.launches++;
   for (int64_t first = 0; first < s.blocks; first += at_a_time) {
     const int n = int(s.blocks - first < at_a_time ? s.blocks - first : at_a_time);
     std::vector<std::unique_ptr<Block>> blocks;

@@ -1,0 +1,62 @@
+"""Builds the kernels for host threads with g++, once for a state of the sources: library() for test_cuda.py, walk(sanitizer) alone."""
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FLAGS = (
+    "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized "
+    f"-fno-math-errno -fno-trapping-math -ffp-contract=fast -I{HERE}"
+).split()
+COMPILER = shutil.which("g++")
+
+
+def _once(name: str, build) -> Path:
+    """build(folder), unless these sources have been through it: processes of a test run share what comes of it."""
+    sources = sorted([*(ROOT / "csrc").rglob("*"), *HERE.glob("*.*")])
+    state = hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.is_file())).hexdigest()[:16]
+    base = ROOT / "build" / "simt"
+    base.mkdir(parents=True, exist_ok=True)
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = base / f"{name}-{state}"
+        if not folder.exists():
+            for old in base.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            partial = base / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            partial.rename(folder)
+    return folder
+
+
+def _run(*command) -> None:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def library() -> Path:
+    def build(folder: Path) -> None:
+        pieces = [(s, b, o) for s in ("kPlain", "kTilted") for b in (2, 4) for o in (2, 4)]
+        jobs = [[f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}", "-o", folder / f"{s}{b}{o}.o"] for s, b, o in pieces]
+        jobs.append(["-o", folder / "api.o"])
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda job: _run(COMPILER, *FLAGS, "-O1", "-c", HERE / "library.cpp", *job), jobs))
+        _run(COMPILER, "-shared", "-pthread", *folder.glob("*.o"), "-o", folder / "simt.so")
+
+    return _once("library", build) / "simt.so"
+
+
+def walk(sanitizer: str) -> Path:
+    """walk.cpp under "address" or "thread"."""
+
+    def build(folder: Path) -> None:
+        _run(COMPILER, *FLAGS, "-O1", "-g", f"-fsanitize={sanitizer}", HERE / "walk.cpp", "-o", folder / "walk")
+
+    return _once(sanitizer, build) / "walk"

@@ -1,0 +1,102 @@
+// Walks the kernels through every geometry on host threads, in a program of its own, for AddressSanitizer and ThreadSanitizer. What is
+// computed is checked elsewhere (test_cuda.py); here only that each row's loss is positive and its gradient sums to nothing.
+//
+//     walk [race | overrun]     with a fault that a sanitizer must report
+#define KD_TEST_GEOMETRY 1
+#define KD_ARCHS "host threads"
+#define KD_PIECES(shape) X(shape, 2, 2) X(shape, 4, 4)
+#include "../../csrc/cuda.cu"
+
+namespace {
+
+using kd::device::kCluster;
+
+struct Case { int capability, processors, shared_per_block, shared_per_processor, clusters, rows, vocab, kind; };
+constexpr int kHopper = 227 << 10, kHopperAll = 228 << 10;
+const Case kCases[] = {
+    {80, 2, kHopper, kHopperAll, 1, 5, 203, 1},      // a warp to a row, two rows to a block
+    {80, 2, kHopper, kHopperAll, 1, 3, 500, 2},      // a block to a row
+    {80, 2, kHopper, kHopperAll, 1, 2, 2001, 2},     // of several tiles, read twice
+    {80, 8, kHopper, kHopperAll, 1, 3, 1503, 2},     // three blocks to a row
+    {80, 4, kHopper, kHopperAll, 1, 3, 3001, 2},     // two blocks of several tiles
+    {80, 4, 16 << 10, kHopperAll, 1, 2, 2001, 2},    // no room for a tile ahead
+    {90, 8, kHopper, kHopperAll, 2, 7, 500, 3},      // clusters of 1, 2 and 4; more rows than clusters
+    {90, 8, kHopper, kHopperAll, 2, 7, 1003, 3},
+    {90, 8, 24 << 10, 48 << 10, 1, 5, 2000, 3},      // a ring of two
+    {90, 8, kHopper, kHopperAll, 1, 3, 3999, 4},
+};
+
+struct Rng {
+  uint32_t state = 1;
+  float next() { state = state * 1664525 + 1013904223; return float(state >> 8) / (1 << 24) * 6 - 3; }
+};
+
+template <class T> T *buffer(int64_t n) {            // to the byte, on 16
+  void *p = nullptr;
+  gpu::require(!posix_memalign(&p, 256, n * sizeof(T)), "no memory");
+  return (T *)p;
+}
+
+double value(const void *p, int32_t dtype, int64_t i) {
+  return dtype == KD_F32 ? ((const float *)p)[i] : gpu::from_bf16(((const uint16_t *)p)[i]);
+}
+
+void run(const Case &k, int32_t dtype, int32_t divergence, double order, double temperature, bool in_place, bool masked) {
+  gpu::device = {k.capability, k.processors, k.shared_per_block, k.shared_per_processor, k.clusters};
+  const int size = dtype == KD_F32 ? 4 : 2;
+  const int64_t n = int64_t(k.rows) * k.vocab;
+  char *z = buffer<char>(n * size), *v = buffer<char>(n * size), *g = in_place ? z : buffer<char>(n * size);
+  int64_t *labels = buffer<int64_t>(k.rows);
+  double *weight = buffer<double>(k.rows), *loss = buffer<double>(k.rows);
+  Rng rng;
+  for (int64_t i = 0; i < n; i++) {
+    float a = rng.next(), b = a + rng.next() / 4;
+    if (masked && i % k.vocab % 3 == 1) a = b = -INFINITY;
+    if (dtype == KD_F32) { ((float *)z)[i] = a; ((float *)v)[i] = b; }
+    else { ((uint16_t *)z)[i] = uint16_t(gpu::to_bf16(a)); ((uint16_t *)v)[i] = uint16_t(gpu::to_bf16(b)); }
+  }
+  for (int r = 0; r < k.rows; r++) { labels[r] = masked ? 0 : r * 37 % k.vocab; weight[r] = r == 1 ? 0 : 1; }
+  kd_call c{};
+  c.student = z; c.teacher = v; c.grad = g; c.labels = labels; c.weight = weight; c.loss = loss;
+  c.rows = k.rows; c.inner = k.rows; c.vocab = c.grad_width = k.vocab;
+  c.student_stride[1] = c.teacher_stride[1] = c.grad_stride[1] = k.vocab;
+  c.student_dtype = c.teacher_dtype = dtype; c.divergence = divergence;
+  c.order = order; c.temperature = temperature; c.value_scale = c.grad_scale = 1;
+  c.hard_scale = c.hard_grad_scale = .1;
+  const kd_figures f{k.capability, k.processors, k.shared_per_block, k.shared_per_processor};
+  kd_geometry geometry{};
+  gpu::require(!kd_plan(&c, &f, &geometry) && (geometry.kind == k.kind || geometry.kind == 0), "not the geometry that the case is about");
+  c.workspace_size = kd_workspace(&c);
+  gpu::require(c.workspace_size >= 0, "no geometry");
+  c.workspace = buffer<char>(c.workspace_size + 1);
+  gpu::require(kd_loss(&c) == KD_OK, "kd_loss refused");
+  for (int r = 0; r < k.rows; r++) {
+    double sum = 0, all = 0;
+    for (int64_t i = 0; i < k.vocab; i++) { const double x = value(g, dtype, r * int64_t(k.vocab) + i); sum += x; all += std::fabs(x); }
+    gpu::require(r == 1 ? loss[r] == 0 && all == 0 : loss[r] > 0 && all > 0 && std::fabs(sum) < 1e-2 * all, "a row is wrong");
+  }
+  for (void *p : {(void *)z, (void *)v, (void *)labels, (void *)weight, (void *)loss, c.workspace}) std::free(p);
+  if (!in_place) std::free(g);
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  if (argc > 1) {
+    gpu::planted = argv[1][0] == 'r' ? gpu::kRace : gpu::kOverrun;
+    run(kCases[gpu::planted == gpu::kRace ? 1 : 8], KD_BF16, 0, 1, 1, false, false);
+    return 0;
+  }
+  int i = 0;
+  for (const Case &k : kCases) {
+    const int32_t dtype = i % 2 ? KD_F32 : KD_BF16;
+    const int room = k.shared_per_block >> 10;
+    run(k, room < 64 ? int32_t(KD_BF16) : dtype, i % 3 == 1, 1, 2, i % 2, false);                    // KL, cross entropy
+    run(k, room < 64 ? int32_t(KD_BF16) : dtype, 2, i % 2 ? .3 : 2, 1, false, i % 3 == 0);
+    i++;
+  }
+  run(kCases[1], KD_F32, 2, 0, 1, true, true);         // in fp64 throughout
+  run(kCases[7], KD_BF16, 0, 1, INFINITY, false, false);
+  run(kCases[3], KD_F32, 0, 1, .01, true, false);      // lost to a float's range: left, and computed again
+  std::puts("walked");
+}

@@ -1,0 +1,311 @@
+"""The CUDA kernels on host threads (tests/simt): every geometry, family, dtype and layout against the oracle, and under sanitizers.
+
+The bodies are those of csrc/cuda, compiled by g++ with small blocks; the backend over them is the package's own, on CPU tensors. The
+device is what a test says it is, and its figures decide on the kernel. `make simt` runs every combination.
+"""
+
+import ctypes
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bounds import cast_bound, gradient_bound, spread_of, value_bound
+from oracle import divergence_row
+from rows import KINDS, make_rows, with_masks
+from test_triton import OPTIONS, expected
+
+from kdkernels import backends, fused_kd_loss, tempered_log_softmax
+from kdkernels.backends import abi, cuda
+
+sys.path.insert(0, str(Path(__file__).parent / "simt"))
+import build  # noqa: E402
+
+pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs g++")
+
+SHARED = 227 << 10  # bytes to a block
+ALL_SHARED = 228 << 10  # to a multiprocessor
+CAREFUL, WARPS, BLOCKS, CLUSTER, WIDE = range(5)
+# name -> (classes, rows, kind of kernel, blocks to a row, tiles to a block, tiles of logits in shared memory,
+#          (compute capability, multiprocessors, shared memory of a block and of all blocks, clusters that fit)); a tile is 512 classes
+GEOMETRIES = {
+    "warps": (203, 5, WARPS, 1, 1, 1, (80, 2, SHARED, ALL_SHARED, 1)),
+    "block": (500, 3, BLOCKS, 1, 1, 1, (80, 2, SHARED, ALL_SHARED, 1)),
+    "tiles": (2001, 2, BLOCKS, 1, 4, 2, (80, 2, SHARED, ALL_SHARED, 1)),
+    "blocks": (1503, 3, BLOCKS, 3, 1, 1, (89, 8, SHARED, ALL_SHARED, 1)),
+    "blocks, tiles": (3001, 3, BLOCKS, 2, 3, 2, (120, 4, SHARED, ALL_SHARED, 1)),
+    "no room ahead": (2001, 2, BLOCKS, 2, 2, 1, (120, 4, 17 << 10, 36 << 10, 1)),
+    "cluster of 1": (500, 5, CLUSTER, 1, 1, 3, (90, 8, SHARED, ALL_SHARED, 2)),
+    "cluster of 2": (1003, 5, CLUSTER, 1, 1, 3, (100, 8, SHARED, ALL_SHARED, 2)),
+    "cluster of 4": (2000, 3, CLUSTER, 1, 1, 3, (90, 8, SHARED, ALL_SHARED, 1)),
+    "ring of 2": (2000, 4, CLUSTER, 1, 1, 2, (90, 8, 24 << 10, 46 << 10, 1)),
+    "wide cluster": (3999, 2, WIDE, 1, 1, 3, (90, 8, SHARED, ALL_SHARED, 1)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_host_threads():
+    """backend="cuda" is the library for host threads."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(cuda, "LIBRARY", build.library())
+    patch.setattr(cuda, "unavailable", lambda device, dtypes=(): "fp64" if torch.float64 in dtypes else None)
+    cuda.library.cache_clear()
+    backends._resolve.cache_clear()
+    yield
+    patch.undo()
+    cuda.library.cache_clear()
+    backends._resolve.cache_clear()
+
+
+def on(name: str, z: torch.Tensor, v: torch.Tensor, divergence: str = "kl", T: float = 1.0) -> None:
+    """Make the device that of a geometry, and see that it is the geometry that runs."""
+    *_, figures = GEOMETRIES[name]
+    _, _, kind, blocks, tiles, stages, _ = GEOMETRIES[name]
+    lib = cuda.library().c
+    lib.kd_simt_device((ctypes.c_int * 5)(*figures))
+    out = torch.empty_like(z)
+    call, _, alive = abi.loss_call(z, v, None, None, out, divergence, T, 1.0, 1.0, 0.0, 0.0, z.shape[-1])
+    found = (ctypes.c_int32 * 10)()
+    assert lib.kd_plan(ctypes.byref(call), (ctypes.c_int32 * 4)(*figures[:4]), found) == 0
+    if found[0] != CAREFUL:
+        assert list(found[:4]) == [kind, blocks, tiles, stages], (name, list(found))
+
+
+def run(z, v, y=None, **options):
+    x = z.clone().requires_grad_()
+    loss = fused_kd_loss(x * 1 if options.get("inplace") else x, v, y, backend="cuda", **options)
+    loss.backward(torch.ones_like(loss))
+    return loss.detach(), x.grad
+
+
+def dtypes_of(name: str) -> list[torch.dtype]:
+    return [torch.bfloat16] if GEOMETRIES[name][-1][2] < SHARED else [torch.float32, torch.bfloat16]
+
+
+def check(geometry: str, name: str, dtype: torch.dtype) -> None:
+    vocab, rows, *_ = GEOMETRIES[geometry]
+    options = OPTIONS[name]
+    z, v = make_rows("plain", rows, vocab, dtype)
+    T = options.get("temperature", 1.0)
+    on(geometry, z, v, options.get("divergence", "kl"), T)
+    y = torch.arange(rows) * (vocab // 8) if "hard_weight" in options else None
+    exact, exact_grad = expected(z, v, y, options)
+    loss, grad = run(z, v, y, reduction="none", **options)
+    total, in_place = run(z, v, y, reduction="sum", inplace=True, **options)
+    order = 1 if options.get("divergence", "kl") in ("kl", "cross_entropy") else 2
+    assert total.item() == pytest.approx(exact.sum().item(), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    for i in range(rows):
+        D = float(exact[i])
+        assert abs(float(loss[i]) - D) <= value_bound(order, vocab, T, spread_of(z[i], v[i], T), D) + (2**-8 * D if loss.dtype == dtype != torch.float32 else 0)
+        for g in (grad[i].double(), in_place[i].double()):
+            slack = gradient_bound(order, float(exact_grad[i].norm()))
+            if dtype == torch.float32:
+                assert float((g - exact_grad[i]).norm()) <= slack
+            else:
+                assert ((g - exact_grad[i]).abs() <= cast_bound(dtype, exact_grad[i]) + slack).all()
+
+
+ALL = [(g, n, d) for g in GEOMETRIES for n in OPTIONS for d in dtypes_of(g)]
+
+
+@pytest.mark.parametrize(("geometry", "name", "dtype"), ALL[::7], ids=str)
+def test_geometries(geometry, name, dtype):
+    """Value and gradient, through "none", whose backward has weights, and in place: geometry by family and dtype, a covering set."""
+    check(geometry, name, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("geometry", "name", "dtype"), ALL, ids=str)
+def test_all_geometries(geometry, name, dtype):
+    check(geometry, name, dtype)
+
+
+PAIRS = [(torch.float16, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=str)
+@pytest.mark.parametrize("order", [1.0, 0.3, 3.0])
+def test_mixed_dtypes(student, teacher, order):
+    for geometry in ("blocks", "cluster of 2"):
+        vocab = GEOMETRIES[geometry][0]
+        z, v = make_rows("plain", 2, vocab, student, teacher)
+        on(geometry, z, v, f"renyi({order})")
+        loss, grad = run(z, v, divergence=f"renyi({order})", reduction="none")
+        for i in range(2):
+            D, g = divergence_row(z[i].double().numpy(), v[i].double().numpy(), f"renyi({order})" if order != 1 else "kl", 1.0)
+            g = torch.from_numpy(g.astype(float))
+            slack = gradient_bound(order, float(g.norm()))
+            assert abs(float(loss[i]) - float(D)) <= value_bound(order, vocab, 1.0, spread_of(z[i], v[i], 1.0), float(D))
+            assert ((grad[i].double() - g).abs() <= (cast_bound(student, g) if student != torch.float32 else 0) + slack).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("geometry", ["tiles", "cluster of 4"])
+def test_kinds_of_rows(kind, geometry):
+    """Offsets, outliers, peaked teachers, at low and high temperature: carried roundings, second sweeps, rows in fp64."""
+    vocab = GEOMETRIES[geometry][0]
+    z, v = make_rows(kind, 2, vocab)
+    on(geometry, z, v)
+    for T, order in ((0.05, 1.0), (1.0, 0.5), (1e4, 1.0)):
+        name = "kl" if order == 1 else f"renyi({order})"
+        loss, grad = run(z, v, divergence=name, temperature=T, soft_weight=T, reduction="none")
+        for i in range(2):
+            D, g = divergence_row(z[i].double().numpy(), v[i].double().numpy(), name, T)
+            g = torch.from_numpy(g.astype(float))
+            assert abs(float(loss[i]) - T * float(D)) <= T * value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D), kind.startswith("outlier"))
+            assert float((grad[i].double() - g).norm()) <= gradient_bound(order, float(g.norm()))
+
+
+@pytest.mark.parametrize("geometry", ["warps", "blocks", "cluster of 2"])
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_masks(geometry, where):
+    vocab = GEOMETRIES[geometry][0]
+    z, v = with_masks(*make_rows("plain", 2, vocab), where)
+    on(geometry, z, v)
+    for divergence in ("kl", "renyi(0.3)", "renyi(3)", "renyi(0)", "renyi(inf)"):
+        loss, grad = run(z, v, divergence=divergence, reduction="none")
+        x = z.double().requires_grad_()
+        exact = fused_kd_loss(x, v.double(), divergence=divergence, reduction="none", backend="eager")
+        exact.sum().backward()
+        torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad.double(), x.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", ["warps", "blocks", "blocks, tiles", "cluster of 2"])
+def test_rows_that_are_their_own(geometry):
+    """nan, +inf, all masked, a label out of range, weight 0: each is one row's matter, and a row that does not count is not read."""
+    vocab, rows = GEOMETRIES[geometry][0], 7
+    z, v = make_rows("plain", rows, vocab)
+    z[1, vocab // 2], v[2, vocab - 1], z[3] = math.nan, math.inf, -math.inf
+    y = torch.zeros(rows, dtype=torch.int64)
+    weight = torch.ones(rows, dtype=torch.float64)
+    weight[5], z[5], y[5] = 0, math.nan, vocab + 5
+    on(geometry, z, v)
+    for y4 in (vocab, -1, 2**40):
+        y[4] = y4
+        grad = torch.full_like(z, 7.0)
+        loss = cuda.loss(z, v, y, weight, grad, "kl", 1.0, 1.0, 1.0, 0.5, 0.5, vocab)
+        assert loss[[1, 2, 3, 4]].isnan().all() and grad[[1, 2, 4]].isnan().all()
+        assert loss[5] == 0 and (grad[5] == 0).all()
+    exact, exact_grad = expected(z[[0, 6]], v[[0, 6]], y[[0, 6]], {"soft_weight": 1.0, "hard_weight": 0.5})
+    torch.testing.assert_close(loss[[0, 6]], exact, rtol=1e-6, atol=0)
+    assert ((grad[[0, 6]].double() - exact_grad).norm(dim=-1) <= 1e-6 * exact_grad.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("geometry", ["warps", "blocks", "cluster of 2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(geometry, dtype):
+    """Shifted and strided rows of student, teacher and gradient, a vocabulary narrower than the logits: the same numbers, zeros beside."""
+    vocab, rows = GEOMETRIES[geometry][0], 4
+    z, v = make_rows("plain", rows, vocab, dtype)
+    on(geometry, z, v)
+    options = ("kl", 2.0, 1.0, 1.0, 0.0, 0.0, vocab)
+    grad = torch.empty_like(z)
+    loss = cuda.loss(z, v, None, None, grad, *options)
+    width = vocab + 24
+    for shift_z, shift_v, shift_g in ((8, 8, 8), (1, 1, 1), (3, 3, 0), (0, 5, 0), (2, 7, 4)):
+        spread = [torch.full((2, rows // 2 + 1, width + 8 * i), math.nan, dtype=dtype) for i in (1, 2, 3)]
+        a, b, g = (x[:, :-1, s : s + vocab + (16 if i != 1 else 0)] for i, (x, s) in enumerate(zip(spread, (shift_z, shift_v, shift_g), strict=True)))
+        a[..., :vocab], b[...] = z.view(2, rows // 2, vocab), v.view(2, rows // 2, vocab)
+        outside = spread[2].clone()
+        again = cuda.loss(a, b, None, None, g, *options)
+        torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(g[..., :vocab].reshape(rows, vocab), grad, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+        assert (g[..., vocab:] == 0).all()
+        outside[:, :-1, shift_g : shift_g + vocab + 16] = g
+        assert torch.equal(spread[2].isnan(), outside.isnan())  # nothing else was written
+
+
+@pytest.mark.parametrize("geometry", ["blocks", "blocks, tiles", "cluster of 2"])
+def test_repeats_are_the_same_bits(geometry):
+    z, v = make_rows("plain", 4, GEOMETRIES[geometry][0])
+    on(geometry, z, v)
+    expected_loss, expected_grad = run(z, v, divergence="renyi(0.7)", reduction="none")
+    for _ in range(3):
+        loss, grad = run(z, v, divergence="renyi(0.7)", reduction="none")
+        assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
+
+
+def test_clusters_that_do_not_fit():
+    """A device that holds none of the clusters takes blocks."""
+    z, v = make_rows("plain", 2, 2000)
+    on("cluster of 4", z, v)
+    expected_loss, _ = run(z, v, reduction="none")
+    cuda.library().c.kd_simt_device((ctypes.c_int * 5)(90, 8, SHARED, ALL_SHARED, 0))
+    loss, _ = run(z, v, reduction="none")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+
+
+def test_values_that_cancel_are_swept_again():
+    """References that say nothing of the row's mean difference: one class has nearly everything, at another difference."""
+    for geometry, order in itertools.product(("tiles", "blocks", "cluster of 4"), (1.0, 0.3, 3.0)):
+        vocab = GEOMETRIES[geometry][0]
+        z, v = (x.clone() for x in make_rows("close", 2, vocab))
+        z[:, vocab // 3 :: 7] += 3
+        v[:, vocab // 3 :: 7] += 3.001
+        z[:, vocab // 2 + 40], v[:, vocab // 2 + 40] = 40.0, 43.0
+        on(geometry, z, v, f"renyi({order})")
+        loss, grad = run(z, v, divergence=f"renyi({order})", temperature=20.0, reduction="none")
+        for i in range(2):
+            D, g = divergence_row(z[i].double().numpy(), v[i].double().numpy(), f"renyi({order})" if order != 1 else "kl", 20.0)
+            assert abs(float(loss[i]) - float(D)) <= value_bound(order, vocab, 20.0, 3.0, float(D))
+            g = torch.from_numpy(g.astype(float)) / 20
+            assert float((grad[i].double() - g).norm()) <= gradient_bound(order, float(g.norm()))
+
+
+def test_log_softmax_and_scale():
+    for vocab, T, dtype in itertools.product((5, 9001), (0.5, 2.0, math.inf), (torch.float32, torch.bfloat16)):
+        x = (3 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))).to(dtype)
+        x[0, 1] = 60.0
+        x[1, 2] = -math.inf
+        u = torch.randn(3, vocab, generator=torch.Generator().manual_seed(1)).to(dtype)
+        y = x.double().requires_grad_()
+        exact = tempered_log_softmax(y, T, backend="eager")
+        exact.backward(u.double())
+        room = {"rtol": 2e-6, "atol": 1e-9} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+        torch.testing.assert_close(cuda.log_softmax(x, None, T).double(), exact.detach(), **room)
+        torch.testing.assert_close(cuda.log_softmax(x, u, T).double(), y.grad, rtol=room["rtol"], atol=4e-5 if dtype == torch.bfloat16 else 1e-6)
+    x = torch.randn(3, 77, generator=torch.Generator().manual_seed(0))
+    for y, factor in itertools.product((x.clone(), x.bfloat16(), x.half(), x.flatten()[1:].clone()), (1.0, -3.0)):
+        exact = (y.float() * factor).to(y.dtype)
+        cuda.scale_(y, torch.tensor(factor))
+        assert torch.equal(y, exact)
+
+
+# ---------------------------------------------------------------- sanitizers
+
+
+@pytest.fixture(scope="module")
+def walks():
+    try:
+        return {x: build.walk(x) for x in ("address", "thread")}
+    except AssertionError as error:
+        if "cannot find -l" in str(error):
+            pytest.skip("g++ has no sanitizers")
+        raise
+
+
+def walk(path, *fault):
+    return subprocess.run([path, *fault], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_no_access_out_of_bounds(walks):
+    done = walk(walks["address"])
+    assert done.returncode == 0 and "walked" in done.stdout and "ERROR" not in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_no_race(walks):
+    done = walk(walks["thread"])
+    assert done.returncode == 0 and "walked" in done.stdout and "WARNING" not in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_planted_faults_are_reported(walks):
+    race, overrun = walk(walks["thread"], "race"), walk(walks["address"], "overrun")
+    assert race.returncode != 0 and "data race" in race.stderr and "tile.h" in race.stderr
+    assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr and "copy_bulk" in overrun.stderr
