@@ -1,9 +1,9 @@
 # Each target works from a fresh clone with Python, a C++ compiler and make; the first one sets up .venv.
 PYTHON ?= python3
 BIN = .venv/bin
-SOURCES = $(wildcard csrc/*) setup.py pyproject.toml
+SOURCES = $(wildcard csrc/* csrc/cuda/*) setup.py pyproject.toml
 
-.PHONY: bench regress test slow aot lint format clean
+.PHONY: bench regress test slow simt aot lint format clean
 
 .venv/ready: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,10 @@ test: .venv/installed
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
+# the CUDA kernels on host threads: every combination, and under sanitizers
+simt: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/test_cuda.py
+
 # the Triton kernels compiled for every target in every specialisation: an hour on two cores, an exit status
 aot: .venv/installed
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py --all --check
@@ -42,4 +46,4 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build kdkernels/_cpu.so kdkernels/_build.txt .venv/installed
+	rm -rf build kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed

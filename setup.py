@@ -1,7 +1,9 @@
-"""Builds the C++ library with the compiler alone: no torch, no Python headers, one file for every version of both.
+"""Builds the C++ library with the compiler alone, and the CUDA library where nvcc is on PATH: no torch, no Python headers, one file each for
+every version of both.
 
 A machine without a compiler gets the package without the library, which then runs on the eager backend; _build.txt in the package
-keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 leaves the library out on purpose.
+keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 and KDKERNELS_CUDA=0 leave a library out on purpose; KDKERNELS_CUDA=1
+makes a CUDA library that cannot be built an error; KDKERNELS_CUDA_ARCHS="90 100" are the architectures to compile for.
 """
 
 import hashlib
@@ -31,6 +33,10 @@ X86_LEVELS = {
 }
 
 
+CUDA_ARCHS = ("80", "90", "100", "120")  # machine code for each, and PTX of the last for what comes after
+CUDA_FLAGS = "-O3 -std=c++17 -cudart static -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wno-psabi".split()
+
+
 def replace(source: Path, target: Path) -> None:
     """Copy in one step: a running process keeps the library it has mapped."""
     shutil.copy2(source, target.with_suffix(".new"))
@@ -55,6 +61,24 @@ def accepts(compiler: list[str], flags: list[str], source: str = "int main() { r
         return not subprocess.run([*compiler, *flags, str(path), "-o", str(Path(folder, "probe"))], capture_output=True).returncode
 
 
+def compile_all(command: list[str], jobs: dict[str, list[str]], sources: list[Path], objects: Path) -> list[Path]:
+    """An object file for each job (name -> flags), in parallel; those of the same command that are newer than every source are kept."""
+    objects = objects / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+    objects.mkdir(parents=True, exist_ok=True)
+    newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / "csrc").rglob("*.h"), ROOT / "setup.py"])
+
+    def compile_one(job: tuple[str, list[str]]) -> Path:
+        out = objects / f"{job[0]}.o"
+        if not out.exists() or out.stat().st_mtime < newest:
+            partial = out.with_suffix(".partial.o")
+            subprocess.run([*command, *job[1], "-c", *map(str, sources), "-o", str(partial)], check=True)
+            os.replace(partial, out)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, jobs.items()))
+
+
 def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str]:
     """Compile csrc/cpu.cpp once per instruction-set level and once for the C functions; what was found, for _build.txt."""
     compiler = find_compiler()
@@ -63,46 +87,72 @@ def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str
     levels = {k: v for k, v in X86_LEVELS.items() if accepts(compiler, v)} if on_x86 else {"base": []}
     jobs = {f"cpu_{level}": [f"-DKD_ISA={level}", *flags] for level, flags in levels.items()}
     jobs["cpu_api"] = [*(["-DKD_X86_LEVELS"] if on_x86 else []), *(f"-DKD_HAS_{level}" for level in levels)]
-    objects = objects / hashlib.sha256(" ".join([*compiler, *FLAGS, *openmp]).encode()).hexdigest()[:12]
-    objects.mkdir(parents=True, exist_ok=True)
-    newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / "csrc").glob("*.h"), ROOT / "setup.py"])
-
-    def compile_one(job: tuple[str, list[str]]) -> Path:
-        out = objects / f"{job[0]}.o"
-        if not out.exists() or out.stat().st_mtime < newest:
-            subprocess.run([*compiler, *FLAGS, *openmp, *job[1], "-c", *map(str, sources), "-o", str(out)], check=True)
-        return out
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        built = list(pool.map(compile_one, jobs.items()))
+    built = compile_all([*compiler, *FLAGS, *openmp], jobs, sources, objects)
     target.parent.mkdir(parents=True, exist_ok=True)
-    linked = objects / target.name
+    linked = built[0].parent / target.name
     subprocess.run([*compiler, "-shared", *openmp, *map(str, built), "-o", str(linked)], check=True)
     replace(linked, target)
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return {"compiler": version, "levels": " ".join(levels), "openmp": "yes" if openmp else "no: single-threaded"}
 
 
-# name -> (source, build function); a CUDA library goes here
-LIBRARIES = {"kdkernels._cpu": ("csrc/cpu.cpp", build_cpu)}
+def build_cuda(sources: list[Path], target: Path, objects: Path) -> dict[str, str]:
+    """Compile csrc/cuda.cu once per piece and once for the C functions; what was found, for _build.txt."""
+    wanted = os.environ.get("KDKERNELS_CUDA", "")
+    if wanted == "0":
+        raise NoCompiler("left out: KDKERNELS_CUDA=0 was set when kdkernels was built")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        if wanted == "1":
+            raise RuntimeError("KDKERNELS_CUDA=1, but there is no nvcc on PATH")
+        raise NoCompiler("nvcc was not on PATH when kdkernels was built")
+    archs = os.environ.get("KDKERNELS_CUDA_ARCHS", "").replace(",", " ").split() or list(CUDA_ARCHS)
+    codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    command = [nvcc, *CUDA_FLAGS, *codes, f'-DKD_ARCHS="{" ".join(f"sm_{x}" for x in archs)}"']
+    pieces = [(shape, base, other) for shape in ("kTilted", "kPlain") for base in (2, 4) for other in (2, 4)]
+    jobs = {f"cuda_{s}_{b}{o}": [f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}"] for s, b, o in pieces} | {"cuda_api": []}
+    try:
+        built = compile_all(command, jobs, sources, objects)
+        linked = built[0].parent / target.name
+        subprocess.run([nvcc, "-shared", "-cudart", "static", *map(str, built), "-o", str(linked)], check=True)
+    except subprocess.CalledProcessError as error:
+        if wanted == "1":
+            raise
+        raise NoCompiler(f"nvcc failed (exit status {error.returncode}) when kdkernels was built") from error
+    replace(linked, target)
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    return {"nvcc": version, "architectures": " ".join(archs)}
+
+
+# name -> (source, build function, the library's key in _build.txt when it is missing, what that means)
+LIBRARIES = {
+    "kdkernels._cpu": ("csrc/cpu.cpp", build_cpu, "error", "kdkernels will run on the eager backend only, many times slower"),
+    "kdkernels._cuda": ("csrc/cuda.cu", build_cuda, "cuda error", ""),
+}
 
 
 class BuildLibraries(build_ext):
+    def run(self) -> None:
+        self.found: dict[str, str] = {}
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        record = target.parent / "_build.txt"
+        _, build, missing, consequence = LIBRARIES[ext.name]
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if os.environ.get("KDKERNELS_CPU") == "0":
+            if ext.name == "kdkernels._cpu" and os.environ.get("KDKERNELS_CPU") == "0":
                 raise NoCompiler("left out: KDKERNELS_CPU=0 was set when kdkernels was built")
-            found = LIBRARIES[ext.name][1]([ROOT / s for s in ext.sources], target, ROOT / "build" / "objects")
+            found = build([ROOT / s for s in ext.sources], target, ROOT / "build" / "objects")
         except NoCompiler as error:
             target.unlink(missing_ok=True)
-            found = {"error": str(error)}
-            self.warn(f"{error}: kdkernels will run on the eager backend only, many times slower")
+            found = {missing: str(error)}
+            if consequence:
+                self.warn(f"{error}: {consequence}")
         if found.get("openmp", "yes") != "yes":
             self.warn("the compiler has no OpenMP: the CPU library is single-threaded")
-        record.write_text("".join(f"{key}: {value}\n" for key, value in found.items()))
+        self.found |= found
+        (target.parent / "_build.txt").write_text("".join(f"{key}: {value}\n" for key, value in self.found.items()))
 
     def get_ext_filename(self, name: str) -> str:
         return name.replace(".", "/") + ".so"  # loaded with ctypes: no Python ABI in the name
@@ -111,7 +161,7 @@ class BuildLibraries(build_ext):
         return [x for x in super().get_outputs() if Path(x).exists()]
 
     def copy_extensions_to_source(self) -> None:  # editable installs: build_extension has written in place
-        for name in ("_cpu.so", "_build.txt"):
+        for name in ("_cpu.so", "_cuda.so", "_build.txt"):
             built = Path(self.build_lib, "kdkernels", name)
             if built.exists():
                 replace(built, ROOT / "kdkernels" / name)
@@ -127,6 +177,6 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension(name, [source]) for name, (source, _) in LIBRARIES.items()],
+    ext_modules=[Extension(name, [source]) for name, (source, *_) in LIBRARIES.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython},
 )

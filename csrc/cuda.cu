@@ -112,7 +112,7 @@ KD_API int32_t kd_loss(kd_call *c) {
   job.all = g.kind == kCarefulRows;
   if (!job.all) {
     job.parts = g.parts; job.tiles = g.tiles; job.stages = g.stages;
-    job.team_bytes = g.kind == kWarpRows ? g.shared / Sizes<kPlain>::WarpRows::kTeams : g.shared;
+    job.team_bytes = g.kind == kWarpRows ? g.shared / (g.threads / 32) : g.shared;
     if (g.parts > 1) {
       job.tickets = (uint32_t *)c->workspace;
       job.state = (double *)((char *)c->workspace + ticket_bytes(*c));

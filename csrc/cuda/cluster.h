@@ -68,7 +68,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
 
   // The block's part to every block of the cluster, by a warp.
   KD_DEVICE void send(int parity) const {
-    const int lane = int(gpu::from_here(int64_t(gpu::thread() % 32)));
+    const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
     KD_ROLLED for (int i = lane; i < blocks * kWords; i += 32) {
       const int w = i % kWords;
       const bool soft = w < kPartWords;
@@ -80,6 +80,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   KD_DEVICE void run() {
     const kd_call &c = job.call;
     Scratch<G> &scratch = desk.scratch;
+    if (T::thread() == 0) scratch.again = 0;
     if (T::thread() == 0) for (int i = 0; i < job.stages; i++) gpu::arrivals_init(desk.filled + i);
     gpu::sync_cluster();
     if (T::thread() == 0) for (int i = 0; i < job.stages - 1; i++) issue(i);
@@ -106,19 +107,19 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last ? c.grad_width : tile.class_of(tile.count), c.student_dtype, T::thread(), G::kThreads);
         continue;
       }
-      KD_ROLLED for (int attempt = 0; attempt < 2; attempt++) {
-        tile.measure(attempt > 0, &desk.own, &desk.own_hard);
+      KD_ROLLED for (;;) {
+        tile.measure(&desk.own, &desk.own_hard);
         if (T::warp() == 0) send(parity);
         gpu::sync_cluster();
         if (T::warp() == 0) {
           ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
           tile.shelve(desk.shelf);
-          close(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, attempt > 0, scratch, &desk.factors, rank == 0 ? c.loss + row_at(turn) : nullptr);
+          close(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, rank == 0 ? c.loss + row_at(turn) : nullptr);
           tile.unshelve(desk.shelf);
         }
         gpu::sync_block();
         parity ^= 1;
-        if (!scratch.refine) break;
+        if (!scratch.again) break;
         gpu::sync_block();
       }
       if (scratch.lost || !c.grad) continue;

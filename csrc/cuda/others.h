@@ -11,7 +11,7 @@ namespace KD_LEVEL {
 template <class G> struct BlockCrew {
   double *room;                                      // [kWarps]
   template <class Op> KD_DEVICE double over_warps(double x, Op op) const {
-    if (gpu::thread() % 32 == 0) room[gpu::thread() / 32] = x;
+    if ((gpu::thread() & 31) == 0) room[gpu::thread() / 32] = x;
     gpu::sync_block();
     x = room[0];
     for (int i = 1; i < G::kWarps; i++) x = op(x, room[i]);

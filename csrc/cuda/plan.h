@@ -10,7 +10,8 @@
 namespace kd {
 namespace KD_LEVEL {
 
-// The chunks of a thread: 32 classes, or, where two numbers of each are kept, 24 or 16; in tests few threads, so that a host can run them.
+// A thread takes 32 classes, or 24 where two numbers of each are kept; the rows' kernels, which keep track of more, have fewer threads then,
+// with more registers to each. In tests few threads, so that a host can run them.
 template <Shape kShape> struct Sizes {
 #if defined(KD_TEST_GEOMETRY)
   using WarpRows = Geometry<32, 1, 2>;
@@ -18,9 +19,9 @@ template <Shape kShape> struct Sizes {
   using Cluster = Geometry<64, 1>;
   using WideCluster = Geometry<64, 2>;
 #else
-  static constexpr int kChunks = kShape == kTilted ? 3 : 4, kChunksOfRows = kShape == kTilted ? 2 : 4;
-  using WarpRows = Geometry<32, kChunksOfRows, 4>;
-  using BlockRows = Geometry<256, kChunksOfRows>;
+  static constexpr int kChunks = kShape == kTilted ? 3 : 4;
+  using WarpRows = Geometry<32, kChunks, kChunks>;
+  using BlockRows = Geometry<64 * kChunks, kChunks>;
   using Cluster = Geometry<256, kChunks>;
   using WideCluster = Geometry<512, kChunks>;
 #endif

@@ -30,11 +30,11 @@ template <class G> struct Desk {
 };
 
 // Own tiles' sums to everyone's, by a warp: written, announced, awaited, read.
-template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles, int attempt) {
-  const int lane = int(gpu::from_here(int64_t(gpu::thread() % 32))), n = job.parts * tiles;
+template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles, bool again) {
+  const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31)))), n = job.parts * tiles;
   double *state = job.state + row * int64_t(job.parts * job.tiles) * kWords;
   uint32_t *arrived = job.tickets + 1 + 3 * row;     // at the first exchange, at the second, and before it
-  if (attempt) {                                     // everyone has read what is about to be written over
+  if (again) {                                       // everyone has read what is about to be written over
     gpu::sync_warp();
     if (lane == 0) { gpu::announce(arrived + 2); gpu::await(arrived + 2, job.parts); }
     gpu::sync_warp();
@@ -55,7 +55,7 @@ template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, 
 }
 
 template <class G, Shape kShape, int kB, int kO>
-KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
+KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 512) / (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
   using T = Team<G>;
   using TileOf = Tile<G, kShape, kB, kO>;
   const kd_call &c = job.call;
@@ -65,7 +65,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeam
   Scratch<G> &scratch = *(Scratch<G> *)memory;
   if (T::thread() == 0) {
     int64_t row = gpu::block() * G::kTeams + team;
-    scratch.part = 0;
+    scratch.part = scratch.again = 0;
     if (job.parts > 1) {
       const uint32_t ticket = gpu::next_ticket(job.tickets);
       row = ticket / job.parts; scratch.part = ticket % job.parts;
@@ -82,16 +82,15 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeam
   T::sync();
   if (scratch.number >= c.rows) return;
   const RowAt &at = scratch.row[0];
-  const bool last = scratch.part == job.parts - 1;
+  const auto last = [&] { return scratch.part == job.parts - 1; };
   if (at.weight == 0) {
     if (scratch.part == 0 && T::thread() == 0) c.loss[scratch.number] = 0;
     const int from = scratch.from * kRun - at.offset, to = scratch.to * kRun - at.offset;
-    if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last ? c.grad_width : to, c.student_dtype, T::thread(), G::kThreads);
+    if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last() ? c.grad_width : to, c.student_dtype, T::thread(), G::kThreads);
     return;
   }
   TileOf tile(job, scratch, at);
-  char *const logits = desk_here().logits;
-  const auto turn_to = [&](int t) { tile.turn_to(scratch.from + t * G::kTile, scratch.to, logits + t % job.stages * TileOf::kBytes); };
+  const auto turn_to = [&](int t) { tile.turn_to(scratch.from + t * G::kTile, scratch.to, desk_here().logits + t % job.stages * TileOf::kBytes); };
   const auto fetch = [&](int t) {                    // always a group of copies, for copy_wait to count
     if (t >= 0 && t < scratch.tiles) { turn_to(t); tile.fetch_own(); }
     gpu::copy_commit();
@@ -100,25 +99,25 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeam
 
   const bool ahead = job.stages > 1;                 // else there is room for one tile at a time
   const auto arrive = [&] { if (ahead) gpu::copy_wait<1>(); else gpu::copy_wait<0>(); };
-  KD_ROLLED for (int attempt = 0; attempt < 2; attempt++) {
+  KD_ROLLED for (;;) {
     if (ahead) fetch(0);
     KD_ROLLED for (int t = 0; t < scratch.tiles; t++) {
       fetch(ahead ? t + 1 : t);
       arrive();
       turn_to(t);
       const Desk<G> desk = desk_here();
-      tile.measure(attempt > 0, desk.parts + part_of(t), desk.hards + part_of(t));
+      tile.measure(desk.parts + part_of(t), desk.hards + part_of(t));
     }
     if (T::warp() == 0) {
       const Desk<G> desk = desk_here();
       tile.shelve(desk.shelf);
-      if (job.parts > 1) exchange(job, desk, scratch.number, scratch.part, scratch.tiles, attempt);
-      close(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, attempt > 0, scratch, desk.factors,
+      if (job.parts > 1) exchange(job, desk, scratch.number, scratch.part, scratch.tiles, scratch.again);
+      close(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
             scratch.part == 0 ? c.loss + scratch.number : nullptr);
       tile.unshelve(desk.shelf);
     }
     T::sync();
-    if (!scratch.refine) break;
+    if (!scratch.again) break;
     T::sync();
   }
   if (scratch.lost || !c.grad) return;
@@ -137,7 +136,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, 512 / (G::kThreads * G::kTeam
     }
     tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
   }
-  if (last) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
+  if (last()) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
 }
 
 }  // namespace KD_LEVEL

@@ -68,15 +68,15 @@ template <class G> struct Scratch {
   float at_top, weight, mean;
   float sums[G::kWarps][10];
   double ref, rest_less, label_less;
-  int lost, refine;
+  int lost, again;                                   // again: the row is swept once more, with ref for everyone's reference
   int64_t number;                                    // of the row
   int part, from, to, tiles;                         // this block's slice of it, in chunks
 };
 
 template <class G> struct Team {
-  static KD_DEVICE int thread() { return gpu::thread() % G::kThreads; }
-  static KD_DEVICE int lane() { return gpu::thread() % 32; }
-  static KD_DEVICE int warp() { return thread() / 32; }
+  static KD_DEVICE int thread() { return int(unsigned(gpu::thread()) % G::kThreads); }
+  static KD_DEVICE int lane() { return gpu::thread() & 31; }
+  static KD_DEVICE int warp() { return thread() >> 5; }
   static KD_DEVICE void sync() { if (G::kThreads == 32) gpu::sync_warp(); else gpu::sync_block(); }
   static KD_DEVICE bool any(bool x) { return G::kThreads == 32 ? gpu::warp_any(x) : gpu::sync_block_any(x); }   // and a barrier
 };
@@ -86,7 +86,7 @@ struct WarpCrew {
   template <int N, class Add> KD_DEVICE void sum(int n, double (&sums)[N], Add add) const {
     double own[N]{};
     gpu::sync_warp();                                // add may write to its part, which others may still be reading
-    KD_ROLLED for (int i = gpu::thread() % 32; i < n; i += 32) add(i, own);
+    KD_ROLLED for (int i = (gpu::thread() & 31); i < n; i += 32) add(i, own);
     gpu::warp_sum(own);
     for (int j = 0; j < N; j++) sums[j] += own[j];
     gpu::sync_warp();
@@ -94,7 +94,7 @@ struct WarpCrew {
   template <class Of> KD_DEVICE int first(int n, Of of) const {
     double most = -INFINITY;
     int where = n - 1;
-    KD_ROLLED for (int i = gpu::thread() % 32; i < n; i += 32) if (of(i) > most) { most = of(i); where = i; }
+    KD_ROLLED for (int i = (gpu::thread() & 31); i < n; i += 32) if (of(i) > most) { most = of(i); where = i; }
     const double best = gpu::warp_largest(most);
     return -gpu::warp_largest(most == best ? -where : 1 - n);
   }
@@ -310,8 +310,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     const bool sampled = count >= 256 / kRun;
     if (sampled && T::warp() == 0) {
       float sums[2]{};
-      KD_UNROLL for (int n = 0; n < kSamples / 32; n++) {
-        const int i = n * 32 + T::lane(), place = (count - 1) * i / (kSamples - 1), l = i % kRun;
+      KD_ROLLED for (int i = int(gpu::from_here(int64_t(T::lane()))); i < kSamples; i += 32) {
+        const int place = int(unsigned(count * i) / kSamples), l = i & (kRun - 1);
         if (!in_row(class_of(place) + l)) continue;
         const float b = element<kB>(base_at(place), l, base_f16()), x = element<kO>(other_at(place), l, other_f16()) - b;
         const float w = gpu::exp2((b - top) * job.c);
@@ -381,9 +381,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     gpu::warp_sum(x);
   }
 
-  // The tile in the slot, whose copies this thread has waited for, as a block of its row: to *part and *hard, by the first warp. again: with
-  // the row's own reference.
-  KD_DEVICE void measure(bool again, Part *part, HardPart *hard) {
+  // The tile in the slot, whose copies this thread has waited for, as a block of its row: to *part and *hard, by the first warp.
+  KD_DEVICE void measure(Part *part, HardPart *hard) {
     constexpr int kSums = kShape == kTilted ? 5 : 3;
     const Plan &plan = job.plan;
     const float own = largest_base(), of_warp = gpu::warp_largest(own);
@@ -415,7 +414,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     }
     lost |= !(top < INFINITY);
     p.top = top;
-    if (again && !none) p.ref = scratch.ref;
+    if (scratch.again && !none) p.ref = scratch.ref;
     const References<float> r = references(p);
 
     KD_ROLLED for (int masked = 0; !lost && !none; masked++) {
@@ -486,7 +485,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   }
 
   // The gradient of the tile, whose em and et are in registers.
-  KD_DEVICE void emit(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
+  KD_DEVICE void emit_whole(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
     const References<float> r = references(p);
     whole_chunks([&](int j, int place) {
       float b[kRun], g[kRun];
@@ -498,6 +497,10 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       if (job.hard) add_hard(place, h, f, label, label_gradient, g);
       put_whole(at.grad + int64_t(class_of(place)) * size_of(grad_dtype()), grad_dtype(), g);
     });
+  }
+  KD_DEVICE void emit(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
+    emit_whole(p, h, f, label, label_gradient);
+    const References<float> r = references(p);
     const bool lone = kShape == kTilted && job.plan.student_base, empty = p.empty();
     other_chunks([&](int place) {
       float g[kRun];
@@ -544,18 +547,17 @@ KD_DEVICE double label_part(const Job &job, const RowAt &x, const HardPart &h) {
   return -x.weight * job.call.hard_grad_scale * (h.rest - expm1_of(x.label_logit - h.top)) / h.s;
 }
 
-// The parts [0, n) of a row, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss. again: the
-// references were the row's own.
-template <class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles, bool again, Scratch<G> &scratch,
+// The parts [0, n) of a row, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss.
+template <class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles, Scratch<G> &scratch,
                                         Factors *factors, double *loss) {
   const WarpCrew crew;
-  const int lane = int(gpu::from_here(int64_t(gpu::thread() % 32)));
+  const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
   int care = 0;
   KD_ROLLED for (int i = lane; i < n; i += 32) if (parts[i].care > care) care = parts[i].care;
   Row row;
   row.lost = gpu::warp_largest(care) == kLost;
   if (!row.lost) row = close_row(parts, n, job.plan, crew);
-  if (again) row.refine = false;
+  if (scratch.again) row.refine = false;
   HardPart h;
   if (job.hard) h = merge_hard(n, [&](int i) { return hards[i]; }, crew);
   const kd_call &c = job.call;
@@ -571,8 +573,9 @@ template <class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *pa
     }
     factors[i] = f;
   }
+  gpu::sync_warp();
   if (lane == 0) {
-    scratch.lost = row.lost; scratch.refine = row.refine;
+    scratch.lost = row.lost; scratch.again = row.refine;
     scratch.ref = job.plan.moments ? row.shift : row.shift / job.plan.k;
     if (job.hard) scratch.label_less = label_part(job, x, h);
     if (loss && !row.refine) *loss = row.lost ? from_bits(kLostMark) : loss_of(job, x, row.value, h);

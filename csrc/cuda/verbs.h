@@ -16,7 +16,9 @@
 #define KD_PARAM __grid_constant__
 #define KD_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define KD_UNROLL _Pragma("unroll")
+#if !defined(KD_ROLLED)
 #define KD_ROLLED _Pragma("unroll 1")
+#endif
 
 namespace gpu {
 

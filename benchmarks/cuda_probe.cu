@@ -1,0 +1,46 @@
+// The part of a row that is paid for each logit, alone and without branches, for counting its instructions (cuda_aot.py): the copy to shared
+// memory, the largest, the sweep and the gradient of whole chunks of bf16 or fp32 rows without labels. Compiled for two numbers of chunks
+// to a thread: the difference is what 8 classes each of student and teacher take.
+#define KD_LEVEL device
+#define KD_ARCHS ""
+#define KD_ROLLED _Pragma("unroll")
+#include "../csrc/cuda/plan.h"
+
+namespace kd {
+namespace KD_LEVEL {
+
+template <int kChunks, Shape kShape, int kB, int kO, bool kBulk> KD_KERNEL KD_LAUNCH_BOUNDS(256, 2) probe(const KD_PARAM Job given) {
+  using G = Geometry<256, kChunks>;
+  Job job = given;
+  job.hard = 0;
+  job.plan.moments = job.plan.entropy = false;
+  job.plan.student_base = kShape == kTilted && kB < kO;
+  job.call.student_dtype = job.plan.student_base ? (kB == 4 ? KD_F32 : KD_BF16) : (kO == 4 ? KD_F32 : KD_BF16);
+  job.call.teacher_dtype = job.plan.student_base ? (kO == 4 ? KD_F32 : KD_BF16) : (kB == 4 ? KD_F32 : KD_BF16);
+  const Desk<G> desk(gpu::shared(), 1, 1);
+  Tile<G, kShape, kB, kO> tile(job, *desk.scratch, desk.scratch->row[0]);
+  tile.turn_to(0, G::kTile, desk.logits);
+  tile.count = tile.whole_to = G::kTile;             // every chunk is whole
+  tile.whole_from = 0;
+  if (!kBulk) { tile.fetch_own(); gpu::copy_commit(); gpu::copy_wait<0>(); }
+  gpu::sync_block();
+  desk.scratch->top[0] = tile.largest_base();
+  gpu::sync_block();
+  Sums<float> s;
+  int32_t wild = 0;
+  tile.sweep_whole(tile.references(desk.parts[0]), s, wild);
+  float sums[5] = {s.s, s.d, s.k1, s.k2, s.t};
+  tile.share(0, sums);
+  if (gpu::sync_block_any(!(from_bits(wild) <= job.reach))) return;
+  tile.emit_whole(desk.parts[0], desk.hards[0], desk.factors[0], -1, 0);
+}
+#define PROBE(chunks, shape, b, o, bulk) template __global__ void probe<chunks, shape, b, o, bulk>(const KD_PARAM Job);
+#define PROBES(shape, bulk) PROBE(1, shape, 2, 2, bulk) PROBE(2, shape, 2, 2, bulk) PROBE(1, shape, 4, 4, bulk) PROBE(2, shape, 4, 4, bulk)
+#if KD_BULK
+PROBES(kPlain, true) PROBES(kTilted, true)
+#else
+PROBES(kPlain, false) PROBES(kTilted, false)
+#endif
+
+}  // namespace KD_LEVEL
+}  // namespace kd
