@@ -1,5 +1,5 @@
-"""Builds the C++ library with the compiler alone, and the CUDA library where nvcc is on PATH: no torch, no Python headers, one file each for
-every version of both.
+"""Builds the C++ library with the compiler alone, and the CUDA library where nvcc is on PATH: no torch, no Python headers, one file
+each for every version of both.
 
 A machine without a compiler gets the package without the library, which then runs on the eager backend; _build.txt in the package
 keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 and KDKERNELS_CUDA=0 leave a library out on purpose; KDKERNELS_CUDA=1

@@ -86,7 +86,9 @@ def parse(name: str) -> tuple[str, str, str, int, int] | None:
 def kernels(target: str) -> list[Kernel]:
     """Every loss kernel of the library for a target."""
     usage = output(tool("cuobjdump"), "-res-usage", "-arch", target, LIBRARY)
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", output(tool("cuobjdump"), "-sass", "-arch", target, LIBRARY), re.S))
+    code = dict(
+        re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", output(tool("cuobjdump"), "-sass", "-arch", target, LIBRARY), re.S)
+    )
     out = []
     for name, registers, stack, local in re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage):
         found = parse(name)
@@ -129,7 +131,11 @@ def in_flight(x: Kernel) -> int:
 
 def faults(found: list[Kernel], counted: list[Count]) -> list[str]:
     out = [f"{x.target} {x.kernel} {x.shape} {x.widths}: {x.stack} bytes of stack" for x in found if x.stack]
-    out += [f"{x.target} {x.kernel} {x.shape} {x.widths}: {x.registers} registers leave no {in_flight(x)} threads" for x in found if x.blocks * x.threads < in_flight(x)]
+    out += [
+        f"{x.target} {x.kernel} {x.shape} {x.widths}: {x.registers} registers leave no {in_flight(x)} threads"
+        for x in found
+        if x.blocks * x.threads < in_flight(x)
+    ]
     out += [f"{x.target} {x.kernel}: stores of {x.store_bytes} bytes" for x in found if x.store_bytes != 16]
     out += [f"{x.target} {x.kernel}: no bulk copies" for x in found if x.kernel == "loss_clusters" and not x.bulk]
     most = {"plain": ROOM["H200"], "tilted": (ROOM["H100"][0] * 1.2, ROOM["H200"][1])}
@@ -147,12 +153,24 @@ def markdown(head: list[str], rows: list[list], numbers_from: int) -> str:
 
 def table(found: list[Kernel], counted: list[Count]) -> str:
     rooms = ", ".join(f"{name} {a} / {b}" for name, (a, b) in ROOM.items())
-    text = f"Bytes of stack, where spills would go, of all together: {sum(x.stack for x in found)}. At the rate of its memory a device has, "
+    text = (
+        f"Bytes of stack, where spills would go, of all together: {sum(x.stack for x in found)}. At the rate of its memory a device has, "
+    )
     text += f"for each bf16 logit of a row pair, issue slots / exponentials: {rooms}. Counted is what is paid for each logit: copy, largest, sweep, "
     text += "gradient; what is paid once a tile (sums, exchange, closing) comes on top.\n\n"
     head = ["target", "divergence", "bytes a logit", "copies", "instructions a logit", "exponentials a logit"]
     text += markdown(head, [[x.target, x.shape, x.widths, x.copies, f"{x.instructions:g}", f"{x.exponentials:g}"] for x in counted], 4)
-    head = ["target", "kernel", "divergence", "bytes a logit", "threads", "classes a thread", "registers", "blocks a multiprocessor", "bulk copies"]
+    head = [
+        "target",
+        "kernel",
+        "divergence",
+        "bytes a logit",
+        "threads",
+        "classes a thread",
+        "registers",
+        "blocks a multiprocessor",
+        "bulk copies",
+    ]
     rows = [[x.target, x.kernel, x.shape, x.widths, x.threads, 8 * x.chunks, x.registers, x.blocks, "yes" if x.bulk else ""] for x in found]
     return f"{text}\n\n{markdown(head, rows, 4)}\n"
 

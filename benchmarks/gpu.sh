@@ -16,10 +16,13 @@ step "what is here" "$python" -m kdkernels info
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     export TRITON_INTERPRET=0
     name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "_").replace("/", "_"))')
+    [ -e kdkernels/_cuda.so ] || step "the CUDA library" env KDKERNELS_CUDA=1 "$python" setup.py -q build_ext --inplace
     step "tests" timeout 200 "$python" -m pytest -q -m gpu tests/test_gpu.py
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck initcheck synccheck; do
-            step "$tool" timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/gpu_exercise.py
+            for backend in triton cuda; do
+                step "$tool, $backend" timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/gpu_exercise.py $backend
+            done
         done
     fi
     step "predicted and measured" timeout 60 "$python" benchmarks/traffic.py --here
@@ -30,6 +33,8 @@ else
     echo "== no GPU: its half is left out"
     step "interpreter" env TRITON_INTERPRET=1 "$python" -m pytest -q tests/test_triton.py
     step "ahead of time" env TRITON_INTERPRET=0 "$python" benchmarks/aot.py --check
+    step "CUDA kernels on host threads" "$python" -m pytest -q tests/test_cuda.py
+    [ -e kdkernels/_cuda.so ] && step "CUDA kernels as compiled" "$python" benchmarks/cuda_aot.py --check
     step "predicted" env TRITON_INTERPRET=0 "$python" benchmarks/traffic.py
 fi
 exit $failed

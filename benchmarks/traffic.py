@@ -1,4 +1,5 @@
-"""A model of the Triton backend's time: bytes to and from memory, instructions and exponentials of each logit, against a device's rates.
+"""A model of the Triton and the CUDA backend's time: bytes to and from memory, instructions and exponentials of each logit, against a
+device's rates.
 
     python benchmarks/traffic.py              a table for the devices below
     python benchmarks/traffic.py --here       beside measured times, on a GPU
@@ -7,19 +8,24 @@ Loss and gradient of rows of V logits move at least 3 V b bytes a row (each logi
 (`kdkernels.backends.triton_plan`) keeps a row between its two sweeps in registers or in the second-level cache; where it does not fit, the
 second sweep reads from memory again, 5 V b. A row's time is the longest of three: its bytes over the copy bandwidth, its instructions over
 the issue rate, its exponentials over the rate of the special-function units; the first overlaps the others, as several programs
-share a multiprocessor.
+share a multiprocessor. What a tile of the CUDA kernels takes once (sums, exchange, closing) is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdkernels.backends import abi, cuda
 from kdkernels.backends.triton_plan import CACHE_SHARE, Device, Plan, plan
 
 COUNTS = Path(__file__).parent / "results" / "triton_aot.csv"
+CUDA_COUNTS = COUNTS.with_name("cuda_aot.csv")
+SHARED = {"sm_80": (163 << 10, 164 << 10), "sm_90": (227 << 10, 228 << 10), "sm_100": (227 << 10, 228 << 10)}  # of a block, of all
 SHAPES = ((4096, 32768), (4096, 50257), (4096, 128256), (4096, 151936), (4096, 262144), (64, 262144), (1, 262144))
 
 
@@ -97,7 +103,51 @@ def counts(target: str, divergence: str) -> tuple[float, float]:
     raise LookupError(f"{COUNTS.name} has no {divergence} for {target}: python benchmarks/aot.py")
 
 
-def measured(rows: int, vocab: int, divergence: str) -> tuple[float, float]:
+def cuda_geometry(rates: Rates, rows: int, vocab: int, divergence: str) -> tuple[bool, int, int, int]:
+    """(a cluster's kernel, blocks to a row, tiles to a block, threads to a block) of the library's own plan (csrc/cuda/plan.h), bf16."""
+    import torch
+
+    library = cuda.library()
+    if isinstance(library, str):
+        raise LookupError(library)
+    z = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
+    call, _, alive = abi.loss_call(z, z, None, None, z, divergence, 2.0, 1.0, 1.0, 0.0, 0.0, vocab)
+    figures = (ctypes.c_int32 * 4)(int(rates.target[3:]), rates.device.processors, *SHARED[rates.target])
+    found = (ctypes.c_int32 * 10)()
+    if library.c.kd_plan(ctypes.byref(call), figures, found):
+        raise LookupError(f"{vocab} classes have no geometry")
+    kind, parts, tiles, _, cluster, threads, *_ = found
+    return kind >= 3, max(parts, cluster), tiles, threads
+
+
+def predict_cuda(rates: Rates, rows: int, vocab: int, divergence: str) -> Prediction:
+    """As `predict`, of the CUDA kernels, bf16: exponentials are taken once where a row's tiles are all in registers."""
+    cluster, parts, tiles, threads = cuda_geometry(rates, rows, vocab, divergence)
+    instructions, exponentials = cuda_counts(rates.target, "plain" if divergence == "kl" else "tilted", "bulk" if cluster else "async")
+    again = (tiles - 1) / tiles  # the share that is read and computed twice
+    blocks = min(rows * parts, rates.device.processors * max(1, 512 // threads))
+    in_cache = blocks / parts * 4 * vocab <= CACHE_SHARE * rates.device.cache
+    moved = 6.0 if in_cache else 6.0 + 4 * again
+    logits = rows * vocab
+    share = min(1.0, blocks * threads / 512 / rates.device.processors)
+    times = {
+        "memory": logits * moved / rates.copy / min(1.0, blocks / rates.device.processors),
+        "instructions": logits * instructions * (1 + 0.8 * again) / rates.instructions / share,
+        "exponentials": logits * exponentials * (1 + again) / rates.exponentials / share,
+    }
+    bound = max(times, key=times.get)
+    return Prediction(moved, times[bound], bound)
+
+
+def cuda_counts(target: str, shape: str, copies: str) -> tuple[float, float]:
+    with open(CUDA_COUNTS, encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if (row["target"], row["shape"], row["widths"], row["copies"]) == (target, shape, "2/2", copies):
+                return float(row["instructions"]), float(row["exponentials"])
+    raise LookupError(f"{CUDA_COUNTS.name} has no {shape} for {target}: python benchmarks/cuda_aot.py")
+
+
+def measured(rows: int, vocab: int, divergence: str, backend: str) -> tuple[float, float]:
     """(seconds of loss and gradient, bytes a second of a copy) on this GPU, bf16."""
     import torch
     from triton.testing import do_bench
@@ -106,7 +156,11 @@ def measured(rows: int, vocab: int, divergence: str) -> tuple[float, float]:
 
     v = torch.randn(rows, vocab, device="cuda").bfloat16() * 3
     z = (v + torch.randn_like(v) * 0.5).requires_grad_()
-    step = do_bench(lambda: fused_kd_loss(z, v, divergence=divergence, temperature=2.0).backward(), grad_to_none=[z], return_mode="median")
+    step = do_bench(
+        lambda: fused_kd_loss(z, v, divergence=divergence, temperature=2.0, backend=backend).backward(),
+        grad_to_none=[z],
+        return_mode="median",
+    )
     big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     copy = do_bench(lambda: big.clone(), return_mode="median")
     return step * 1e-3, 2 * big.numel() / (copy * 1e-3)
@@ -116,20 +170,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--here", action="store_true", help="measure the same shapes on this machine's GPU")
     args = parser.parse_args()
-    print(f"{'device':10} {'divergence':10} {'rows x V':>14} {'B/logit':>8} {'ms':>8} {'of copy':>8}  bound")
+    print(f"{'device':10} {'divergence':10} {'rows x V':>14} {'B/logit':>8} {'ms':>8} {'of copy':>8}  bound, backend")
+    models = {"triton": lambda r, d, *shape: predict(r, *shape, 2, *counts(r.target, d))}
+    if isinstance(cuda.library(), str):
+        print(f"cuda: {cuda.library()}")
+    else:
+        models["cuda"] = lambda r, d, *shape: predict_cuda(r, *shape, d)
     for rates in DEVICES:
         for divergence in ("kl", "renyi(2.0)"):
-            for rows, vocab in SHAPES:
-                found = predict(rates, rows, vocab, 2, *counts(rates.target, divergence))
+            for (rows, vocab), (backend, model) in itertools.product(SHAPES, models.items()):
+                found = model(rates, divergence, rows, vocab)
                 share = found.floor_share(rates, rows, vocab, 2)
-                shape = f"{rows} x {vocab}"
-                ms = found.seconds * 1e3
-                print(f"{rates.name:10} {divergence:10} {shape:>14} {found.bytes:8.0f} {ms:8.3f} {share:8.2f}  {found.bound}")
+                ms, shape = found.seconds * 1e3, f"{rows} x {vocab}"
+                print(f"{rates.name:10} {divergence:10} {shape:>14} {found.bytes:8.1f} {ms:8.3f} {share:8.2f}  {found.bound}, {backend}")
     if args.here:
-        for divergence in ("kl", "renyi(2.0)"):
-            for rows, vocab in SHAPES:
-                seconds, copy = measured(rows, vocab, divergence)
-                print(f"measured {divergence:10} {rows} x {vocab}: {seconds * 1e3:.3f} ms, {6 * rows * vocab / seconds / copy:.2f} of copy")
+        for divergence, (rows, vocab), backend in itertools.product(("kl", "renyi(2.0)"), SHAPES, models):
+            seconds, copy = measured(rows, vocab, divergence, backend)
+            share = 6 * rows * vocab / seconds / copy
+            print(f"measured {backend:6} {divergence:10} {rows} x {vocab}: {seconds * 1e3:.3f} ms, {share:.2f} of copy")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from . import __version__, backends, bench
 
 def info() -> str:
     """Versions, the CPU library's own account of itself, and each backend with the reason when it cannot run."""
-    from .backends import native
+    from .backends import cuda, native
 
     lines = [
         f"kdkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
@@ -27,6 +27,8 @@ def info() -> str:
     else:
         threads = "OpenMP" if library.openmp else "single-threaded: its compiler had no OpenMP"
         lines.append(f"CPU library: {library.isa}, {threads}")
+    library = cuda.library()
+    lines.append(f"CUDA library: {'none: ' + library if isinstance(library, str) else library.isa}")
     devices = [torch.device("cpu")]
     if torch.accelerator.is_available():
         devices.append(torch.device(torch.accelerator.current_accelerator().type))

@@ -32,7 +32,7 @@ def build(tmp_path, env=None):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("csrc", "kdkernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"))
-    run(sys.executable, "setup.py", "-q", "build", "--build-lib", "out", env=env, cwd=tmp_path)
+    run(sys.executable, "setup.py", "-q", "build", "--build-lib", "out", env={"KDKERNELS_CUDA": "0", **(env or {})}, cwd=tmp_path)
     return tmp_path / "out" / "kdkernels"
 
 
@@ -65,15 +65,51 @@ def test_without_openmp(tmp_path):
     run(sys.executable, TESTS / "exercise.py", cwd=package.parent)
 
 
+def test_cuda_is_left_out_or_insisted_on(tmp_path):
+    """Without nvcc the package is built as before, and says what is missing; KDKERNELS_CUDA=1 makes that an error."""
+    without = os.pathsep.join(x for x in os.environ["PATH"].split(os.pathsep) if not Path(x, "nvcc").exists())
+    (tmp_path / "bin").mkdir()
+    for tool in ("c++", "g++", "ld", "as"):  # where they lie beside nvcc
+        if found := shutil.which(tool):
+            (tmp_path / "bin" / tool).symlink_to(found)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{without}"
+    package = build(tmp_path, {"PATH": path, "KDKERNELS_CUDA": ""})
+    assert (package / "_cpu.so").exists() and not (package / "_cuda.so").exists()
+    assert "cuda error: nvcc was not on PATH" in (package / "_build.txt").read_text()
+    info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
+    assert "CUDA library: none: nvcc was not on PATH when kdkernels was built; put nvcc 12.8 or later on PATH" in info
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "out"]
+    done = run(*command, env={"PATH": path, "KDKERNELS_CUDA": "1"}, cwd=tmp_path, check=False)
+    assert done.returncode != 0 and "there is no nvcc on PATH" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_cuda_library(tmp_path):
+    """Compiled for one architecture: it loads without a GPU, speaks this package's language, and is not compiled again."""
+    env = {"KDKERNELS_CUDA": "1", "KDKERNELS_CUDA_ARCHS": "90"}
+    package = build(tmp_path, env)
+    library = abi.Library(package / "_cuda.so")
+    assert library.isa == "sm_90" and "architectures: 90" in (package / "_build.txt").read_text()
+    needed = run("ldd", package / "_cuda.so").stdout
+    assert "cudart" not in needed and "torch" not in needed
+    if not Path("/dev/nvidiactl").exists():
+        assert library.c.kd_unavailable(0)
+    objects = {p: p.stat().st_mtime for p in tmp_path.rglob("cuda_*.o")}
+    run(sys.executable, "setup.py", "-q", "build", "--build-lib", "out", env=env, cwd=tmp_path)
+    assert len(objects) == 9 and all(p.stat().st_mtime == t for p, t in objects.items())
+
+
 def test_wheel(tmp_path):
     """One wheel for every Python and torch: py3-none, the library inside, the sources not needed at run time."""
     build(tmp_path)
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "wheels", ".", cwd=tmp_path)
+    command = "-m pip wheel -q --no-build-isolation --no-deps -w wheels ."
+    run(sys.executable, *command.split(), env={"KDKERNELS_CUDA": "0"}, cwd=tmp_path)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     assert re.fullmatch(r"kdkernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {"kdkernels/_cpu.so", "kdkernels/_build.txt", "kdkernels/backends/native.py"} <= set(names)
-    assert not [n for n in names if n.endswith((".cpp", ".h", ".o"))]
+    assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".o"))]
 
 
 def test_a_library_of_another_version_is_refused(tmp_path, monkeypatch):

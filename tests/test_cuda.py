@@ -99,7 +99,9 @@ def check(geometry: str, name: str, dtype: torch.dtype) -> None:
     assert total.item() == pytest.approx(exact.sum().item(), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
     for i in range(rows):
         D = float(exact[i])
-        assert abs(float(loss[i]) - D) <= value_bound(order, vocab, T, spread_of(z[i], v[i], T), D) + (2**-8 * D if loss.dtype == dtype != torch.float32 else 0)
+        assert abs(float(loss[i]) - D) <= value_bound(order, vocab, T, spread_of(z[i], v[i], T), D) + (
+            2**-8 * D if loss.dtype == dtype != torch.float32 else 0
+        )
         for g in (grad[i].double(), in_place[i].double()):
             slack = gradient_bound(order, float(exact_grad[i].norm()))
             if dtype == torch.float32:
@@ -155,7 +157,9 @@ def test_kinds_of_rows(kind, geometry):
         for i in range(2):
             D, g = divergence_row(z[i].double().numpy(), v[i].double().numpy(), name, T)
             g = torch.from_numpy(g.astype(float))
-            assert abs(float(loss[i]) - T * float(D)) <= T * value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D), kind.startswith("outlier"))
+            assert abs(float(loss[i]) - T * float(D)) <= T * value_bound(
+                order, vocab, T, spread_of(z[i], v[i], T), float(D), kind.startswith("outlier")
+            )
             assert float((grad[i].double() - g).norm()) <= gradient_bound(order, float(g.norm()))
 
 
@@ -208,7 +212,10 @@ def test_layouts(geometry, dtype):
     width = vocab + 24
     for shift_z, shift_v, shift_g in ((8, 8, 8), (1, 1, 1), (3, 3, 0), (0, 5, 0), (2, 7, 4)):
         spread = [torch.full((2, rows // 2 + 1, width + 8 * i), math.nan, dtype=dtype) for i in (1, 2, 3)]
-        a, b, g = (x[:, :-1, s : s + vocab + (16 if i != 1 else 0)] for i, (x, s) in enumerate(zip(spread, (shift_z, shift_v, shift_g), strict=True)))
+        a, b, g = (
+            x[:, :-1, s : s + vocab + (16 if i != 1 else 0)]
+            for i, (x, s) in enumerate(zip(spread, (shift_z, shift_v, shift_g), strict=True))
+        )
         a[..., :vocab], b[...] = z.view(2, rows // 2, vocab), v.view(2, rows // 2, vocab)
         outside = spread[2].clone()
         again = cuda.loss(a, b, None, None, g, *options)
@@ -270,7 +277,9 @@ def test_log_softmax_and_scale():
         if math.isinf(T):  # nothing of x is left
             assert (cuda.log_softmax(x, u, T) == 0).all()
             continue
-        torch.testing.assert_close(cuda.log_softmax(x, u, T).double(), y.grad, rtol=room["rtol"], atol=4e-5 if dtype == torch.bfloat16 else 1e-6)
+        torch.testing.assert_close(
+            cuda.log_softmax(x, u, T).double(), y.grad, rtol=room["rtol"], atol=4e-5 if dtype == torch.bfloat16 else 1e-6
+        )
     x = torch.randn(3, 77, generator=torch.Generator().manual_seed(0))
     for y, factor in itertools.product((x.clone(), x.bfloat16(), x.half(), x.flatten()[1:].clone()), (1.0, -3.0)):
         exact = (y.float() * factor).to(y.dtype)

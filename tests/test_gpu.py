@@ -1,4 +1,4 @@
-"""What only a GPU can show: TRITON_INTERPRET=0 python -m pytest -m gpu tests/test_gpu.py
+"""What only a GPU can show, of the Triton backend and of CUDA: TRITON_INTERPRET=0 python -m pytest -m gpu tests/test_gpu.py
 
 Streams, graphs, other devices, no waiting, no recompiling, determinism, offsets and memory. The kernels' numbers are compared with the
 eager backend in float64 on the same device, which the other tests hold to 60 digits.
@@ -12,7 +12,7 @@ import pytest
 import torch
 from rows import KINDS, make_rows, with_masks
 
-from kdkernels import fused_kd_loss, tempered_log_softmax
+from kdkernels import backends, fused_kd_loss, tempered_log_softmax
 from kdkernels.backends import triton
 
 pytestmark = [
@@ -22,6 +22,7 @@ pytestmark = [
     ),
 ]
 VOCABS = (1, 31, 1000, 4096, 8192, 32768, 50257, 128256, 262144)  # whole rows, two sweeps, windows, several programs to a row
+CHOSEN = {"backend": "triton"}
 OPTIONS = [
     {},
     {"divergence": "cross_entropy", "temperature": 2.0},
@@ -36,11 +37,22 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def backend(request, monkeypatch):
+    """Each backend in turn, as the one that is asked for when nobody says."""
+    reason = backends.module(request.param).unavailable(torch.device("cuda", 0))
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setitem(CHOSEN, "backend", request.param)
+    return request.param
+
+
 def on_gpu(kind="plain", rows=4, vocab=4096, dtype=torch.float32, seed=0):
     return (x.cuda() for x in make_rows(kind, rows, vocab, dtype, seed=seed))
 
 
 def value_and_grad(z, v, y=None, **options):
+    options = CHOSEN | options
     x = z.clone().requires_grad_()
     loss = fused_kd_loss(x * 1 if options.get("inplace") else x, v, y, **options)
     loss.backward(torch.ones_like(loss))
@@ -48,7 +60,7 @@ def value_and_grad(z, v, y=None, **options):
 
 
 def compare(z, v, y=None, **options):
-    loss, grad = value_and_grad(z, v, y, backend="triton", **options)
+    loss, grad = value_and_grad(z, v, y, **options)
     options.pop("inplace", None)
     expected, exact = value_and_grad(z.double(), v.double(), y, backend="eager", **options)
     T = options.get("temperature", 1.0)
@@ -81,13 +93,15 @@ def test_kinds_of_rows(kind):
 def test_masks(where):
     for vocab, divergence in itertools.product((1000, 9000, 128256), ("kl", "renyi(0.3)", "renyi(3)", "renyi(inf)")):
         z, v = (x.cuda() for x in with_masks(*make_rows("plain", 3, vocab), where))
-        loss, grad = value_and_grad(z, v, divergence=divergence, reduction="none", backend="triton")
+        loss, grad = value_and_grad(z, v, divergence=divergence, reduction="none")
         expected, exact = value_and_grad(z.double(), v.double(), divergence=divergence, reduction="none", backend="eager")
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-6)
 
 
-def test_auto_is_triton_and_float64_is_eager():
+def test_auto_is_triton_and_float64_is_eager(backend):
+    if backend != "triton":
+        pytest.skip("auto is triton")
     z, v = on_gpu()
     assert torch.equal(fused_kd_loss(z, v), fused_kd_loss(z, v, backend="triton"))
     assert torch.equal(fused_kd_loss(z.double(), v), fused_kd_loss(z.double(), v, backend="eager"))
@@ -101,12 +115,15 @@ def test_nothing_waits_for_the_device():
         value_and_grad(z.detach(), v, y, **options)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            fused_kd_loss(z, v, y, **options).sum().mul(3.0).backward()
+            fused_kd_loss(z, v, y, **CHOSEN, **options).sum().mul(3.0).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_new_number_compiles_nothing():
+def test_a_new_number_compiles_nothing(backend):
+    if backend != "triton":
+        pytest.skip("compiles nothing at all")
+
     def compiled() -> int:
         found = 0
         for name in ("loss_rows", "loss_parts", "careful_rows", "scale_all"):
@@ -133,12 +150,12 @@ def test_graph_capture():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            fused_kd_loss(z, v, temperature=2.0).backward()
+            fused_kd_loss(z, v, temperature=2.0, **CHOSEN).backward()
             z.grad = None
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = fused_kd_loss(z, v, temperature=2.0)
+        loss = fused_kd_loss(z, v, temperature=2.0, **CHOSEN)
         loss.backward()
     for seed in (1, 2):
         a, b = on_gpu(rows=16, vocab=128256, dtype=torch.bfloat16, seed=seed)
@@ -168,7 +185,7 @@ def test_a_device_that_is_not_current():
     z, v = (x.cuda(1) for x in make_rows("plain", 4, 9000))
     loss, grad = value_and_grad(z, v)
     assert loss.device.index == grad.device.index == 1 and torch.cuda.current_device() == 0
-    torch.testing.assert_close(loss.cpu(), value_and_grad(z.cpu(), v.cpu())[0])
+    torch.testing.assert_close(loss.cpu(), value_and_grad(z.cpu(), v.cpu(), backend="cpu")[0])
 
 
 def test_a_hundred_repeats_are_the_same_bits():
@@ -187,7 +204,7 @@ def test_a_tensor_beyond_two_to_the_31():
     v = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
     some = [x[-3:].clone() for x in (z, v)]
     expected, exact = value_and_grad(*some, reduction="none")
-    loss = torch.ops.kdkernels.loss_and_grad(z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, vocab, "triton")
+    loss = torch.ops.kdkernels.loss_and_grad(z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, vocab, CHOSEN["backend"])
     torch.testing.assert_close(loss[-3:].float(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(z[-3:], exact, rtol=1e-2, atol=1e-8)
 
@@ -195,14 +212,14 @@ def test_a_tensor_beyond_two_to_the_31():
 def test_peak_memory():
     z, v = on_gpu(rows=512, vocab=128256, dtype=torch.bfloat16)
     z.requires_grad_()
-    fused_kd_loss(z, v).backward()
+    fused_kd_loss(z, v, **CHOSEN).backward()
     z.grad = None
     for inplace, most in ((False, 1.01), (True, 0.01)):
         logits = z * 1
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss = fused_kd_loss(logits, v, inplace=inplace)
+        loss = fused_kd_loss(logits, v, inplace=inplace, **CHOSEN)
         torch.cuda.synchronize()
         assert torch.cuda.max_memory_allocated() - before <= most * logits.nbytes
         del loss, logits
@@ -213,7 +230,7 @@ def test_log_softmax():
         x = torch.randn(3, vocab, device="cuda").to(dtype).requires_grad_()
         y = x.detach().double().requires_grad_()
         u = torch.randn(3, vocab, device="cuda").to(dtype)
-        a, b = tempered_log_softmax(x, T), (y / T).log_softmax(-1)
+        a, b = tempered_log_softmax(x, T, **CHOSEN), (y / T).log_softmax(-1)
         a.backward(u)
         b.backward(u.double())
         room = 1e-5 if dtype == torch.float32 else 1e-2
