@@ -74,6 +74,54 @@ def on(name: str, z: torch.Tensor, v: torch.Tensor, divergence: str = "kl", T: f
         assert list(found[:4]) == [kind, blocks, tiles, stages], (name, list(found))
 
 
+H100, B200 = (90, 132, SHARED, ALL_SHARED), (100, 148, SHARED, ALL_SHARED)
+A100, RTX_5090 = (80, 108, 163 << 10, 164 << 10), (120, 170, 99 << 10, 100 << 10)
+BF16, FP32 = torch.bfloat16, torch.float32
+# (device, rows, classes, dtype, divergence) -> (kind, blocks to a row, tiles to a block, tiles of logits in shared memory)
+PLANS = [
+    ((H100, 4096, 1000, BF16, "kl"), (WARPS, 1, 1, 1)),
+    ((H100, 4096, 32768, BF16, "kl"), (CLUSTER, 4, 1, 3)),
+    ((H100, 4096, 50257, BF16, "kl"), (CLUSTER, 8, 1, 3)),
+    ((H100, 4096, 128256, BF16, "kl"), (CLUSTER, 16, 1, 3)),
+    ((H100, 4096, 128256, FP32, "kl"), (CLUSTER, 16, 1, 3)),  # one block to a multiprocessor
+    ((B200, 4096, 128256, BF16, "renyi(2)"), (WIDE, 16, 1, 3)),
+    ((H100, 4096, 151936, BF16, "kl"), (WIDE, 16, 1, 3)),
+    ((H100, 4096, 262144, BF16, "kl"), (WIDE, 16, 1, 3)),
+    ((H100, 4096, 262144, FP32, "kl"), (BLOCKS, 32, 1, 1)),  # a slice does not fit twice: blocks, from the second-level cache
+    ((H100, 1, 32768, BF16, "kl"), (CLUSTER, 16, 1, 3)),  # few rows: more blocks to each
+    ((A100, 4096, 4096, BF16, "kl"), (BLOCKS, 1, 1, 1)),
+    ((A100, 4096, 128256, BF16, "kl"), (BLOCKS, 16, 1, 1)),
+    ((A100, 2, 32768, BF16, "kl"), (BLOCKS, 16, 1, 1)),
+    ((RTX_5090, 4096, 262144, BF16, "renyi(2)"), (BLOCKS, 32, 2, 2)),
+    ((RTX_5090, 4096, 262144, FP32, "kl"), (BLOCKS, 32, 1, 1)),
+    ((H100, 4096, 128256, BF16, "renyi(inf)"), (CAREFUL, 0, 0, 0)),
+]
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return abi.Library(build.planner()).c
+
+
+@pytest.mark.parametrize(("call", "geometry"), PLANS, ids=str)
+def test_plans_of_real_devices(call, geometry, planner):
+    """The geometry that plan.h chooses, with the blocks that GPUs get."""
+    figures, rows, vocab, dtype, divergence = call
+    z = torch.empty(rows, vocab, dtype=dtype, device="meta")
+    c, _, alive = abi.loss_call(z, z, None, None, z, divergence, 1.0, 1.0, 1.0, 0.0, 0.0, vocab)
+    found = (ctypes.c_int32 * 10)()
+    assert planner.kd_plan(ctypes.byref(c), (ctypes.c_int32 * 4)(*figures), found) == 0
+    kind, parts, tiles, stages, cluster, _, shared, *_ = found
+    assert (kind, max(parts, cluster if kind >= CLUSTER else 0), tiles, stages) == geometry
+    assert shared <= figures[2]
+
+
+def test_a_vocabulary_beyond_every_geometry(planner):
+    z = torch.empty(1, 2**24, dtype=BF16, device="meta")
+    c, _, alive = abi.loss_call(z, z, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 2**24)
+    assert planner.kd_plan(ctypes.byref(c), (ctypes.c_int32 * 4)(*A100), (ctypes.c_int32 * 10)()) == 2  # a refusal, not a launch
+
+
 def run(z, v, y=None, **options):
     x = z.clone().requires_grad_()
     loss = fused_kd_loss(x * 1 if options.get("inplace") else x, v, y, backend="cuda", **options)

@@ -39,9 +39,16 @@ constexpr int kReserved = 1024;                      // bytes of shared memory t
 
 enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster };
 
-inline int64_t chunks_of(int64_t vocab) { return (vocab + kRun - 1 + kRun - 1) / kRun; }   // at any offset
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int host_size(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
+
+// Of a row, wherever it begins: one more than its classes ask for, unless all rows begin on 16 bytes.
+inline int64_t chunks_of(const kd_call &c) {
+  const int zs = host_size(c.student_dtype), vs = host_size(c.teacher_dtype), size = zs < vs ? zs : vs;
+  const int64_t *stride = vs < zs ? c.teacher_stride : c.student_stride;
+  const bool even = (uintptr_t)(vs < zs ? c.teacher : c.student) % 16 == 0 && stride[0] * size % 16 == 0 && stride[1] * size % 16 == 0;
+  return over(c.vocab + (even ? 0 : kRun - 1), kRun);
+}
 
 // The rows of student and teacher lie alike: their chunks begin on 16 bytes in both, which is what a bulk copy asks for.
 inline bool alike(const kd_call &c) {
@@ -58,7 +65,7 @@ template <class G> int cluster_desk_bytes() { return (sizeof(ClusterDesk<G>) + 1
 template <class G> void plan_rows(const kd_call &c, const kd_figures &f, int parts, kd_geometry &g) {
   const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size;
   g.parts = parts;
-  g.tiles = int(over(over(chunks_of(c.vocab), parts), G::kTile));
+  g.tiles = int(over(over(chunks_of(c), parts), G::kTile));
   const int desk = desk_bytes<G>(parts * g.tiles, g.tiles);
   g.stages = g.tiles > 1 && G::kTeams * (desk + 2 * slot) <= f.shared_per_block ? 2 : 1;
   g.threads = G::kThreads * G::kTeams; g.cluster = 1;
@@ -90,7 +97,7 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, c
   using Cluster = typename Sizes<kShape>::Cluster;
   using WideCluster = typename Sizes<kShape>::WideCluster;
   g = {};
-  const int64_t chunks = chunks_of(c.vocab);
+  const int64_t chunks = chunks_of(c);
   g.kind = kCarefulRows;
   if (plan.careful) return true;
   if (chunks <= WarpRows::kTile) {

@@ -53,6 +53,16 @@ def library() -> Path:
     return _once("library", build) / "simt.so"
 
 
+def planner() -> Path:
+    """The C functions with the geometries of GPUs, and no kernels of the loss: for kd_plan."""
+
+    def build(folder: Path) -> None:
+        flags = ["-shared", "-Wno-unused", "-x", "c++", '-DKD_ARCHS=""', "-DKD_PIECES(shape)="]
+        _run(COMPILER, *FLAGS, "-O0", *flags, ROOT / "csrc" / "cuda.cu", "-o", folder / "planner.so")
+
+    return _once("planner", build) / "planner.so"
+
+
 def walk(sanitizer: str) -> Path:
     """walk.cpp under "address" or "thread"."""
 
