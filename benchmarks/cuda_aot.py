@@ -156,7 +156,8 @@ def table(found: list[Kernel], counted: list[Count]) -> str:
     text = (
         f"Bytes of stack, where spills would go, of all together: {sum(x.stack for x in found)}. At the rate of its memory a device has, "
     )
-    text += f"for each bf16 logit of a row pair, issue slots / exponentials: {rooms}. Counted is what is paid for each logit: copy, largest, sweep, "
+    text += f"for each bf16 logit of a row pair, issue slots / exponentials: {rooms}. "
+    text += "Counted is what is paid for each logit: copy, largest, sweep, "
     text += "gradient; what is paid once a tile (sums, exchange, closing) comes on top.\n\n"
     head = ["target", "divergence", "bytes a logit", "copies", "instructions a logit", "exponentials a logit"]
     text += markdown(head, [[x.target, x.shape, x.widths, x.copies, f"{x.instructions:g}", f"{x.exponentials:g}"] for x in counted], 4)
