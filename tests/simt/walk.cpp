@@ -19,10 +19,10 @@ const Case kCases[] = {
     {80, 2, kHopper, kHopperAll, 1, 2, 2001, 2},     // of several tiles, read twice
     {80, 8, kHopper, kHopperAll, 1, 3, 1503, 2},     // three blocks to a row
     {80, 4, kHopper, kHopperAll, 1, 3, 3001, 2},     // two blocks of several tiles
-    {80, 4, 16 << 10, kHopperAll, 1, 2, 2001, 2},    // no room for a tile ahead
+    {80, 4, 6 << 10, kHopperAll, 1, 2, 2001, 2},    // no room for a tile ahead
     {90, 8, kHopper, kHopperAll, 2, 7, 500, 3},      // clusters of 1, 2 and 4; more rows than clusters
     {90, 8, kHopper, kHopperAll, 2, 7, 1003, 3},
-    {90, 8, 24 << 10, 48 << 10, 1, 5, 2000, 3},      // a ring of two
+    {90, 8, 12 << 10, kHopperAll, 1, 5, 2000, 3},      // a ring of two
     {90, 8, kHopper, kHopperAll, 1, 3, 3999, 4},
 };
 
