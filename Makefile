@@ -35,7 +35,7 @@ slow: .venv/installed
 simt: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/test_cuda.py
 
-# the Triton kernels compiled for every target in every specialisation: an hour on two cores, an exit status
+# the Triton kernels compiled for every target in every specialisation: hours on two cores, an exit status
 aot: .venv/installed
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py --all --check
 
