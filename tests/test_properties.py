@@ -41,8 +41,8 @@ def value_and_grad(z, v, **options):
 
 
 def left_out(backend, g) -> bool:
-    """Two of three examples under the interpreter."""
-    return backend == "triton" and g.initial_seed() % 3 != 0
+    """Four of five examples under the interpreter."""
+    return backend == "triton" and g.initial_seed() % 5 != 0
 
 
 def test_the_registry_is_covered():

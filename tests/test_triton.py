@@ -140,7 +140,7 @@ def test_dtypes_and_windows(student, teacher, offset):
 
 
 @pytest.mark.parametrize("shape", PATHS)
-@pytest.mark.parametrize("order", [1.0, 0.3, 0.7, 2.0, 5.0])
+@pytest.mark.parametrize("order", [1.0, 0.3, 0.7, 2.0])
 def test_rows_of_few_classes(shape, order, on):
     """Low temperatures, where K is far from what the sample says and one exponential's rounding would be the gradient's: a repeat helps."""
     vocab, device = PATHS[shape]
