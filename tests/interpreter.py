@@ -1,7 +1,8 @@
 """Triton's interpreter brought to the arithmetic of the hardware.
 
 bfloat16 rounds to nearest, where it truncates; a fused multiply-add rounds once, and a minimum passes over nan, where those of
-Triton 3.6 do not. All three would be seen as errors of the kernels.
+Triton 3.6 do not. All three would be seen as errors of the kernels. And half of its time would go into patching the language anew for
+every call of a device function: once for each module and launch is enough.
 """
 
 import numpy as np
@@ -45,6 +46,23 @@ def approximate_exp2(self, x):
     return Handle((np.exp2(x.data) * (1 + 2.0**-22 * np.sin(12345.678 * finite))).astype(x.data.dtype), x.dtype.scalar)
 
 
+def patch_once(patch=interpreter._patch_lang, launch=interpreter.GridExecutor.__call__):
+    """Let the functions of a module find the language as the first of them in the launch has left it."""
+    patched = set()
+
+    def patch_new(function):
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            return patch(function)
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_new, launch_anew
+
+
 def install():
+    patch_once()
     Builder.cast_impl, Builder.create_fp_trunc, Builder.create_fp_ext, Builder.create_fma = cast, cast, cast, fma
     Builder.create_fp_to_fp, Builder.create_minnumf, Builder.create_maxnumf = convert, minimum, maximum

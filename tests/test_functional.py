@@ -200,7 +200,7 @@ def test_ignored_rows_are_not_read(backend, dtype):
 def test_a_broken_row_stays_alone(backend):
     for bad in (math.nan, math.inf):
         for side in (0, 1):
-            for vocab in (5, 700 if backend == "triton" else 9000):
+            for vocab in (5, 9000):
                 z, v = make_rows("plain", 3, vocab)
                 (z, v)[side][1, vocab // 2] = bad
                 loss, g = grad_of(z, v, reduction="none", upstream=torch.ones(3), backend=backend)
@@ -217,12 +217,12 @@ def test_a_broken_row_stays_alone(backend):
 @pytest.mark.parametrize("vocab", [10, 9000])
 def test_masked_classes(backend, where, divergence, vocab):
     """-inf is a masked class: value and gradient as the oracle has them, where peers give nan or hide it with nan_to_num."""
-    briefly = backend == "triton" and vocab > 100  # the interpreter is slow
-    for T in (1.0,) if briefly else (1.0, 0.05):
-        z, v = with_masks(*make_rows("plain", 1 if briefly else 2, vocab), where)
-        ones = torch.ones(len(z))
-        loss, g = grad_of(z, v, divergence=divergence, temperature=T, soft_weight=T, reduction="none", upstream=ones, backend=backend)
-        for i in range(len(z)):
+    for T in (1.0, 0.05):
+        z, v = with_masks(*make_rows("plain", 2, vocab), where)
+        loss, g = grad_of(
+            z, v, divergence=divergence, temperature=T, soft_weight=T, reduction="none", upstream=torch.ones(2), backend=backend
+        )
+        for i in range(2):
             D, exact = oracle.divergence_row(z[i].numpy(), v[i].numpy(), divergence, T)
             spread = 1e-6 * 30 / T
             assert float(loss[i]) == pytest.approx(T * float(D), rel=2e-6 + spread * 0.1, abs=1e-30)
@@ -239,9 +239,7 @@ def test_masked_blocks_and_disjoint_supports(backend):
     z, v = make_rows("plain", 2 if backend != "triton" else 1, 20000)
     top = torch.full_like(v, -math.inf)
     top[:, 13000:13050] = v[:, 13000:13050]
-    for divergence in (
-        ("kl", "renyi(0.3)", "renyi(2)") if backend == "triton" else ("kl", "renyi(0.3)", "renyi(0.7)", "renyi(0)", "renyi(2)")
-    ):
+    for divergence in ("kl", "renyi(0.3)", "renyi(0.7)", "renyi(0)", "renyi(2)"):
         loss, g = grad_of(z, top, divergence=divergence, reduction="none", upstream=torch.ones(len(z)), backend=backend)
         for i in range(len(z)):
             D, exact = oracle.divergence_row(z[i].numpy(), top[i].numpy(), divergence, 1.0)
@@ -276,12 +274,8 @@ def test_vocabularies_that_differ(backend):
     z, v = torch.randn(3, student), torch.randn(3, teacher)
     loss, g = grad_of(z, v, vocab_size=vocab, temperature=2.0, backend=backend)
     cut, h = grad_of(z[:, :vocab], v[:, :vocab], temperature=2.0, backend=backend)
-    if backend == "triton":  # a gradient of other strides is stored otherwise, and classes are summed in another order
-        torch.testing.assert_close(loss, cut, rtol=2e-7, atol=0)
-        assert float((g[:, :vocab] - h).norm()) <= 2e-7 * float(h.norm())
-    else:
-        assert torch.equal(loss, cut) and torch.equal(g[:, :vocab], h)
-    assert not g[:, vocab:].any()
+    assert torch.equal(loss, cut)
+    assert torch.equal(g[:, :vocab], h) and not g[:, vocab:].any()
     v.requires_grad_()
     with pytest.raises(ValueError, match="teacher_logits"):
         fused_kd_loss(z, v, vocab_size=vocab, backend=backend)

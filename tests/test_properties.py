@@ -40,11 +40,6 @@ def value_and_grad(z, v, **options):
     return loss.detach(), z.grad
 
 
-def left_out(backend, g) -> bool:
-    """Four of five examples under the interpreter."""
-    return backend == "triton" and g.initial_seed() % 5 != 0
-
-
 def test_the_registry_is_covered():
     assert set(REGISTRY) == {"kl", "renyi", CrossEntropy.name, LogitMatching.name}
 
@@ -54,8 +49,6 @@ def test_the_registry_is_covered():
 @given(g=rows, vocab=vocabs, T=temperatures, scale=scales, dtype=dtypes, teacher=dtypes)
 def test_nonnegative_and_zero_sum(backend, divergence, g, vocab, T, scale, dtype, teacher):
     """D >= 0, and a gradient sums to zero over the classes (Chen et al., eq. 5), for every pair of dtypes."""
-    if left_out(backend, g):
-        return
     z, v = draw(g, vocab, scale, dtype, teacher)
     loss, grad = value_and_grad(z, v, divergence=divergence, temperature=T, soft_weight=T, backend=backend)
     assert (loss >= 0).all()
@@ -72,8 +65,6 @@ def test_nonnegative_and_zero_sum(backend, divergence, g, vocab, T, scale, dtype
 @given(g=rows, vocab=vocabs, T=temperatures, dtype=dtypes)
 def test_zero_at_the_teacher(backend, divergence, g, vocab, T, dtype):
     """z = v: exactly 0 and exactly no gradient."""
-    if left_out(backend, g):
-        return
     _, v = draw(g, vocab, 0.0, dtype)
     loss, grad = value_and_grad(v, v, divergence=divergence, temperature=T, t_squared=True, backend=backend)
     assert not loss.any() and not grad.any()
@@ -84,8 +75,6 @@ def test_zero_at_the_teacher(backend, divergence, g, vocab, T, dtype):
 @given(g=rows, vocab=vocabs, T=temperatures, shift=st.sampled_from([-8.0, 0.5, 64.0]))
 def test_shift_and_permutation(backend, divergence, g, vocab, T, shift):
     """A constant added to a row changes nothing; permuting the classes permutes the gradient."""
-    if left_out(backend, g):
-        return
     z, v = draw(g, vocab, 0.5)
     z, v = (x.mul(2**14).round() / 2**14 for x in (z, v))  # so that the shift is exact
     options = {"divergence": divergence, "temperature": T, "soft_weight": T, "backend": backend}
@@ -103,8 +92,6 @@ def test_shift_and_permutation(backend, divergence, g, vocab, T, shift):
 @given(g=rows, vocab=vocabs, T=temperatures, scale=scales)
 def test_orders(backend, g, vocab, T, scale):
     """D_alpha grows with alpha, meets KL at 1, and (1 - a) D_a(p, q) = a D_(1-a)(q, p) (van Erven and Harremoës, prop. 2, th. 3)."""
-    if left_out(backend, g):
-        return
     assume(backend != "triton" or vocab < 100)
     z, v = draw(g, vocab, scale)
     D = {

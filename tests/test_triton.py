@@ -140,14 +140,13 @@ def test_dtypes_and_windows(student, teacher, offset):
 
 
 @pytest.mark.parametrize("shape", PATHS)
-@pytest.mark.parametrize("order", [1.0, 0.3, 0.7, 2.0])
+@pytest.mark.parametrize("order", [1.0, 0.3, 0.7, 2.0, 5.0])
 def test_rows_of_few_classes(shape, order, on):
     """Low temperatures, where K is far from what the sample says and one exponential's rounding would be the gradient's: a repeat helps."""
     vocab, device = PATHS[shape]
     on(device)
     name = f"renyi({order})" if order != 1 else "kl"
-    cases = [(0.05, 1.0), (0.2, 10.0), (0.2, 1.0), (0.5, 10.0)]
-    for seed, (T, scale) in enumerate(cases[:2] if shape == "parts" else cases):
+    for seed, (T, scale) in enumerate([(0.05, 1.0), (0.2, 1.0), (0.2, 10.0), (0.5, 10.0)]):
         g = torch.Generator().manual_seed(seed)
         v = torch.randn(1, vocab, generator=g) * 3
         z = v + torch.randn(1, vocab, generator=g) * scale

@@ -241,8 +241,9 @@ def last_tile(first, last, TILE: tl.constexpr):
 
 @triton.jit
 def interior(first, last, final, ACCESS: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
-    """The tiles that need no mask: of a window, those between the first and the last, which have a loop of their own."""
-    if ACCESS == WINDOW and not WHOLE:
+    """The tiles between the first and the last, which of a window need no mask: the others have a loop of their own, in every layout
+    but the even one, so that layouts add in the same order."""
+    if ACCESS != EVEN and not WHOLE:
         return first + TILE, final
     else:
         return first, last
@@ -304,13 +305,13 @@ def first_sweep(
     for at in tl.range(inner, end, RB * R):
         top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
             at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt,
-            inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS if WHOLE or ACCESS == SCALAR else EVEN, WHOLE, RB, R,
+            inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
-    if ACCESS == WINDOW and not WHOLE:
+    if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
                 at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt,
-                inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, WINDOW, WHOLE, RB, R,
+                inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     largest, largest_o = tl.max(top, 0), tl.max(top_o, 0)
     unit = tl.full([RB], 1.0, tl.float32)
@@ -380,13 +381,13 @@ def second_sweep(
         d, f, others, ties, own = second_tile(
             from_end - (forward - inner), d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w,
             A, P, C, direct, hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt,
-            FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS if WHOLE or ACCESS == SCALAR else EVEN, WHOLE, RB, R,
+            FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
-    if ACCESS == WINDOW and not WHOLE:
+    if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             d, f, others, ties, own = second_tile(
                 at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct,
-                hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, WINDOW, WHOLE, RB, R,
+                hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     sum_d, sum_f = total(d), total(f)
     if FAMILY == POWER and BASE_Z:
