@@ -109,7 +109,7 @@ def build_cuda(sources: list[Path], target: Path, objects: Path) -> dict[str, st
     archs = os.environ.get("KDKERNELS_CUDA_ARCHS", "").replace(",", " ").split() or list(CUDA_ARCHS)
     codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     command = [nvcc, *CUDA_FLAGS, *codes, f'-DKD_ARCHS="{" ".join(f"sm_{x}" for x in archs)}"']
-    pieces = [(shape, base, other) for shape in ("kTilted", "kPlain") for base in (2, 4) for other in (2, 4)]
+    pieces = [(shape, base, other) for shape in ("kMixed", "kTilted", "kPlain") for base in (2, 4) for other in (2, 4)]
     jobs = {f"cuda_{s}_{b}{o}": [f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}"] for s, b, o in pieces} | {"cuda_api": []}
     try:
         built = compile_all(command, jobs, sources, objects)

@@ -1,5 +1,6 @@
-// The whole ABI of the shared libraries, the CPU's and CUDA's: one struct, a few C functions. Python fills it through ctypes (kdkernels/backends/native.py),
-// so a field added here is added there, and kd_call_size() lets the loader refuse a library that was built from another version.
+// The whole ABI of the shared libraries, the CPU's and CUDA's: a struct for each capability, a few C functions. Python fills them through
+// ctypes (kdkernels/backends/abi.py), so a field added here is added there, and kd_call_size() lets the loader refuse a library that was
+// built from another version.
 #pragma once
 #include <cstdint>
 
@@ -20,20 +21,29 @@ struct kd_call {
   int64_t grad_width;               // classes of a gradient row; those past vocab are zeroed
   int64_t student_stride[2], teacher_stride[2], grad_stride[2];
   int32_t student_dtype, teacher_dtype;
-  int32_t divergence;               // index into kd_divergences()
+  int32_t family;                   // of the divergence: index into kd_families()
+  int32_t reverse;                  // support, extreme: p and q exchanged
   int32_t threads;                  // of the CPU
   int32_t fresh;                    // the gradient's pages have not been touched yet
   int32_t device;                   // of CUDA
-  double order;                     // of Renyi
+  int32_t reserved;
+  double order, factor;             // the numbers of the family's member, as Form has them (kdkernels/divergence.py)
+  double mix, teacher_part, student_part;
+  double limit;                     // k in the limit of high temperature
   double temperature;               // inf: the limit of T^2 D
   double value_scale;               // factor of D
   double grad_scale;                // factor of T dD/dz (of the limit's gradient at T = inf)
   double hard_scale;                // factor of CE in the value
   double hard_grad_scale;           // factor of dCE/dz
+  double *stats;                    // per row: kd_stats numbers, null for none; nan for a row of weight 0. The CPU's alone
   int64_t bad_row;                  // out: the row of a bad label (on a GPU such a row is nan instead)
   void *stream, *workspace;         // CUDA's stream; kd_workspace() bytes on the device, aligned to 16
   int64_t workspace_size;
 };
+
+// What a row of kd_call::stats holds: D without its factor, CE (nan without hard labels), the log-sum-exps of z/T and v/T, the entropies of
+// their softmaxes, and the class of each that has the largest logit, the first of them.
+enum kd_stat { KD_DIVERGENCE, KD_CROSS_ENTROPY, KD_STUDENT_LSE, KD_TEACHER_LSE, KD_STUDENT_ENTROPY, KD_TEACHER_ENTROPY, KD_STUDENT_TOP, KD_TEACHER_TOP, KD_STATS };
 
 // log softmax(x / T) over rows, and its gradient: out = log_softmax, or, given upstream, (upstream - softmax * sum upstream) / T.
 struct kd_log_softmax_call {
@@ -63,7 +73,7 @@ int32_t kd_loss(kd_call *);
 int32_t kd_log_softmax(const kd_log_softmax_call *);
 int64_t kd_call_size(void);
 int64_t kd_log_softmax_call_size(void);
-const char *kd_divergences(void);   // comma-separated names, in the order of kd_call::divergence
+const char *kd_families(void);      // comma-separated names, in the order of kd_call::family
 const char *kd_isa(void);           // the instruction-set level in use
 int kd_openmp(void);                // 1 when built with OpenMP
 

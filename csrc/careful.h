@@ -15,10 +15,12 @@ template <class F> KD_HD F exp2_flushed(F x) { return exp2_of_product(x, 1., Exp
 // expm1_psi for arguments in natural units, 0 outside |x| < 1/2 where it is not used
 template <class F, class Mask> KD_HD ExpM1<F> near_zero(F x, Mask near) { return expm1_psi(select(near, x, F{}) * kLog2e); }
 
+struct Shapes { double lse_z, lse_v, of_z, of_v; };    // log-sum-exps and entropies of a row's student and teacher
+
 template <class F, class Crew> class Careful {
  public:
   using Int = typename Element<F>::Int;
-  KD_HD Careful(const Plan &p, const Crew &crew) : plan_(p), crew_(crew), k_(p.moments ? 1 : p.k), b_(1 - p.order) {}
+  KD_HD Careful(const Plan &p, const Crew &crew) : plan_(p), crew_(crew), k_(p.moments ? 1 : p.k), b_(1 - p.order), sign_(p.reverse ? -1 : 1) {}
 
   // classes(f) calls f(z, v) for every class of the row.
   template <class Classes> KD_HD double measure(Classes classes) {
@@ -36,37 +38,68 @@ template <class F, class Crew> class Careful {
     inv_z_ = 1 / sz; inv_v_ = 1 / sv;
     shift_ = std::fabs(sd) < .5 * sv ? log1p_of(sd / sv) : log_of(sz) - log_of(sv);
     log_v_ = log_of(sv);
-    const bool lone_p = crew_.any(lone_p_);
-    if (plan_.order == 0) {
+    const bool lone_p = crew_.any(lone_p_), lone_q = crew_.any(lone_q_);
+    if (plan_.support) {
       const double out = crew_.sum(out_), in = crew_.sum(in_);
       ratio_ = in > 0 ? out / in : 0;
       return in > 0 ? log1p_of(ratio_) : INFINITY;
     }
-    if (std::isinf(plan_.order)) {
+    if (plan_.extreme) {
+      const bool lone = plan_.reverse ? lone_q : lone_p;
       least_ = -crew_.largest(-least_v_);
-      // q over the set where d is smallest, relative to its own largest: all of it may be far below the row's
+      // q over the set where d is smallest (reversed: largest), relative to its own largest: all of it may be far below the row's
       F top = splat<F>(-INFINITY), set{};
-      classes([&](F z, F v) { top = select(z - v == least_, larger(z, top), top); });
+      classes([&](F z, F v) { top = select(chosen(z, v), larger(z, top), top); });
       top_set_ = crew_.largest(top);
-      classes([&](F z, F v) { set += select(z - v == least_, exp_set(z), F{}); });
-      const double chosen = crew_.sum(set), rest = sz - chosen * exp_of((top_set_ - top_z_) * k_);
-      in_set_ = lone_p ? 0 : rest / chosen * inv_z_;
-      return lone_p ? INFINITY : larger(shift_ - (least_ - (top_z_ - top_v_)) * k_, 0.);
+      classes([&](F z, F v) { set += select(chosen(z, v), exp_set(z), F{}); });
+      const double inside = crew_.sum(set), rest = sz - inside * exp_of((top_set_ - top_z_) * k_);
+      in_set_ = lone ? 0 : rest / inside * inv_z_;
+      return lone ? INFINITY : larger(sign_ * shift_ - (least_ - sign_ * (top_z_ - top_v_)) * k_, 0.);
+    }
+    if (plan_.mixed) {
+      infinite_ = !(plan_.mixture.o_alone < INFINITY) && lone_q;
+      if (infinite_) return INFINITY;
+      F terms{}, moved{};
+      classes([&](F z, F v) { const Kept<F> x = mixed(z, v); terms += x.e; moved += x.em; });
+      moved_ = crew_.sum(moved);
+      return larger(crew_.sum(terms), 0.);
     }
     top_u_ = crew_.largest(mu_);
-    infinite_ = plan_.order >= 1 ? lone_p : !std::isfinite(top_u_);
+    const bool disjoint = !std::isfinite(top_u_);
+    if (plan_.alpha && plan_.order > 0 && plan_.order < 1 && disjoint) {
+      gain_ = 0; infinite_ = true;
+      return 1 / (plan_.order * b_);
+    }
+    infinite_ = plan_.order >= 1 ? lone_p : plan_.order < 0 ? lone_q : disjoint;
 
     classes([&](F z, F v) { su_ += tilted(z, v); });
     const double su = plan_.tilted && !infinite_ ? crew_.sum(su_) : 1;
     inv_u_ = 1 / su;
     log_r_ = plan_.tilted ? top_u_ * kLn2 + log_of(su) - log_v_ - b_ * shift_ : 0;
-    if (infinite_) { log_r_ = 0; return INFINITY; }
+    if (infinite_) { log_r_ = 0; gain_ = plan_.alpha && plan_.tilted ? NAN : plan_.factor; return INFINITY; }
     const double R = exp_of(log_r_);
     classes([&](F z, F v) { add_terms(z, v, R); });
     const double terms = larger(crew_.sum(f_), 0.);
-    if (!plan_.tilted) return terms + (plan_.entropy ? crew_.sum(entropy_) : 0);
-    if (near_one(R)) log_r_ = log1p_of(-b_ * (1 - b_) * terms);
-    return log_r_ / -b_;
+    if (!plan_.tilted) { gain_ = plan_.factor; return plan_.factor * terms + (plan_.entropy ? crew_.sum(entropy_) : 0); }
+    if (near_one(R)) log_r_ = log1p_of(-b_ * plan_.order * terms);
+    gain_ = plan_.alpha ? exp_of(log_r_) / plan_.order : plan_.factor;
+    if (plan_.alpha) return near_one(R) ? terms : expm1_of(log_r_) / (-b_ * plan_.order);
+    return plan_.factor * log_r_ / -b_;
+  }
+
+  // After measure: log-sum-exps of z/T and v/T, and the entropies of their softmaxes.
+  template <class Classes> KD_HD Shapes shapes(Classes classes) const {
+    if (broken_) return {NAN, NAN, NAN, NAN};
+    F sz{}, sv{}, log_z{}, log_v{};
+    const double k = plan_.moments ? 0 : k_;
+    classes([&](F z, F v) {
+      const Int no_z = masked(z), no_v = masked(v);
+      const F a = select(no_z, F{}, (z - top_z_) * k), b = select(no_v, F{}, (v - top_v_) * k);
+      const F ez = select(no_z, F{}, exp2_flushed(a * kLog2e)), ev = select(no_v, F{}, exp2_flushed(b * kLog2e));
+      sz += ez; sv += ev; log_z += ez * a; log_v += ev * b;
+    });
+    const double z = crew_.sum(sz), v = crew_.sum(sv), lse_z = log_of(z), lse_v = log_of(v);
+    return {lse_z + k * top_z_, lse_v + k * top_v_, lse_z - crew_.sum(log_z) / z, lse_v - crew_.sum(log_v) / v};
   }
 
   // T dD/dz of a class: q - w.
@@ -85,6 +118,8 @@ template <class F, class Crew> class Careful {
     const Int dead = masked(v) | masked(z);                            // orders above 1 with z masked are +inf anyway
     return select(dead, splat<F>(-INFINITY), (v - top_v_) * plan_.c + b_ * diff(z, v));
   }
+  // the classes that w is q restricted to, order inf
+  KD_HD Int chosen(F z, F v) const { return ((z - v) * sign_ == least_) & ~(masked(z) | masked(v)); }
   KD_HD F tilted(F z, F v) const { return plan_.tilted ? exp2_flushed(exponent(z, v) - top_u_) : exp_v(v); }
 
   KD_HD void add_sums(F z, F v) {
@@ -99,25 +134,30 @@ template <class F, class Crew> class Careful {
     const Int near = (abs_of(y) < .5) & ~(no_z | no_v);
     sz_ += ez; sv_ += ev;
     sd_ += select(near, ev * expm1_psi(select(near, y, F{})).m1, ez - ev);
-    out_ += select(no_v, ez, F{}); in_ += select(no_v, F{}, ez);
-    const F gap = select(no_v, splat<F>(INFINITY), z - v);
+    const F own = plan_.reverse ? ev : ez;
+    const Int outside = plan_.reverse ? no_z : no_v;
+    out_ += select(outside, own, F{}); in_ += select(outside, F{}, own);
+    const F gap = select(outside, splat<F>(INFINITY), (z - v) * sign_);
     least_v_ = select(gap < least_v_, gap, least_v_);
-    if (plan_.tilted && plan_.order > 0) mu_ = larger(exponent(z, v), mu_);
+    if (plan_.tilted) mu_ = larger(exponent(z, v), mu_);
   }
 
   KD_HD void add_terms(F z, F v, double R) {
     const Int no_z = masked(z), no_v = masked(v);
     const F p = exp_v(v) * inv_v_, q = exp_z(z) * inv_z_, d = log_ratio(z, v);
-    const Int near = abs_of(d) * larger(1., std::fabs(b_)) < .5;
-    const F series = near_zero(d, near).psi;
+    const double tilt = plan_.student_base ? plan_.order : b_;
+    const Int near = abs_of(d) * larger(1., std::fabs(tilt)) < .5;
     F term;
-    if (plan_.tilted) {
-      const Int close = abs_of(b_ * d) < .5;
-      const ExpM1<F> m = near_zero(b_ * d, close);
-      const F powers = select(close, p * m.m1, tilted(z, v) * inv_u_ * R - p);
-      term = select(near, p * (series - m.psi / b_), (q - p) - powers / b_);
-      term = select(no_v, q, select(no_z, p * (1 / b_ - 1), term)) / (1 - b_);
+    if (plan_.tilted) {                               // from the side of the smaller tilt
+      const bool flip = plan_.student_base;
+      const F base = flip ? q : p, other = flip ? p : q, x = flip ? -d : d;
+      const Int close = abs_of(tilt * x) < .5;
+      const ExpM1<F> m = near_zero(tilt * x, close);
+      const F powers = select(close, base * m.m1, tilted(z, v) * inv_u_ * R - base);
+      term = select(near, base * (near_zero(x, near).psi - m.psi / tilt), (other - base) - powers / tilt) / (1 - tilt);
+      term = select(no_v, q / plan_.order, select(no_z, p / b_, term));
     } else {
+      const F series = near_zero(d, near).psi;
       term = select(near, p * series, (q - p) - p * d);
       term = select(no_v, q, term);
     }
@@ -125,18 +165,47 @@ template <class F, class Crew> class Careful {
     entropy_ += select(p > 0., p * (log_v_ - (v - top_v_) * k_), F{});
   }
 
+  // The term of D and G of a class of the mixture family; |x| may be beyond what an exponential takes.
+  KD_HD Kept<F> mixed(F z, F v) const {
+    const Int no_z = masked(z), no_v = masked(v);
+    const F p = exp_v(v) * inv_v_, q = exp_z(z) * inv_z_, d = log_ratio(z, v);
+    const bool flip = plan_.student_base;
+    const F b = flip ? q : p, o = flip ? p : q, x = flip ? -d : d;
+    const Int near = (abs_of(x) < .5) & ~(no_z | no_v);
+    const ExpM1<F> m = near_zero(x, near);
+    const F gap = select(near, b * m.m1, o - b);
+    if (plan_.tvd) {
+      const F sign = select(gap > F{}, splat<F>(.5), select(gap < F{}, splat<F>(-.5), F{}));
+      return {gap * sign, q * sign, F{}};
+    }
+    const double l = plan_.mixture.l, keep = plan_.mixture.keep;
+    const MixedTerm<F> close = mixed_term(select(near, x, F{}), m, plan_.mixture);
+    const F most = select(x > 700., splat<F>(700), select(x < -700., splat<F>(-700), x));
+    const F u = l > 0 ? log1p_psi(expm1_psi(most * kLog2e).m1 * l).log + select(x > 700., x - 700., F{}) : F{};
+    const F w = x - u, mixture = b + gap * l, share = select(mixture > 0., gap / mixture, F{});
+    const F far = (gap * l - b * u) * plan_.mixture.base + (o * w - gap * keep) * plan_.mixture.other;
+    F term = select(near, b * close.term, far);
+    const F far_xi = (flip ? u * -plan_.mixture.base : w * plan_.mixture.other) + share * plan_.mixture.moves;
+    F G = q * select(near, close.xi, far_xi);
+    const Int only_b = flip ? no_v & ~no_z : no_z & ~no_v, only_o = flip ? no_z & ~no_v : no_v & ~no_z;
+    const double o_alone = l > 0 ? plan_.mixture.o_alone : 0, o_moves = l > 0 && !flip ? plan_.mixture.o_moves : 0, b_moves = flip ? plan_.mixture.b_moves : 0;
+    term = select(no_z & no_v, F{}, select(only_b, b * plan_.mixture.b_alone, select(only_o, o * o_alone, term)));
+    return {term, select(no_z & no_v, F{}, select(only_b, b * b_moves, select(only_o, o * o_moves, G))), F{}};
+  }
+
   KD_HD F moved(F z, F v) const {
     const Int no_z = masked(z), no_v = masked(v);
     if (plan_.moments) return select(no_z | no_v, F{}, ((z - v) - shift_) * inv_v_ * plan_.factor);
     const F q = exp_z(z) * inv_z_;
-    if (plan_.order == 0) return select(no_v, q, -q * ratio_);
-    if (std::isinf(plan_.order)) return select(no_z, F{}, select(z - v == least_, -exp_set(z) * in_set_, q));
+    if (plan_.support) return plan_.reverse ? F{} : select(no_v, q, -q * ratio_);
+    if (plan_.extreme) return select(no_z, F{}, select(chosen(z, v), -exp_set(z) * in_set_, q)) * sign_;
+    if (plan_.mixed) return select(no_z, F{}, infinite_ ? splat<F>(NAN) : mixed(z, v).em - q * moved_);
     const F p = exp_v(v) * inv_v_, d = log_ratio(z, v);
     const bool plain = !plan_.tilted || infinite_;
     const F x = plain ? F{} : b_ * d - log_r_, w = plain ? p : tilted(z, v) * inv_u_;
     const Int near = (abs_of(d) < .5) & (abs_of(x) < .5) & ~(no_z | no_v);
     const F g = select(near, p * (near_zero(d, near).m1 - near_zero(x, near).m1), q - w);
-    return select(no_z, F{}, g);                          // a masked class of the student is not moved
+    return select(no_z, F{}, g * gain_);                  // a masked class of the student is not moved
   }
 
   // T = inf: the variance of z - v over the classes that both have
@@ -148,18 +217,18 @@ template <class F, class Crew> class Careful {
       const F x = select(masked(z) | masked(v), F{}, (z - v) - shift_);
       f_ += x * x;
     });
-    if (plan_.factor == 0) return crew_.any(lone_q_) ? INFINITY : 0;  // Renyi(0) asks only whose support it is
+    if (plan_.support) return crew_.any(plan_.reverse ? lone_p_ : lone_q_) ? INFINITY : 0;   // order 0 asks only whose support it is
     if (crew_.any(lone_p_) || crew_.any(lone_q_)) return INFINITY;
     return plan_.factor * crew_.sum(f_) * inv_v_ / 2;
   }
 
   const Plan &plan_;
   const Crew &crew_;
-  const double k_, b_;
+  const double k_, b_, sign_;
   F mz = splat<F>(-INFINITY), mv = splat<F>(-INFINITY), mu_ = splat<F>(-INFINITY), least_v_ = splat<F>(INFINITY);
   Int nan{}, lone_p_{}, lone_q_{};
   F sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
-  double top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0;
+  double top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0, moved_ = 0, gain_ = 1;
   bool broken_ = false, infinite_ = false;
 };
 

@@ -5,6 +5,7 @@
 //     sweep   one read of both rows: sums of the block, and its e, em, et (row.h) into the workspace
 //     close   the blocks are merged in order: the value, and three coefficients for each block
 //     emit    the gradient as a linear combination of what was kept, written past the caches
+// Rows of the mixture family are swept twice, from the second-level cache, and the second sweep is what is kept.
 // The workspace is the tail of the gradient itself, whose rows are written last: no memory is asked for beyond the gradient. Blocks
 // that find no room are swept again before they are emitted, with the same bits. Threads take rows, or, where there are fewer rows
 // than threads, blocks of one row.
@@ -121,9 +122,10 @@ template <class Real> struct Accumulator {
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   using D = typename Vec<Real>::D;
-  D s{}, d{}, k1{}, k2{}, t{}, n{}, ties{};
+  D s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{};
   I wild{};
-  template <Shape kShape> KD_HD void add(Sums<F> &x, I &w) {
+  template <Shape kShape, bool kStats = false> KD_HD void add(Sums<F> &x, I &w) {
+    if (kStats) { log_b += __builtin_convertvector(x.log_b, D); log_o += __builtin_convertvector(x.log_o, D); }
     s += __builtin_convertvector(x.s, D); d += __builtin_convertvector(x.d, D); k1 += __builtin_convertvector(x.k1, D);
     if (kShape == kTilted) { k2 += __builtin_convertvector(x.k2, D); t += __builtin_convertvector(x.t, D); }
     if (kShape == kEntropy) { n += __builtin_convertvector(x.n, D); ties += __builtin_convertvector(x.ties, D); }
@@ -160,8 +162,8 @@ KD_HD void each_vector(const S *b, const S *o, int64_t n, Full full, Last last, 
   }
 }
 
-template <Shape kShape, Care kCare, class Real, class S>
-void sweep(const S *b, const S *o, int64_t n, const Plan &plan, Real *const *keep, Part &p, Real reach) {
+template <Shape kShape, Care kCare, bool kStats, class Real, class S>
+void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, Real *const *keep, Part &p, Real reach) {
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
@@ -177,17 +179,62 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, Real *const *kee
     if (kShape == kTilted) store(et + i, k.et);
   };
   each_vector<Real>(b, o, n,
-      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, kCare == kMasked>(vb, vo, r, s, wild)); },
-      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, true>(vb, vo, r, s, wild)); },
-      [&]() __attribute__((always_inline)) { total.template add<kShape>(s, wild); });
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, kCare == kMasked, kStats>(vb, vo, r, s, wild)); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, true, kStats>(vb, vo, r, s, wild)); },
+      [&]() __attribute__((always_inline)) { total.template add<kShape, kStats>(s, wild); });
   p.s = sum_of<Real>(total.s); p.d = sum_of<Real>(total.d); p.k1 = sum_of<Real>(total.k1);
   p.offset = plan.k * (double(ref) + low);
   p.k2 = sum_of<Real>(total.k2); p.t = sum_of<Real>(total.t);
+  if (kStats) { stats->log_b = sum_of<Real>(total.log_b) * kLn2; stats->log_o = sum_of<Real>(total.log_o) * kLn2; }
   if (kShape == kEntropy) {
     const double ties = sum_of<Real>(total.ties);
     p.rest = p.s + (ties > 0 ? ties - 1 : 0); p.s += ties; p.n = sum_of<Real>(total.n) * kLn2;
   }
   p.care = total.reach() <= reach ? int(kCare) : kLost;
+}
+
+// The second sweep of the mixture family, from the row's own shift and from what the first has kept: e and em.
+template <Care kCare, class Real, class S>
+void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, double shift, Real *const *keep, Part &p) {
+  using F = typename Vec<Real>::F;
+  using I = typename Vec<Real>::I;
+  constexpr bool kCarry = kCare != kFast;
+  // from where the first sweep has measured, so that a reference that was right stays as it is
+  const Real first = Real(p.ref);
+  const double before = double(first) + (kCarry ? Real(p.ref - first) : 0), missing = shift - p.offset, at = before + missing / plan.k;
+  const Real ref = Real(at), low = kCarry ? Real(at - ref) : 0, reach = kReach<Real>;
+  const References<Real> r{Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, 0, Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
+  const Real rest = Real((missing - plan.k * ((double(ref) + low) - before)) * kLog2e), less = Real(std::exp(-missing));
+  Accumulator<Real> total;
+  Sums<F> s;
+  I wild{};
+  const auto put = [&](int64_t i, F vb, F vo, auto masked) __attribute__((always_inline)) {
+    const F e = load<F>(keep[0] + i), em = load<F>(keep[1] + i);
+    const Kept<F> k = step_mixed<kCarry, decltype(masked)::value>(vb, vo, r, mix, rest, e, (e + em) * less, s, wild);
+    store(keep[0] + i, k.e); store(keep[1] + i, k.em);
+  };
+  each_vector<Real>(b, o, n,
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, std::integral_constant<bool, kCare == kMasked>{}); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, std::true_type{}); },
+      [&]() __attribute__((always_inline)) { total.template add<kTilted>(s, wild); });
+  p.moved = sum_of<Real>(total.d); p.terms = sum_of<Real>(total.k1);
+  p.lacks = sum_of<Real>(total.k2); p.excess = sum_of<Real>(total.t);
+  if (!(total.reach() <= reach)) p.care = kLost;
+}
+
+template <class Real, class S>
+void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, double shift, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+  if constexpr (Half<S>::value) {
+    if (p.care == kFast) return sweep_mixed<kFast>(b, o, n, plan, mix, shift, keep, p);
+    copy_row(b, n, wide_b); copy_row(o, n, wide_o);
+    sweep_mixed(wide_b, wide_o, n, plan, mix, shift, keep, p, wide_b, wide_o);
+  } else if (p.care == kFast) {
+    sweep_mixed<kFast>(b, o, n, plan, mix, shift, keep, p);
+  } else if (p.care == kExact) {
+    sweep_mixed<kExact>(b, o, n, plan, mix, shift, keep, p);
+  } else {
+    sweep_mixed<kMasked>(b, o, n, plan, mix, shift, keep, p);
+  }
 }
 
 template <bool kMask, class Real> void sweep_moments(const Real *b, const Real *o, int64_t n, Real *const *keep, Part &p) {
@@ -208,20 +255,22 @@ template <bool kMask, class Real> void sweep_moments(const Real *b, const Real *
 }
 
 template <class Real, class S>
-void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
   if constexpr (Half<S>::value) if (care != kFast) {   // the careful forms exist for Real alone
     copy_row(b, n, wide_b); copy_row(o, n, wide_o);
-    return sweep(care, wide_b, wide_o, n, plan, keep, p, wide_b, wide_o);
+    return sweep(care, wide_b, wide_o, n, plan, stats, keep, p, wide_b, wide_o);
   }
   const Real reach = kReach<Real> / Real(larger(1., std::fabs(plan.tilt)));
-  const auto with = [&](auto shape) {
+  const auto with_both = [&](auto shape, auto with_stats) {
     constexpr Shape kShape = decltype(shape)::value;
+    constexpr bool kStats = decltype(with_stats)::value;
     if constexpr (!Half<S>::value) {
-      if (care == kExact) return sweep<kShape, kExact>(b, o, n, plan, keep, p, reach);
-      if (care == kMasked) return sweep<kShape, kMasked>(b, o, n, plan, keep, p, reach);
+      if (care == kExact) return sweep<kShape, kExact, kStats>(b, o, n, plan, stats, keep, p, reach);
+      if (care == kMasked) return sweep<kShape, kMasked, kStats>(b, o, n, plan, stats, keep, p, reach);
     }
-    sweep<kShape, kFast>(b, o, n, plan, keep, p, reach);
+    sweep<kShape, kFast, kStats>(b, o, n, plan, stats, keep, p, reach);
   };
+  const auto with = [&](auto shape) { if (stats) with_both(shape, std::true_type{}); else with_both(shape, std::false_type{}); };
   if (plan.moments) {
     if constexpr (!Half<S>::value) return care == kMasked ? sweep_moments<true>(b, o, n, keep, p) : sweep_moments<false>(b, o, n, keep, p);
   } else if (plan.tilted) {
@@ -235,7 +284,7 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, Real *
 
 // A block from its logits: references (unless the row has given its own), then as much care as it turns out to need.
 template <class Real, class S>
-void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, const double *ref, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, const double *ref, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
   p = Part();
   find_references<Real>(b, o, n, plan.moments ? 0 : plan.k, p);
   if (ref) p.ref = *ref;
@@ -244,12 +293,12 @@ void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, const do
     return;
   }
   if (!std::isfinite(p.top)) { p.care = kLost; return; }
-  sweep(plan.moments || (plan.exact && !Half<S>::value) ? kExact : kFast, b, o, n, plan, keep, p, wide_b, wide_o);
-  if (p.care == kLost) return sweep(kMasked, b, o, n, plan, keep, p, wide_b, wide_o);
+  sweep(plan.moments || (plan.exact && !Half<S>::value) ? kExact : kFast, b, o, n, plan, stats, keep, p, wide_b, wide_o);
+  if (p.care == kLost) return sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
   // The rounding of o - b, 2^-24 of the offset, must stay under 1e-6 of the differences that remain; 16-bit logits have none.
   if (Half<S>::value || p.care != kFast) return;
   const double d = p.d / p.s, own = p.k1 / p.s - (d - std::log1p(d)), off = plan.k * p.ref;
-  if (off * off > 512 * own) sweep(kExact, b, o, n, plan, keep, p, wide_b, wide_o);
+  if (off * off > 512 * own) sweep(kExact, b, o, n, plan, stats, keep, p, wide_b, wide_o);
 }
 
 template <class Real, class S> HardPart sweep_hard(const S *z, int64_t n, Real *e1) {
@@ -275,24 +324,30 @@ template <class Real, class S> HardPart sweep_hard(const S *z, int64_t n, Real *
 }
 
 // ---------------------------------------------------------------- emitting a block: sum_j factor[j] * kept[j]
-template <int kArrays, class Real>
+// mixed: the second of them is times the first, so that what is subtracted has not been rounded yet.
+template <int kArrays, bool kMixed, class Real>
 void emit(const Real *const *kept, const double *factors, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
   using F = typename Vec<Real>::F;
   const Real *rows[kArrays];
   Real factor[kArrays];
   for (int j = 0; j < kArrays; j++) { rows[j] = kept[j]; factor[j] = Real(factors[j]); }
   store_row(out, dtype, i, n, streaming, Real(0), [=](int64_t l) __attribute__((always_inline)) {
-    F g = load<F>(rows[0] + l) * factor[0];
-    for (int j = 1; j < kArrays; j++) g += load<F>(rows[j] + l) * factor[j];
+    F g = load<F>(rows[0] + l);
+    if (kMixed) g *= load<F>(rows[1] + l) * factor[1] + factor[0];
+    else g *= factor[0];
+    for (int j = kMixed ? 2 : 1; j < kArrays; j++) g += load<F>(rows[j] + l) * factor[j];
     return g;
   });
 }
 
-template <class Real> void emit(int arrays, const Real *const *kept, const double *factors, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
-  if (arrays == 1) emit<1>(kept, factors, out, dtype, i, n, streaming);
-  else if (arrays == 2) emit<2>(kept, factors, out, dtype, i, n, streaming);
-  else if (arrays == 3) emit<3>(kept, factors, out, dtype, i, n, streaming);
-  else emit<4>(kept, factors, out, dtype, i, n, streaming);
+template <class Real>
+void emit(int arrays, bool mixed, const Real *const *kept, const double *factors, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
+  if (mixed && arrays == 2) emit<2, true>(kept, factors, out, dtype, i, n, streaming);
+  else if (mixed) emit<3, true>(kept, factors, out, dtype, i, n, streaming);
+  else if (arrays == 1) emit<1, false>(kept, factors, out, dtype, i, n, streaming);
+  else if (arrays == 2) emit<2, false>(kept, factors, out, dtype, i, n, streaming);
+  else if (arrays == 3) emit<3, false>(kept, factors, out, dtype, i, n, streaming);
+  else emit<4, false>(kept, factors, out, dtype, i, n, streaming);
 }
 
 // ---------------------------------------------------------------- rows
@@ -317,21 +372,24 @@ template <class Real> struct Desk {
 template <class Real> class RowJob {
  public:
   RowJob(const kd_call &c, const Plan &p) : c_(c), plan_(p), blocks_((c.vocab + kBlock<Real> - 1) / kBlock<Real>) {
+    if (p.mixed) mix_ = narrowed(p.mixture, Real());
     third_ = p.tilted && !p.student_base;
     arrays_ = 2 + third_ + hard();
     size_ = element_size(c.student_dtype);
   }
   int64_t blocks() const { return blocks_; }
+  bool mixed() const { return plan_.mixed; }
   int64_t slot_bytes() const { return arrays_ * kSlot<Real> * sizeof(Real); }
   bool hard() const { return c_.labels && (c_.hard_scale != 0 || c_.hard_grad_scale != 0); }
 
-  struct State { Part *parts; HardPart *hard_parts; Row row; HardPart hard; double weight, label; };   // label: its logit
+  struct State { Part *parts; HardPart *hard_parts; StatPart *stat_parts; Row row; HardPart hard; double weight, label; };   // label: its logit
 
   bool begin(State &s, int64_t row) const {          // false: the row counts for nothing
     s.weight = c_.weight ? c_.weight[row] : 1;
     if (s.weight != 0) return true;
     c_.loss[row] = 0;
     if (c_.grad) std::memset(grad(row), 0, c_.grad_width * size_);
+    if (c_.stats) for (int i = 0; i < KD_STATS; i++) c_.stats[row * KD_STATS + i] = NAN;
     return false;
   }
 
@@ -345,13 +403,14 @@ template <class Real> class RowJob {
       with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
         if (hard()) s.hard_parts[i] = sweep_hard(z, n, keep[3]);
         if (plan_.careful) return;
-        measure_block(b, o, n, plan_, s.row.refine ? &ref : nullptr, keep, s.parts[i], desk.b, desk.o);
+        measure_block(b, o, n, plan_, c_.stats ? s.stat_parts + i : nullptr, s.row.refine ? &ref : nullptr, keep, s.parts[i], desk.b, desk.o);
         lost = s.parts[i].care == kLost;
+        if (c_.stats) s.stat_parts[i].top_o = largest<Real>(o, n);
       });
     }
   }
 
-  void close(State &s, int64_t row) const {
+  void close(State &s, int64_t row, Desk<Real> &desk) const {
     bool lost = plan_.careful;
     for (int64_t i = 0; i < blocks_ && !lost; i++) lost = s.parts[i].care == kLost;
     const bool again = s.row.refine;
@@ -359,20 +418,36 @@ template <class Real> class RowJob {
     if (!lost) s.row = close_row(s.parts, int(blocks_), plan_);
     if (again) s.row.refine = false;
     s.row.lost |= lost;
-    if (!s.row.lost) finish(s, row, s.row.value);
+    if (!s.row.lost && !s.row.refine && !plan_.mixed) finish(s, row, s.row.value, desk, nullptr);
+  }
+
+  // The second sweep of the mixture family, backwards, as the last block is still on the desk; and its close.
+  void mix_blocks(State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk) const {
+    for (int64_t i = hi - 1; i >= lo; i--) {
+      Real *keep[4];
+      slots(desk, i, lo, keep);
+      with_block(row, i, desk, [&](auto *z, auto *b, auto *o) { mix_block(s, s.parts[i], i, i - lo < desk.capacity || i == hi - 1, z, b, o, keep, desk); });
+    }
+  }
+  void close_mixed_row(State &s, int64_t row, Desk<Real> &desk) const {
+    for (int64_t i = 0; i < blocks_; i++) s.row.lost |= s.parts[i].care == kLost;
+    if (!s.row.lost) close_mixed(s.parts, int(blocks_), plan_, s.row);
+    if (!s.row.lost) finish(s, row, s.row.value, desk, nullptr);
   }
 
   void emit_blocks(const State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk, bool streaming) const {
-    for (int64_t i = hi - 1; i >= lo; i--) {         // backwards: the last block is still on the desk
-      const int64_t n = length(i);
+    for (int64_t turn = lo; turn < hi; turn++) {     // from the block that was swept last, which is still on the desk
+      const int64_t i = plan_.mixed ? turn : lo + hi - 1 - turn, n = length(i);
       Real *keep[4];
       slots(desk, i, lo, keep);
-      const bool kept_here = i - lo < desk.capacity || i == hi - 1;
-      if (!kept_here) {
+      const bool kept_here = i - lo < desk.capacity || turn == lo, hard_kept = i - lo < desk.capacity || i == hi - 1;
+      if (!kept_here || (hard() && !hard_kept)) {
         with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
           Part p = s.parts[i];
           if (hard()) sweep_hard(z, n, keep[3]);
-          if (!p.empty()) sweep(p.care, b, o, n, plan_, keep, p, desk.b, desk.o);
+          if (kept_here) return;
+          if (plan_.mixed) mix_block(s, p, i, false, z, b, o, keep, desk);
+          else if (!p.empty()) sweep(p.care, b, o, n, plan_, nullptr, keep, p, desk.b, desk.o);
         });
       }
       if (s.parts[i].empty()) for (int j = 0; j < 3; j++) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
@@ -401,18 +476,21 @@ template <class Real> class RowJob {
     constexpr int W = Vec<double>::W;
     const Lanes lanes;
     Careful<VD, Lanes> careful(plan_, lanes);
-    const double value = careful.measure([&](auto body) {
+    const auto classes = [&](auto body) {
       for (int64_t i = 0; i < c_.vocab; i += N) {
         const int64_t n = fill(i, smaller(N, c_.vocab - i));
         for (int64_t j = 0; j < n; j += W) body(load<VD>(z + j), load<VD>(v + j));
       }
-    });
+    };
+    const double value = careful.measure(classes);
     if (hard() && !plan_.careful) {                  // the sweep stopped where the row was lost
       for (int64_t i = 0; i < blocks_; i++) {
         with_block(row, i, desk, [&](auto *z, auto *, auto *) { s.hard_parts[i] = sweep_hard(z, length(i), desk.slot); });
       }
     }
-    finish(s, row, value);
+    Shapes shapes{};
+    if (c_.stats) shapes = careful.shapes(classes);
+    finish(s, row, value, desk, &shapes);
     if (!c_.grad) return;
     const double scale = s.weight * c_.grad_scale;
     Real *soft = desk.slot, *e1 = desk.slot + kSlot<Real>;
@@ -432,6 +510,14 @@ template <class Real> class RowJob {
   }
 
  private:
+  // kept: what the first sweep left is where keep says
+  template <class S> void mix_block(const State &s, Part &p, int64_t i, bool kept, const S *, const S *b, const S *o, Real *const *keep, Desk<Real> &desk) const {
+    if (p.empty()) return;
+    Part again = p;
+    if (!kept) sweep(p.care, b, o, length(i), plan_, nullptr, keep, again, desk.b, desk.o);
+    sweep_mixed(b, o, length(i), plan_, mix_, s.row.shift, keep, p, desk.b, desk.o);
+  }
+
   const char *student(int64_t row) const { return at(c_.student, c_.student_dtype, c_.student_stride, c_, row); }
   const char *teacher(int64_t row) const { return at(c_.teacher, c_.teacher_dtype, c_.teacher_stride, c_, row); }
   char *grad(int64_t row) const { return (char *)at(c_.grad, c_.student_dtype, c_.grad_stride, c_, row); }
@@ -477,18 +563,58 @@ template <class Real> class RowJob {
     }
   }
 
-  void finish(State &s, int64_t row, double value) const {
-    double loss = c_.value_scale != 0 ? c_.value_scale * value : 0;
+  // shapes: of a row that careful.h has measured
+  void finish(State &s, int64_t row, double value, Desk<Real> &desk, const Shapes *shapes) const {
+    double loss = c_.value_scale != 0 ? c_.value_scale * value : 0, cross_entropy = NAN;
     if (hard()) {
       s.hard = merge_hard(int(blocks_), [&](int i) { return s.hard_parts[i]; });
       load_row(student(row), c_.student_dtype, c_.labels[row], 1, &s.label);
-      loss += c_.hard_scale * (std::log1p(s.hard.rest) + (s.hard.top - s.label));
+      cross_entropy = std::log1p(s.hard.rest) + (s.hard.top - s.label);
+      loss += c_.hard_scale * cross_entropy;
     }
     c_.loss[row] = s.weight * loss;
+    if (c_.stats) put_stats(s, row, value, cross_entropy, desk, shapes);
+  }
+
+  void put_stats(const State &s, int64_t row, double value, double cross_entropy, Desk<Real> &desk, const Shapes *shapes) const {
+    Shapes found{};
+    if (shapes) {
+      found = *shapes;
+    } else if (plan_.moments) {                      // uniform over the classes that are there
+      double n = 0;
+      for (int64_t i = 0; i < blocks_; i++) n += s.parts[i].s;
+      found = {std::log(n), std::log(n), std::log(n), std::log(n)};
+    } else {
+      const Entropies h = entropies(s.parts, s.stat_parts, int(blocks_), s.row, plan_);
+      const double base = plan_.k * s.row.top + std::log(s.row.total), other = base + s.row.shift;
+      found = plan_.student_base ? Shapes{base, other, h.base, h.other} : Shapes{other, base, h.other, h.base};
+    }
+    const bool broken = !(found.lse_z - found.lse_z == 0) || !(found.lse_v - found.lse_v == 0);
+    double *out = c_.stats + row * KD_STATS;
+    out[KD_DIVERGENCE] = value; out[KD_CROSS_ENTROPY] = cross_entropy;
+    out[KD_STUDENT_LSE] = found.lse_z; out[KD_TEACHER_LSE] = found.lse_v;
+    out[KD_STUDENT_ENTROPY] = found.of_z; out[KD_TEACHER_ENTROPY] = found.of_v;
+    out[KD_STUDENT_TOP] = broken ? NAN : double(top_class(s, row, true, shapes, desk));
+    out[KD_TEACHER_TOP] = broken ? NAN : double(top_class(s, row, false, shapes, desk));
+  }
+
+  // The first class with the largest logit: of the block that has it, which a row that was lost has yet to look for.
+  int64_t top_class(const State &s, int64_t row, bool of_student, bool lost, Desk<Real> &desk) const {
+    const bool base = of_student == plan_.student_base;
+    double top = -INFINITY;
+    int64_t block = 0, at = 0;
+    for (int64_t i = 0; i < blocks_; i++) {
+      double t = base ? (s.parts[i].s > 0 ? s.parts[i].top : -INFINITY) : s.stat_parts[i].top_o;
+      if (lost) with_block(row, i, desk, [&](auto *, auto *b, auto *o) { t = largest<Real>(base ? b : o, length(i)); });
+      if (t > top) { top = t; block = i; }
+    }
+    with_block(row, block, desk, [&](auto *, auto *b, auto *o) { at = find(base ? b : o, length(block), Real(top)); });
+    return block * kBlock<Real> + at;
   }
 
   void write(const State &s, int64_t row, int64_t block, int64_t n, int m, const Real **kept, double *factors, const Real *e1, bool streaming) const {
     const int64_t i0 = block * kBlock<Real>;
+    const bool mixed = plan_.mixed && m == 2;        // careful rows come as one array
     char *out = grad(row);
     int64_t label = -1;
     if (hard()) {
@@ -498,10 +624,10 @@ template <class Real> class RowJob {
       label = c_.labels[row] - i0;
       if (label < 0 || label >= n) label = -1;
     }
-    emit(m, kept, factors, out, c_.student_dtype, i0, n, streaming && label < 0);
+    emit(m, mixed, kept, factors, out, c_.student_dtype, i0, n, streaming && label < 0);
     if (label >= 0) {                                // q - 1 from the other classes: exact where q rounds to 1
-      double g = 0;
-      for (int j = 0; j + 1 < m; j++) g += double(Real(factors[j])) * kept[j][label];
+      double g = mixed ? kept[0][label] * (double(Real(factors[1])) * kept[1][label] + double(Real(factors[0]))) : 0;
+      for (int j = mixed ? 2 : 0; j + 1 < m; j++) g += double(Real(factors[j])) * kept[j][label];
       const double below = std::expm1(s.label - s.hard.top);
       const Real value = Real(g - s.weight * c_.hard_grad_scale * (s.hard.rest - below) / s.hard.s);
       store_row(out, c_.student_dtype, label + i0, 1, false, Real(0), [=](int64_t) { return splat<typename Vec<Real>::F>(value); });
@@ -511,6 +637,7 @@ template <class Real> class RowJob {
 
   const kd_call &c_;
   const Plan &plan_;
+  Mixed<Real> mix_{};
   const int64_t blocks_;
   int64_t size_;
   int arrays_;
@@ -522,8 +649,12 @@ template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Re
   if (!job.begin(s, row)) return;
   do {
     job.sweep_blocks(s, row, 0, job.blocks(), desk);
-    job.close(s, row);
+    job.close(s, row, desk);
   } while (s.row.refine);
+  if (job.mixed() && !s.row.lost) {
+    job.mix_blocks(s, row, 0, job.blocks(), desk);
+    job.close_mixed_row(s, row, desk);
+  }
   if (s.row.lost) job.careful_row(s, row, desk, streaming);
   else if (write) job.emit_blocks(s, row, 0, job.blocks(), desk, streaming);
 }
@@ -572,7 +703,8 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
 
   Part *shared_parts = split ? allocate<Part>(blocks) : nullptr;
   HardPart *shared_hard = split ? allocate<HardPart>(blocks) : nullptr;
-  typename RowJob<Real>::State shared{shared_parts, shared_hard, Row(), HardPart(), 1, 0};
+  StatPart *shared_stats = split && c.stats ? allocate<StatPart>(blocks) : nullptr;
+  typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardPart(), 1, 0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Desk<Real> desk;
@@ -595,18 +727,25 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
         while (counts) {
           job.sweep_blocks(shared, row, lo, hi, desk);
 #pragma omp barrier
-          if (me == 0) job.close(shared, row);
+          if (me == 0) job.close(shared, row, desk);
 #pragma omp barrier
           if (!shared.row.refine) break;
         }
         if (!counts) continue;
+        if (job.mixed() && !shared.row.lost) {
+          job.mix_blocks(shared, row, lo, hi, desk);
+#pragma omp barrier
+          if (me == 0) job.close_mixed_row(shared, row, desk);
+#pragma omp barrier
+        }
         if (!shared.row.lost) { if (c.grad) job.emit_blocks(shared, row, lo, hi, desk, streaming); }
         else if (me == 0) job.careful_row(shared, row, desk, streaming);
       }
     } else {
       Part *parts = allocate<Part>(blocks);
       HardPart *hard_parts = allocate<HardPart>(blocks);
-      typename RowJob<Real>::State s{parts, hard_parts, Row(), HardPart(), 1, 0};
+      StatPart *stat_parts = c.stats ? allocate<StatPart>(blocks) : nullptr;
+      typename RowJob<Real>::State s{parts, hard_parts, stat_parts, Row(), HardPart(), 1, 0};
 #pragma omp for schedule(dynamic, chunk)
       for (int64_t row = 0; row < c.rows - tail; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
       desk.capacity = tail ? 0 : desk.capacity;
@@ -614,12 +753,14 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
       for (int64_t row = c.rows - tail; row < c.rows; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
       std::free(parts);
       std::free(hard_parts);
+      std::free(stat_parts);
     }
     std::free(own);
     stream_fence();
   }
   std::free(shared_parts);
   std::free(shared_hard);
+  std::free(shared_stats);
 }
 
 // ---------------------------------------------------------------- log_softmax
@@ -692,7 +833,7 @@ extern "C" {
 int32_t KD_CONCAT(kd_loss_, KD_ISA)(kd_call *c) {
   using namespace kd::KD_LEVEL;
   const bool wide = c->student_dtype == KD_F64 || c->teacher_dtype == KD_F64;
-  const Plan plan = make_plan(c->divergence, c->order, c->temperature, wide);
+  const Plan plan = make_plan(*c, wide);
   if (wide) run<double>(*c, plan); else run<float>(*c, plan);
   return KD_OK;
 }
@@ -758,7 +899,7 @@ KD_API int32_t kd_loss(kd_call *c) {
 KD_API int32_t kd_log_softmax(const kd_log_softmax_call *c) { return c->rows ? level().log_softmax(c) : int32_t(KD_OK); }
 KD_API int64_t kd_call_size(void) { return sizeof(kd_call); }
 KD_API int64_t kd_log_softmax_call_size(void) { return sizeof(kd_log_softmax_call); }
-KD_API const char *kd_divergences(void) { return kd::dispatch::kNames; }
+KD_API const char *kd_families(void) { return kd::dispatch::kNames; }
 KD_API const char *kd_isa(void) { return level().name; }
 KD_API int kd_openmp(void) {
 #if defined(_OPENMP)

@@ -1,4 +1,4 @@
-// The CUDA library. Compiled once for each piece (KD_SHAPE = kPlain, kTilted; KD_BASE, KD_OTHER = 2, 4 bytes: the loss kernels of a shape and a pair of
+// The CUDA library. Compiled once for each piece (KD_SHAPE = kPlain, kTilted, kMixed; KD_BASE, KD_OTHER = 2, 4 bytes: the loss kernels of a shape and a pair of
 // widths) and once more without, for the C functions and the other kernels. No torch, no Python; the CUDA runtime is linked in.
 //
 // A call: tickets are zeroed where blocks share rows, the kernel of its geometry runs, then careful_rows looks at the losses and computes
@@ -34,7 +34,7 @@ template int launch_piece<KD_SHAPE, KD_BASE, KD_OTHER>(const kd_geometry &, cons
 #if !defined(KD_PIECES)
 #define KD_PIECES(shape) X(shape, 2, 2) X(shape, 2, 4) X(shape, 4, 2) X(shape, 4, 4)
 #define X(shape, base, other) extern template int launch_piece<shape, base, other>(const kd_geometry &, const Job &, void *, int *);
-KD_PIECES(kPlain) KD_PIECES(kTilted)
+KD_PIECES(kPlain) KD_PIECES(kTilted) KD_PIECES(kMixed)
 #undef X
 #endif
 }  // namespace KD_LEVEL
@@ -49,8 +49,8 @@ namespace {
 int launch_loss(const kd_geometry &g, const Job &job, void *stream, int *most = nullptr) {
   const int zs = host_size(job.call.student_dtype), vs = host_size(job.call.teacher_dtype);
   const int base = job.plan.student_base ? zs : vs, other = job.plan.student_base ? vs : zs;
-#define X(shape, b, o) if (job.plan.tilted == (shape == kTilted) && base == b && other == o) return launch_piece<shape, b, o>(g, job, stream, most);
-  KD_PIECES(kPlain) KD_PIECES(kTilted)
+#define X(shape, b, o) if (shape_of(job.plan) == shape && base == b && other == o) return launch_piece<shape, b, o>(g, job, stream, most);
+  KD_PIECES(kPlain) KD_PIECES(kTilted) KD_PIECES(kMixed)
 #undef X
   return KD_BAD_CALL;
 }
@@ -63,7 +63,8 @@ bool understood(const kd_call *c) {
 Job make_job(const kd_call &c) {
   Job job{};
   job.call = c;
-  job.plan = make_plan(c.divergence, c.order, c.temperature, false);
+  job.plan = make_plan(c, false);
+  if (job.plan.mixed) job.mix = narrowed(job.plan.mixture, float());
   job.c = float(job.plan.c); job.c_low = job.plan.exact ? float(job.plan.c_low) : 0;
   job.tilt = float(job.plan.tilt);
   job.reach = float(43 / (std::fabs(job.plan.tilt) > 1 ? std::fabs(job.plan.tilt) : 1));   // nothing within it over- or underflows: 2^43 2^-125
@@ -72,9 +73,9 @@ Job make_job(const kd_call &c) {
 }
 
 int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
-int64_t ticket_bytes(const kd_call &c) { return round16((1 + 3 * c.rows) * 4); }
-int64_t workspace_of(const kd_call &c, const kd_geometry &g) {
-  return g.parts > 1 ? ticket_bytes(c) + c.rows * g.parts * g.tiles * kWords * 8 : 0;
+int64_t ticket_bytes(const kd_call &c) { return round16((1 + kCounters * c.rows) * 4); }
+int64_t workspace_of(const kd_call &c, const Job &job, const kd_geometry &g) {
+  return g.parts > 1 ? ticket_bytes(c) + c.rows * g.parts * g.tiles * (kWords + (job.plan.mixed ? kMixedWords : 0)) * 8 : 0;
 }
 
 // The geometry on the call's device; clusters that the device does not hold are left for blocks.
@@ -107,7 +108,7 @@ KD_API int32_t kd_loss(kd_call *c) {
   Job job = make_job(*c);
   kd_geometry g{};
   if (const int status = geometry_on(*c, job, g)) return status;
-  if (c->workspace_size < workspace_of(*c, g)) return KD_BAD_CALL;
+  if (c->workspace_size < workspace_of(*c, job, g)) return KD_BAD_CALL;
   const auto cuda = [](int error) { return error ? KD_CUDA_ERROR + error : KD_OK; };
   job.all = g.kind == kCarefulRows;
   if (!job.all) {
@@ -130,8 +131,9 @@ KD_API int64_t kd_workspace(const kd_call *c) {
   if (!c->rows) return 0;
   const gpu::OnDevice here(c->device);
   kd_geometry g{};
-  const int status = geometry_on(*c, make_job(*c), g);
-  return status ? -status : workspace_of(*c, g);
+  const Job job = make_job(*c);
+  const int status = geometry_on(*c, job, g);
+  return status ? -status : workspace_of(*c, job, g);
 }
 
 KD_API int32_t kd_plan(const kd_call *c, const kd_figures *f, kd_geometry *g) {
@@ -163,7 +165,7 @@ KD_API int32_t kd_scale(const kd_scale_call *c) {
 KD_API int64_t kd_call_size(void) { return sizeof(kd_call); }
 KD_API int64_t kd_log_softmax_call_size(void) { return sizeof(kd_log_softmax_call); }
 KD_API int64_t kd_scale_call_size(void) { return sizeof(kd_scale_call); }
-KD_API const char *kd_divergences(void) { return kd::KD_LEVEL::kNames; }
+KD_API const char *kd_families(void) { return kd::KD_LEVEL::kNames; }
 KD_API const char *kd_isa(void) { return KD_ARCHS; }   // what it was compiled for
 KD_API int kd_openmp(void) { return 0; }
 KD_API const char *kd_unavailable(int32_t device) { return gpu::unavailable(device); }

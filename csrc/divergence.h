@@ -1,14 +1,23 @@
 // The mathematics of the divergences: the twin of kdkernels/divergence.py.
 //
-// Every divergence here is a member of the power family, seen from one of the two distributions, its *base* b (the other is o):
-//     x = log(o / b),   weights  t = b e^{tilt x},   R = sum t,   f(x) = (psi(x) - psi(tilt x) / tilt) / (1 - tilt),   F = sum b f(x)
-// with psi(x) = e^x - 1 - x. All terms of F are >= 0, so it keeps its digits however close the two are. R = 1 - tilt (1 - tilt) F.
-//     KL(p, q), CE(p, q)   base p (teacher), tilt 0: f = psi                     D = F;  CE adds the entropy of p
-//     Renyi(a), a > 1/2    base p, tilt 1 - a:  t = p^a q^(1-a)                  D = -log(R) / (1 - a)
-//     Renyi(a), a <= 1/2   base q (student), tilt a:  the same t                 D = -log(R) / (1 - a)
-// The smaller of the two tilts (at most 1/2) loses the least in F. T dD/dz = q - w with w = t / R (w = p for KL).
-// Orders 0 and inf have no such sum; careful.h takes them. At T = inf b is uniform and f(x) = x^2 / 2 (row.h, "moments").
+// A divergence is a member of one of two families, seen from one of the two distributions, its *base* b (the other is o), with
+// x = log(o / b) and psi(x) = e^x - 1 - x. All their terms are >= 0, so that D keeps its digits however close the two are.
+//
+// The power family, of order a:  weights t = b e^{tilt x},  R = sum t,  f(x) = (psi(x) - psi(tilt x) / tilt) / (1 - tilt),  F = sum b f(x)
+//     KL(p, q), CE(p, q)           base p (teacher), tilt 0: f = psi            D = F;  CE adds the entropy of p
+//     Renyi(a), Alpha(a), a > 1/2  base p, tilt 1 - a:  t = p^a q^(1-a)         D = -log(R) / (1 - a), or F
+//     those with        a <= 1/2   base q (student), tilt a:  the same t        the same
+// The smaller of the two tilts loses the least in F. R = 1 - tilt (1 - tilt) F. T dD/dz = q - w with w = t / R (w = p for KL), for Alpha
+// times R / a.
+//
+// The mixture family, c_b KL(b, m) + c_o KL(o, m) with m = (1 - l) b + l o, where the base is what m has more of: l <= 1/2.
+//     D = sum b k(x),   T dD/dz = G - q M with a G of each class and M = sum G (`mixed`, below)
+// Reverse KL is l = 0, base p. TVD, sum b |e^x - 1| / 2, has the same shape. x must be whole there before a term can be formed, so that
+// their rows are swept twice.
+//
+// Orders 0 and inf have no sum of terms; careful.h takes them. At T = inf b is uniform and f(x) = x^2 / 2 (row.h, "moments").
 #pragma once
+#include "api.h"
 #include "number.h"
 #if defined(KD_GPU)
 #include "cuda/verbs.h"   // a class to a thread
@@ -34,7 +43,7 @@ template <class Real> struct Exp2;
 template <> struct Exp2<float> {
   static constexpr float kRound = 12582912.f, kFloor = -125.f;
   static constexpr int kMantissa = 23;
-  static constexpr int32_t kOne = 0x3f800000, kAbs = 0x7fffffff;
+  static constexpr int32_t kOne = 0x3f800000, kAbs = 0x7fffffff, kRootHalf = 0x3f3504f3;
   template <class F> static KD_HD F exp(F r) {
     constexpr float c[] = {1.f, 0.693147f, 0.24022247f, 0.05550711f, 0.009671292f, 0.0013269538f};
     return polynomial(r, c);
@@ -43,11 +52,15 @@ template <> struct Exp2<float> {
     constexpr float c[] = {0.2402265f, 0.05550382f, 0.009618149f, 0.0013380869f, 0.00015422578f};
     return polynomial(r, c);
   }
+  template <class F> static KD_HD F psi_log(F f) {    // f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)]
+    constexpr float c[] = {.5f, -0.33333328f, 0.25000563f, -0.2000136f, 0.1663188f, -0.1420354f, 0.13082902f, -0.12722263f, 0.07786799f};
+    return f * f * polynomial(f, c);
+  }
 };
 template <> struct Exp2<double> {
   static constexpr double kRound = 6755399441055744., kFloor = -1021.;
   static constexpr int kMantissa = 52;
-  static constexpr int64_t kOne = 0x3ff0000000000000, kAbs = 0x7fffffffffffffff;
+  static constexpr int64_t kOne = 0x3ff0000000000000, kAbs = 0x7fffffffffffffff, kRootHalf = 0x3fe6a09e667f3bcd;
   template <class F> static KD_HD F exp(F r) {
     constexpr double c[] = {1.0, 0.693147180559945309, 0.240226506959100712, 0.05550410866482158, 0.00961812910762847716,
         0.00133335581464284434, 0.0001540353039338161, 0.0000152527338040598403, 1.32154867901443095e-6, 1.01780860092396997e-7,
@@ -59,6 +72,11 @@ template <> struct Exp2<double> {
         0.0001540353039338161, 0.0000152527338040598403, 1.32154867901443095e-6, 1.01780860092396997e-7, 7.05491162080112333e-9,
         4.4455382718708115e-10, 2.56784359934882051e-11, 1.36914888539041289e-12, 6.77872635482254563e-14};
     return polynomial(r, c);
+  }
+  template <class F> static KD_HD F psi_log(F f) {    // log(1 + f) = 2 atanh(s) with s = f / (2 + f)
+    constexpr double c[] = {2. / 3, 2. / 5, 2. / 7, 2. / 9, 2. / 11, 2. / 13, 2. / 15, 2. / 17, 2. / 19, 2. / 21, 2. / 23};
+    const F s = f / (f + 2.), z = s * s;
+    return s * (f - z * polynomial(z, c));
   }
 };
 
@@ -86,40 +104,18 @@ template <class F> KD_HD ExpM1<F> expm1_psi(F y) {   // |y| <= 120 (float), 1000
   return {m1, select(m == E::kRound, psi, m1 - y * Real(kLn2))};
 }
 
-// ---------------------------------------------------------------- the family
-enum Divergence : int32_t { kKL = 0, kCrossEntropy = 1, kRenyi = 2, kLogitMatching = 3 };
-constexpr const char *kNames = "kl,cross_entropy,renyi,logit_matching";
+template <class F> struct Log1p { F log, psi; };     // u = log(1 + r) and psi(u) = r - u, each to a few rounding errors *relative*
 
-// What a call asks for, with every number that does not depend on the data computed once, in fp64.
-struct Plan {
-  bool student_base = false, tilted = false, entropy = false;
-  bool moments = false;                 // T = inf: only the first two moments of z - v count
-  bool centered = true;                 // logit matching compares z and v themselves, not their shapes
-  bool careful = false;                 // orders 0 and inf, temperatures beyond the range of the tile step
-  double order = 1, tilt = 0, factor = 1;
-  bool exact = false;                   // high temperature: D is a small multiple of the squares of rounding errors' size
-  double k = 0;                         // 1 / T, as c ln 2, so that rows are computed at one temperature throughout
-  double c = 0, c_low = 0;              // log2(e) / T, rounded to the Real of the rows, and what that left
-};
-
-inline Plan make_plan(int32_t divergence, double order, double temperature, bool wide) {
-  Plan p;
-  p.moments = std::isinf(temperature);
-  p.centered = divergence != kLogitMatching;
-  p.entropy = divergence == kCrossEntropy;
-  p.order = divergence == kRenyi ? order : 1;
-  p.c = kLog2e / temperature;
-  p.exact = temperature >= 64;
-  if (!wide) { p.c_low = p.c - float(p.c); p.c = float(p.c); }
-  p.k = (p.exact ? p.c + p.c_low : p.c) * kLn2;
-  p.student_base = p.order <= .5;
-  p.tilted = p.order != 1;
-  p.tilt = p.student_base ? p.order : 1 - p.order;
-  if (!wide) p.tilt = float(p.tilt);
-  if (p.moments) p.factor = p.order;
-  p.careful = !p.moments && (p.order == 0 || std::isinf(p.order) || temperature > 1e9 || temperature < 1e-9);
-  if (p.moments) p.tilted = p.student_base = false;
-  return p;
+// For r >= -1/2. 1 + r = 2^k (1 + f) with 1 + f near 1.
+template <class F> KD_HD Log1p<F> log1p_psi(F r) {
+  using E = Exp2<typename Element<F>::Real>;
+  using Real = typename Element<F>::Real;
+  const F t = r + Real(1);
+  const auto k = (bits(t) - E::kRootHalf) >> E::kMantissa;
+  const auto whole = k == 0;
+  const F f = select(whole, r, from_bits(bits(t) - (k << E::kMantissa)) - Real(1));
+  const F psi = E::psi_log(f), u = (f - psi) + as_real(k) * Real(kLn2);
+  return {u, select(whole, psi, r - u)};
 }
 
 KD_ONCE double psi(double x) {            // e^x - 1 - x, for the scalars of a row
@@ -129,6 +125,152 @@ KD_ONCE double psi(double x) {            // e^x - 1 - x, for the scalars of a r
     return s * x;
   }
   return expm1_of(x) - x;
+}
+
+// ---------------------------------------------------------------- the families
+enum Family : int32_t { kKL, kCrossEntropy, kRenyi, kAlpha, kMixture, kTvd, kSupport, kExtreme, kLogitMatching };
+constexpr const char *kNames = "kl,cross_entropy,renyi,alpha,mixture,tvd,support,extreme,logit_matching";
+
+// The mixture family, of classes in units of b: D = sum b term(x), G = q xi(x). xi is up to a constant of the row, which q sum G takes off.
+template <class Real> struct Mixed {
+  static constexpr int kNear = sizeof(Real) == 4 ? 10 : 22;    // coefficients: 1e-8 or 1e-16 over |x| <= 1, whatever l
+  Real l, base, other, keep, moves;                  // keep = 1 - l; moves: of (o - b) / m in xi
+  Real away_log, away_psi, away_share;               // xi from psi(-u), where log m and the share would cancel
+  Real b_alone, o_alone, b_moves, o_moves;           // term and xi of a class that only one of the two has, times that one
+  Real near_term[kNear], near_xi[kNear];             // term = x^2 sum c_j x^j and xi = x sum c_j x^j for |x| <= 1
+  bool student_base, tvd, away;
+};
+template <class F> struct MixedTerm { F term, xi; };
+
+template <class F> KD_HD F quotient(F a, F b) { return a / b; }
+#if defined(KD_GPU)
+KD_DEVICE float quotient(float a, float b) { return a * gpu::reciprocal(b); }   // within 2^-22
+#endif
+
+// A class, for l > 0 or l = 0 (reverse KL): m is e^x - 1 and psi(x). Mix: a Mixed<Real>, or one that knows more when it is compiled.
+template <class F, class Mix> KD_HD MixedTerm<F> mixed_term(F x, const ExpM1<F> &m, const Mix &mix) {
+  using Real = typename Element<F>::Real;
+  const F ratio = m.m1 + Real(1);
+  const auto near = (x > Real(-.5)) & (x < Real(.5));
+  if (mix.l == 0) return {mix.other * select(near, m.m1 * m.m1 - ratio * m.psi, ratio * x - m.m1), x * mix.other};
+  const F more = m.m1 * mix.l;
+  const Log1p<F> u = log1p_psi(more);
+  const F w = x - u.log;                             // log(o / m); log(b / m) is -u
+  const F of_other = select(near, m.m1 * m.m1 * mix.keep + ratio * (u.psi - m.psi), ratio * w - m.m1 * mix.keep);
+  F xi = mix.student_base ? u.log * -mix.base : w * mix.other;
+  if (mix.away) xi = u.log * -mix.away_log - quotient((more * u.log - u.psi) * mix.away_psi + m.m1 * mix.away_share, more + Real(1));
+  else if (mix.moves != 0) xi += quotient(m.m1 * mix.moves, more + Real(1));
+  return {u.psi * mix.base + of_other * mix.other, xi};
+}
+template <class F, class Real> KD_HD MixedTerm<F> mixed_near(F x, const Mixed<Real> &mix) {
+  return {x * x * polynomial(x, mix.near_term), x * polynomial(x, mix.near_xi)};
+}
+// Either, for y = x in base 2 and the bits of its magnitude.
+template <class F, class Int, class Real> KD_HD MixedTerm<F> mixed_class(F x, F y, Int far, const Mixed<Real> &mix) {
+  return all_within(far, Real(kLog2e)) ? mixed_near(x, mix) : mixed_term(x, expm1_psi(y), mix);
+}
+
+// The coefficients c_j of the polynomial through n Chebyshev nodes of [-1, 1].
+template <class Real, class Of> void interpolate(int n, Of of, Real *c) {
+  double t[32] = {}, before[32] = {}, now[32] = {}, sum[32] = {}, y[32];
+  const double step = 3.14159265358979323846 / n;
+  for (int i = 0; i < n; i++) y[i] = of(std::cos((i + .5) * step));
+  now[0] = 1;                                        // T_k in powers of x
+  for (int k = 0; k < n; k++) {
+    double a = 0;
+    for (int i = 0; i < n; i++) a += y[i] * std::cos(k * (i + .5) * step);
+    for (int j = 0; j <= k; j++) sum[j] += a * (k ? 2 : 1) / n * now[j];
+    for (int j = 0; j <= k + 1; j++) t[j] = (j ? now[j - 1] * (k ? 2 : 1) : 0) - (k ? before[j] : 0);
+    for (int j = 0; j <= k + 1; j++) { before[j] = now[j]; now[j] = t[j]; }
+  }
+  for (int j = 0; j < n; j++) c[j] = Real(sum[j]);
+}
+
+inline Mixed<double> make_mixed(bool tvd, double mix, double teacher, double student) {
+  Mixed<double> r{};
+  r.tvd = tvd;
+  if (tvd) { r.o_alone = 1; r.o_moves = .5; return r; }
+  r.student_base = mix > .5;
+  const double l = r.student_base ? 1 - mix : mix, keep = 1 - l, rest = std::log1p(-l);
+  const double base = r.student_base ? student : teacher, other = r.student_base ? teacher : student;
+  r.l = l; r.keep = keep; r.base = base; r.other = other;
+  r.moves = (r.student_base ? keep : l) * (base * l - other * keep);
+  if (std::fabs(r.moves) < 1e-15) r.moves = 0;       // JSD's weights, as they are rounded
+  r.away = r.student_base && r.moves > 1e-9;
+  r.away_log = base * l; r.away_psi = base * keep; r.away_share = other * keep * keep;
+  r.b_alone = base * (-l - rest) + other * keep;
+  r.b_moves = other * keep - base * (l + rest);
+  r.o_alone = r.o_moves = other > 0 ? INFINITY : 0;
+  if (l > 0) {
+    r.o_alone = base * l + other * (l - 1 - std::log(l));
+    r.o_moves = base * l - other * (keep + std::log(l));
+  }
+  const auto at = [&](double x) { return mixed_term<double>(x, ExpM1<double>{std::expm1(x), psi(x)}, r); };
+  interpolate(r.kNear, [&](double x) { return at(x).term / (x * x); }, r.near_term);
+  interpolate(r.kNear, [&](double x) { return at(x).xi / x; }, r.near_xi);
+  return r;
+}
+
+inline Mixed<double> narrowed(const Mixed<double> &m, double) { return m; }
+inline Mixed<float> narrowed(const Mixed<double> &m, float) {
+  const auto f = [](double x) { return float(x); };
+  Mixed<float> r{f(m.l), f(m.base), f(m.other), f(m.keep), f(m.moves), f(m.away_log), f(m.away_psi), f(m.away_share), f(m.b_alone),
+                 f(m.o_alone), f(m.b_moves), f(m.o_moves), {}, {}, m.student_base, m.tvd, m.away};
+  // fewer coefficients through nodes of their own: an even number leaves 0 out
+  interpolate(r.kNear, [&](double x) { return polynomial(x, m.near_term); }, r.near_term);
+  interpolate(r.kNear, [&](double x) { return polynomial(x, m.near_xi); }, r.near_xi);
+  return r;
+}
+
+// What a call asks for, with every number that does not depend on the data computed once, in fp64.
+struct Plan {
+  bool student_base = false, tilted = false, entropy = false;
+  bool mixed = false, tvd = false;      // the mixture family, and TVD in it
+  bool alpha = false;                   // D is F itself
+  bool moments = false;                 // T = inf: only the first two moments of z - v count
+  bool centered = true;                 // logit matching compares z and v themselves, not their shapes
+  bool careful = false;                 // orders 0 and inf, temperatures beyond the range of the tile step
+  bool support = false, extreme = false, reverse = false;
+  double order = 1, tilt = 0, factor = 1;
+  Mixed<double> mixture{};
+  bool exact = false;                   // high temperature: D is a small multiple of the squares of rounding errors' size
+  double k = 0;                         // 1 / T, as c ln 2, so that rows are computed at one temperature throughout
+  double c = 0, c_low = 0;              // log2(e) / T, rounded to the Real of the rows, and what that left
+};
+
+inline Plan make_plan(const kd_call &c, bool wide) {
+  Plan p;
+  const double temperature = c.temperature;
+  p.moments = std::isinf(temperature);
+  p.centered = c.family != kLogitMatching;
+  p.entropy = c.family == kCrossEntropy;
+  p.alpha = c.family == kAlpha;
+  p.support = c.family == kSupport;
+  p.extreme = c.family == kExtreme;
+  p.reverse = c.reverse;
+  p.order = c.order;
+  p.factor = c.factor;
+  p.c = kLog2e / temperature;
+  p.exact = temperature >= 64;
+  if (!wide) { p.c_low = p.c - float(p.c); p.c = float(p.c); }
+  p.k = (p.exact ? p.c + p.c_low : p.c) * kLn2;
+  if (p.moments) {
+    p.factor = c.limit;
+    return p;
+  }
+  p.careful = p.support || p.extreme || temperature > 1e9 || temperature < 1e-9;
+  p.tvd = c.family == kTvd;
+  p.mixed = p.tvd || c.family == kMixture;
+  if (p.mixed) {
+    p.mixture = make_mixed(p.tvd, c.mix, c.teacher_part, c.student_part);
+    p.student_base = p.mixture.student_base;
+    return p;
+  }
+  p.student_base = p.order <= .5;
+  p.tilted = p.order != 1;
+  p.tilt = p.student_base ? p.order : 1 - p.order;
+  if (!wide) p.tilt = float(p.tilt);
+  return p;
 }
 
 // f of the family, for the scalars of a row; tilt = 0 is KL

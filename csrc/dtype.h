@@ -48,7 +48,27 @@ KD_HD VF from_bits(VI x) { return (VF)x; }
 KD_HD VD from_bits(VL x) { return (VD)x; }
 KD_HD VF select(VI m, VF a, VF b) { return m ? a : b; }
 KD_HD VD select(VL m, VD a, VD b) { return m ? a : b; }
+KD_HD VF as_real(VI x) { return __builtin_convertvector(x, VF); }
+KD_HD VD as_real(VL x) { return __builtin_convertvector(x, VD); }
 KD_HD VI select(VI m, VI a, VI b) { return m ? a : b; }
+
+// Whether no lane is set. Compilers take the lanes one by one.
+template <class I> KD_HD bool none_of(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) == 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__SSE4_1__)
+  return _mm_testz_si128((__m128i)mask, (__m128i)mask);
+#else
+  int64_t halves[sizeof mask / 8], any = 0;
+  std::memcpy(halves, &mask, sizeof mask);
+  for (int64_t x : halves) any |= x;
+  return any == 0;
+#endif
+}
+KD_HD bool all_within(VI magnitude, float most) { return none_of(magnitude > bits(most)); }   // bits of |x|
+KD_HD bool all_within(VL magnitude, double most) { return none_of(magnitude > bits(most)); }
 
 template <class F> KD_HD F larger(F a, F b) { return select(a > b, a, b); }   // b where a is nan
 template <class V, class T> KD_HD V load(const T *p) { V v; std::memcpy(&v, p, sizeof v); return v; }

@@ -25,6 +25,12 @@ KD_HD double from_bits(int64_t u) { double x; std::memcpy(&x, &u, 8); return x; 
 KD_HD float select(bool m, float a, float b) { return m ? a : b; }
 KD_HD double select(bool m, double a, double b) { return m ? a : b; }
 
+KD_HD float as_real(int32_t x) { return float(x); }
+KD_HD double as_real(int64_t x) { return double(x); }
+
+KD_HD bool all_within(int32_t magnitude, float most) { return from_bits(magnitude) <= most; }   // bits of |x|
+KD_HD bool all_within(int64_t magnitude, double most) { return from_bits(magnitude) <= most; }
+
 KD_HD float larger(float a, float b) { return a > b ? a : b; }                // b where a is nan
 KD_HD double larger(double a, double b) { return a > b ? a : b; }
 

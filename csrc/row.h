@@ -5,6 +5,8 @@
 // A row's gradient is linear in the three, with coefficients that are known when the row is closed:
 //     q - w = A em + B et + C e        (one triple of coefficients for each block)
 // so the exponentials are computed once and kept, or computed again where there is no room to keep them; both give the same bits.
+// The mixture family is not linear in what a reference lacks: its rows are swept again with the row's own shift, from which each class
+// gets its G, and q, in which the gradient is linear once M = sum G is known.
 // A sum is never formed from terms of both signs that could cancel; everything per block and per row is fp64.
 #pragma once
 #include "divergence.h"
@@ -20,10 +22,10 @@ template <class Real> struct References {
   bool other_is_student;
 };
 
-template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}; };
+template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{}; };
 template <class F> struct Kept { F e, em, et; };
 
-enum Shape { kPlain, kEntropy, kTilted };                // what is summed besides e, em and e psi
+enum Shape { kPlain, kEntropy, kTilted, kMixed };        // what is summed besides e, em and e psi; kMixed: csrc/cuda's, both sweeps
 enum Care { kFast, kExact, kMasked };                    // kExact: (o - b)/T without its rounding errors; kMasked: and -inf logits
 
 // o - b - ref. The rounding of o - b matters when a common offset is much larger than what remains of the difference.
@@ -35,7 +37,7 @@ template <bool kCarry, class F> KD_HD F difference(F o, F b, typename Element<F>
 }
 
 // One element (or a vector of them). wild: bits of the largest |y|, or all ones for what no finite formula takes.
-template <Shape kShape, bool kCarry, bool kMask, class F>
+template <Shape kShape, bool kCarry, bool kMask, bool kStats = false, class F>
 KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sums<F> &s, typename Element<F>::Int &wild) {
   using Real = typename Element<F>::Real;
   using Int = typename Element<F>::Int;
@@ -51,7 +53,7 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
   const Int far = bits(y) & Exp2<Real>::kAbs;                           // |y|; inf and nan come out on top
   wild = far > wild ? far : wild;
   const ExpM1<F> m = expm1_psi(y);
-  F em = e * m.m1, k1 = e * m.psi, et{}, k2{};
+  F em = e * m.m1, k1 = e * m.psi, et{}, k2{}, log_o = a * r.c + y;
   if (kShape == kTilted) {
     const ExpM1<F> mt = expm1_psi(y * r.tilt);
     et = e * mt.m1; k2 = e * mt.psi;
@@ -60,7 +62,7 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
     // p = 0 < q and the reverse, as limits: the terms of F stay finite where the divergence does
     const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b;
     const F x = difference<false>(o, splat<F>(r.top), r.ref, r.ref_low), q = exp2_of_product(x, r.c, r.floor);
-    em = select(only_o, q, em); k1 = select(only_o, q, k1);
+    em = select(only_o, q, em); k1 = select(only_o, q, k1); log_o = select(only_o, x * r.c, log_o);
     const Int within = x * r.c <= r.reach;
     Int lost = only_o & ~within;
     if (kShape == kTilted) {
@@ -75,12 +77,64 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
   s.s += kShape == kEntropy ? select(a == Real(0), zero, e) : e;        // the largest is left out: log1p of the others keeps digits
   if (kShape == kEntropy) { s.ties += select(a == Real(0), splat<F>(1), zero); s.n -= select(e > zero, e * (a * r.c), zero); }
   s.d += em; s.k1 += k1;
+  if (kStats) {
+    const F eo = e + em;
+    // 0 log 0 = 0: e is exactly 0 where its logarithm is not finite
+    s.log_b += kMask ? select(e > zero, e * (a * r.c), zero) : e * (a * r.c);
+    s.log_o += kMask ? select(eo > zero, eo * log_o, zero) : eo * log_o;
+  }
   if (kShape == kTilted) {
     s.k2 += k2; s.t += e + et;
     // the student's own mask: sums count the class, the gradient does not
     if (kMask && r.other_is_student) { e = select(no_o, zero, e); em = select(no_o, zero, em); et = select(no_o, zero, et); }
   }
   return {e, em, et};
+}
+
+// One element of the second sweep of the mixture family, whose y is x itself: q in units of e, and xi, of which G = q xi; sums of the
+// terms of D (k1) and of G (d). TVD sums what q has more (k1), what p has more (k2), and the base of the former (t).
+// eo is e e^x; rest, in base 2, what the references' rounding has left of y.
+template <bool kCarry, bool kMask, class F, class Mix>
+KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &r, const Mix &mix,
+                         typename Element<F>::Real rest, F e, F eo, Sums<F> &s, typename Element<F>::Int &wild) {
+  using Real = typename Element<F>::Real;
+  using Int = typename Element<F>::Int;
+  constexpr Real kInf = Real(INFINITY);
+  const F zero{};
+  const F t = difference<kCarry>(o, b, r.ref, r.ref_low);
+  F y = kCarry ? t * r.c + (t * r.c_low - rest) : t * r.c - rest;
+  Int no_b{}, no_o{};
+  if (kMask) {
+    no_b = b == -kInf; no_o = o == -kInf;
+    y = select(no_b | no_o, zero, y);
+  }
+  const Int far = bits(y) & Exp2<Real>::kAbs;
+  wild = far > wild ? far : wild;
+  const F x = y * Real(kLn2);
+  F q = mix.student_base ? e : eo, term, xi;
+  if (mix.tvd) {
+    const F em = e * expm1_psi(y).m1;
+    xi = select(em > zero, splat<F>(Real(.5)), select(em < zero, splat<F>(Real(-.5)), zero));
+    term = larger(em, zero);
+    s.k2 += larger(-em, zero); s.t += select(em > zero, e, zero);
+  } else {
+    const MixedTerm<F> m = mixed_class(x, y, far, mix);
+    term = e * m.term; xi = m.xi;
+  }
+  if (kMask) {
+    const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b, none = no_b & no_o;
+    const F far_o = difference<false>(o, splat<F>(r.top), r.ref, r.ref_low), weight = exp2_of_product(far_o, r.c, r.floor);
+    term = select(none, zero, select(only_o, mix.o_alone * weight, select(only_b, mix.b_alone * e, term)));   // TVD's b_alone is 0
+    q = select(none, zero, select(only_o, mix.student_base ? zero : weight, select(only_b, mix.student_base ? e : zero, q)));
+    xi = select(only_o, splat<F>(mix.o_moves), select(only_b, splat<F>(mix.b_moves), xi));
+    if (mix.tvd) s.k2 += select(only_b, e, zero);
+    const Int within = far_o * r.c <= r.reach;
+    Int lost = only_o & ~within;
+    if (!(mix.o_alone < kInf)) lost |= only_o;       // D is +inf
+    wild = lost ? Int{} + Exp2<Real>::kAbs : wild;
+  }
+  s.k1 += term; s.d += q * xi;
+  return {q, xi, zero};
 }
 
 // T = inf: e is 1 (0 for a masked class), em the difference itself.
@@ -117,13 +171,20 @@ struct Part {
   double offset = 0;                  // ref as the step took it, in natural units
   double s = 0;                       // sum e; 0 where the base has no class
   double rest = 0;                    // s - 1 to its own digits (kEntropy)
-  double d = 0, k1 = 0, k2 = 0;       // sums of em, e psi(y), e psi(tilt y)
-  double t = 0;                       // sum of e + et
-  double n = 0;                       // sum of -e log e (kEntropy)
+  double d = 0;                       // sum of em
+  // sums of e psi(y), e psi(tilt y), e + et, -e log e (kEntropy); after its second sweep the mixture family's: of the terms of D (TVD: of
+  // what q has more), TVD's of what p has more, and of p where q has more, of G. No words of their own: csrc/cuda sends parts about
+  union { double k1 = 0; double terms; };
+  union { double k2 = 0; double lacks; };
+  union { double t = 0; double excess; };
+  union { double n = 0; double moved; };
   double unit = 0;                    // what e = 1 stands for in the row: e^{(top - row's top)/T} / total
   int care = kFast;
   KD_HD bool empty() const { return s == 0 && d == 0; }
 };
+
+// For the statistics of a row: sums of e log e and of (e + em) log(e + em), and the largest logit of the other.
+struct StatPart { double log_b = 0, log_o = 0, top_o = -INFINITY; };
 
 struct HardPart { double top = -INFINITY, s = 0, rest = 0; };
 
@@ -131,6 +192,8 @@ struct Row {
   double top = -INFINITY, total = 0;  // largest base logit, sum of e^{(b - top)/T}
   double shift = 0;                   // log sum b e^{(o - b)/T}, with b normalised: o's log-sum-exp minus b's
   double F = 0, R = 1, log_r = 0, value = 0;
+  double gain = 1;                    // of the gradient: T dD/dz = gain (q - w)
+  double moved = 0;                   // M of the mixture family
   bool lost = false;                  // outside the range of the step: careful.h
   bool refine = false;                // the references were far from shift: sweep again with shift as everyone's
 };
@@ -173,17 +236,20 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   if (!(parts[heaviest].s * parts[heaviest].unit > 0) || !std::isfinite(r.total)) { r.lost = true; return r; }
 
   const double origin = parts[heaviest].offset;
-  double moved[3]{};                  // e^{shift - origin} - 1, and e^{shift - origin} as a sum of positive terms; blocks out of range
-  crew.sum(n, moved, [&](int i, double (&sum)[3]) {
+  // e^{shift - origin} - 1, and e^{shift - origin} as a sum of positive terms; blocks out of range; what the base has where there are masks
+  double moved[4]{};
+  crew.sum(n, moved, [&](int i, double (&sum)[4]) {
     Part &p = parts[i];
     if (p.empty()) return;
     p.unit /= r.total;
-    const double far = p.offset - origin, x = expm1_of(far, plan);
+    const double far = p.offset - origin, x = expm1_of(far, plan), all = plan.moments ? 1 : exp_of(far);   // not x + 1, which rounds
     if (!(std::fabs(far) <= 500 || plan.moments)) { sum[2] += 1; return; }
-    sum[0] += p.unit * (p.s * x + (plan.moments ? p.d : p.d * (x + 1)));
-    sum[1] += p.unit * (p.s + p.d) * (x + 1);
+    sum[0] += p.unit * (p.s * x + p.d * all);
+    sum[1] += p.unit * (p.s + p.d) * all;
+    if (p.care == kMasked && !plan.moments) sum[3] += p.unit * p.s * all;
   });
-  if (moved[2] > 0) { r.lost = true; return r; }
+  // classes that the base alone has are -e in d: where they are nearly all of the base, little is left of s + d
+  if (moved[2] > 0 || moved[3] > 8 * moved[1]) { r.lost = true; return r; }
   if (plan.moments) r.shift = plan.centered ? origin + moved[0] : 0;
   else r.shift = origin + (std::fabs(moved[0]) < .5 ? log1p_of(moved[0]) : log_of(moved[1]));
 
@@ -194,9 +260,9 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
     const double h = r.shift - p.offset, x = expm1_of(-h, plan), b = plan.tilt;
     double own = p.k1, still = p.s * f_of(-h, plan), cross = p.d * x;
     if (plan.tilted) {
-      const double xt = expm1_of(-b * h);
-      own = (1 + xt) * (p.k1 - p.k2 / b) / (1 - b); cross = p.d * (x - xt) / (1 - b);
-      sum[2] += p.unit * (1 + xt) * p.t;
+      const double xt = expm1_of(-b * h), all = exp_of(-b * h);
+      own = all * (p.k1 - p.k2 / b) / (1 - b); cross = p.d * (x - xt) / (1 - b);
+      sum[2] += p.unit * all * p.t;
     }
     sum[0] += p.unit * (own + still + cross);
     sum[1] += p.unit * (own + still + std::fabs(cross));
@@ -208,7 +274,9 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   r.F = larger(r.F, 0.);
   r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && sums[1] > 64 * r.F;
   r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;
-  r.value = plan.factor * (plan.tilted ? r.log_r / (plan.order - 1) : r.F);
+  r.gain = plan.alpha && plan.tilted ? exp_of(r.log_r) / plan.order : plan.factor;
+  if (plan.alpha && plan.tilted) r.value = near_one(r.R) ? r.F : expm1_of(r.log_r) / (plan.order * (plan.order - 1));
+  else r.value = plan.factor * (plan.tilted ? r.log_r / (plan.order - 1) : r.F);
   if (plan.entropy) {                 // of the base: sum e (log total - log e), with total - 1 to its own digits
     double others[1]{}, of_base[1]{};
     crew.sum(n, others, [&](int i, double (&sum)[1]) { sum[0] += i == highest ? parts[i].rest : parts[i].unit * parts[i].s * r.total; });
@@ -221,16 +289,45 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   return r;
 }
 
-// q - w = A em + B et + C e over a block, times scale.
+// The mixture family, after its second sweep. TVD is what one has more, or the other; of the two sums the one over less of p, which is
+// less in error by what x is.
+template <class Crew = Alone> KD_HD void close_mixed(const Part *parts, int n, const Plan &plan, Row &r, const Crew &crew = {}) {
+  double sums[4]{};
+  crew.sum(n, sums, [&](int i, double (&sum)[4]) {
+    const Part &p = parts[i];
+    if (p.empty()) return;
+    sum[0] += p.unit * p.terms; sum[1] += p.unit * p.moved; sum[2] += p.unit * p.lacks; sum[3] += p.unit * p.excess;
+  });
+  r.value = larger(plan.tvd && sums[3] > .5 ? sums[2] : sums[0], 0.);
+  r.moved = sums[1];
+  r.lost |= !std::isfinite(r.value) || !std::isfinite(r.moved);
+}
+
+// T dD/dz = A em + B et + C e over a block, times scale; q (A xi + C) in the mixture family.
 KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, double scale) {
   if (p.empty()) return {0, 0, 0};
-  const double unit = p.unit * scale * plan.factor, h = r.shift - p.offset;
+  if (plan.mixed) return {p.unit * scale, 0, -p.unit * scale * r.moved};
+  const double unit = p.unit * scale * r.gain, h = r.shift - p.offset;
   if (plan.moments) return {unit, 0, -unit * h};
   const double A = unit * exp_of(-h), C = unit * expm1_of(-h);
   if (!plan.tilted) return {A, 0, C};
   const double bh = plan.tilt * h, B = -unit * exp_of(-bh - r.log_r), less = unit * expm1_of(-bh - r.log_r);
   if (plan.student_base) return {0, B, -less};
   return {A, B, C - less};
+}
+
+// The entropies of the base and of the other, of a row that is closed.
+struct Entropies { double base, other; };
+inline Entropies entropies(const Part *parts, const StatPart *logs, int n, const Row &r, const Plan &plan) {
+  Entropies sum{0, 0};
+  for (int i = 0; i < n; i++) {
+    const Part &p = parts[i];
+    if (p.empty()) continue;
+    const double h = r.shift - p.offset, log_unit = plan.k * (p.top - r.top) - log_of(r.total);
+    sum.base -= p.unit * (log_unit * p.s + logs[i].log_b);
+    sum.other -= p.unit * exp_of(-h) * ((log_unit - h) * (p.s + p.d) + logs[i].log_o);
+  }
+  return sum;
 }
 
 template <class Of, class Crew = Alone> KD_HD HardPart merge_hard(int n, Of of, const Crew &crew = {}) {

@@ -1,18 +1,45 @@
 """Fused knowledge-distillation losses: divergence, hard labels and gradient in one pass over large-vocabulary logits."""
 
-from .divergence import KL, CrossEntropy, Divergence, Renyi, parse
+from .decoupled import decoupled_kd_loss
+from .divergence import (
+    JSD,
+    KL,
+    TVD,
+    Alpha,
+    CrossEntropy,
+    Divergence,
+    Renyi,
+    ReverseKL,
+    ReverseRenyi,
+    SkewKL,
+    SkewReverseKL,
+    parse,
+)
 from .functional import fused_kd_loss, logit_matching_loss, tempered_log_softmax
 from .modules import KDLoss
+from .stats import KDStats
+from .transforms import LogitTransform, standardize_logits
 
 __version__ = "0.1.0"
 __all__ = [
+    "JSD",
     "KL",
+    "TVD",
+    "Alpha",
     "CrossEntropy",
     "Divergence",
     "KDLoss",
+    "KDStats",
+    "LogitTransform",
     "Renyi",
+    "ReverseKL",
+    "ReverseRenyi",
+    "SkewKL",
+    "SkewReverseKL",
+    "decoupled_kd_loss",
     "fused_kd_loss",
     "logit_matching_loss",
     "parse",
+    "standardize_logits",
     "tempered_log_softmax",
 ]

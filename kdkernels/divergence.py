@@ -1,43 +1,137 @@
 """The mathematics: what a divergence is, its limit at high temperature, and its terms in the form that loses no digits.
 
-Per row: teacher p = softmax(v / T), student q = softmax(z / T), and d = log q - log p, always student minus teacher. Every
-divergence here is a member of the power family with tilt b = 1 - order:
+Per row: teacher p = softmax(v / T), student q = softmax(z / T), and d = log q - log p, always student minus teacher. With
+psi(x) = e^x - 1 - x there are two families, both sums of terms of one sign, which is what keeps their digits when d is small: at high
+temperature, or when the student has become the teacher.
 
-    t = p^order q^(1 - order) = p e^{b d},    R = sum t,    f(d) = (psi(d) - psi(b d) / b) / (1 - b),    F = sum p f(d) >= 0
+The power family (`power_terms`), of order a, with tilt b = 1 - a:
 
-with psi(x) = e^x - 1 - x, so that R = 1 - b (1 - b) F and D = -log(R) / b; order 1 is D = F = sum p psi(d). Nothing in F
-cancels, which is what keeps its digits when d is small: at high temperature, or when the student has become the teacher.
+    t = p^a q^(1 - a) = p e^{b d},    R = sum t,    f(d) = (psi(d) - psi(b d) / b) / (1 - b),    F = sum p f(d) >= 0
 
-`kl_terms` and `power_terms` are plain arithmetic with `psi`, `abs` and `where` handed in: the eager and the Triton backend run the
-same lines. The C++ twin of this file is csrc/divergence.h; its list of names is checked against `REGISTRY` when it is loaded.
+so that R = 1 - b (1 - b) F; order 1 is F = sum p psi(d). `Alpha` is F itself, `Renyi` is -log(R) / b.
+
+The mixture family (`mixture_term`): c_p KL(p, m) + c_q KL(q, m) with m = (1 - mix) p + mix q.
+
+A `Divergence` says by its `form` which member of a family it is, and that is all that a backend knows of it. `kl_terms`, `power_terms`
+and `mixture_term` are plain arithmetic with `psi`, `abs` and `where` handed in: the eager and the Triton backend run the same lines.
+The C++ twin of this file is csrc/divergence.h; its list of families is checked against `FAMILIES` when it is loaded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
+
+# renyi: factor * -log(R) / b, alpha: F, both of any order but 0 and 1. support: -log Q(p > 0), extreme: max log(p / q), or, reversed,
+# those of (q, p). logit_matching: |z - v|^2 / (2 V). tvd: sum |p - q| / 2
+FAMILIES = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd", "support", "extreme", "logit_matching")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A divergence as a backend computes it: the member of a family that these numbers name."""
+
+    family: str
+    limit: float | None = 1.0  # k in the limit T^2 D -> (k/2) Var(z - v) of high temperature; None where there is no such limit
+    order: float = 1.0  # renyi, alpha
+    factor: float = 1.0  # renyi
+    reverse: bool = False  # support, extreme
+    mix: float = 0.0  # mixture: the student's weight in m, and the weights of KL(p, m) and KL(q, m)
+    teacher: float = 0.0
+    student: float = 0.0
+
+    @property
+    def sides(self) -> Sides:
+        """A mixture as seen from one of the two."""
+        if self.mix > 0.5:
+            return Sides(True, 1 - self.mix, self.student, self.teacher)
+        return Sides(False, self.mix, self.teacher, self.student)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The mixture family from its base b, the distribution that m has more of; o is the other: m = (1 - mix) b + mix o, mix <= 1/2.
+
+    What a class adds where only one of the two has it: to D, `b_alone` b or `o_alone` o; and, where the student is
+    the one that has it, xi (`mixture_slope`): `b_moves` or `o_moves`.
+    """
+
+    student_base: bool
+    mix: float
+    base: float  # weights of KL(b, m) and KL(o, m)
+    other: float
+
+    @property
+    def shares(self) -> bool:
+        """Whether (o - b) / m counts in xi; it does not for JSD."""
+        return abs(self.base * self.mix - self.other * (1 - self.mix)) > 1e-15 * max(self.base * self.mix, self.other)
+
+    @property
+    def b_alone(self) -> float:
+        return self.base * (-self.mix - math.log1p(-self.mix)) + self.other * (1 - self.mix)
+
+    @property
+    def o_alone(self) -> float:
+        if self.mix == 0:
+            return math.inf if self.other else 0.0
+        return self.base * self.mix + self.other * (self.mix - 1 - math.log(self.mix))
+
+    @property
+    def b_moves(self) -> float:
+        return self.other * (1 - self.mix) - self.base * (self.mix + math.log1p(-self.mix))
+
+    @property
+    def o_moves(self) -> float:
+        if self.mix == 0:
+            return math.inf if self.other else 0.0
+        return self.base * self.mix - self.other * (1 - self.mix + math.log(self.mix))
+
+
+_KL = Form("kl")
+_REVERSE_KL = Form("mixture", student=1.0)
 
 
 class Divergence:
     """A divergence D(p, q) between a teacher's p and a student's q. Frozen and hashable."""
 
     name: ClassVar[str]
+    domain: ClassVar[tuple[float, float, str]]  # of the parameter: bounds, both included, and how they are written
+
+    def __post_init__(self) -> None:
+        arguments = []
+        for field in dataclasses.fields(self):
+            value, (low, high, written) = getattr(self, field.name), self.domain
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{type(self).__name__}: {field.name} is a number in {written}, got {value!r}")
+            if not low <= value <= high:
+                raise ValueError(f"{type(self).__name__}: {field.name} must be in {written}, got {value!r}")
+            object.__setattr__(self, field.name, float(value))
+            short = f"{value:g}"
+            arguments.append(short if float(short) == value else repr(float(value)))
+        # both once: they are asked for with every call
+        object.__setattr__(self, "_text", f"{self.name}({', '.join(arguments)})" if arguments else self.name)
+        object.__setattr__(self, "_form", self._make_form())
+
+    def _make_form(self) -> Form:
+        raise NotImplementedError
 
     @property
-    def order(self) -> float:
-        """The order in the power family; 1 is the Kullback-Leibler divergence."""
-        return 1.0
+    def form(self) -> Form:
+        """What a backend computes: the member of a family."""
+        return self._form
 
     @property
-    def limit_factor(self) -> float | None:
-        """k in the limit T^2 D -> (k/2) Var(z - v) of high temperature, or None where there is no such limit."""
-        return self.order
+    def reversed(self) -> Divergence:
+        """The divergence whose student is this one's teacher: d.reversed(q, p) = d(p, q)."""
+        raise NotImplementedError
 
     @property
     def text(self) -> str:
         """The text form: parse(d.text) == d."""
-        return self.name
+        return self._text
 
     def __str__(self) -> str:
         return self.text
@@ -52,6 +146,30 @@ class KL(Divergence):
 
     name: ClassVar[str] = "kl"
 
+    @property
+    def reversed(self) -> Divergence:
+        return ReverseKL()
+
+    def _make_form(self) -> Form:
+        return _KL
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """Kullback-Leibler divergence of the teacher from the student, sum q log(q / p): it asks the student to stay where the teacher is.
+
+    T dD/dz = q (d - sum q d). Gu et al., MiniLLM (2024), eq. 1.
+    """
+
+    name: ClassVar[str] = "reverse_kl"
+
+    @property
+    def reversed(self) -> Divergence:
+        return KL()
+
+    def _make_form(self) -> Form:
+        return _REVERSE_KL
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Divergence):
@@ -61,7 +179,9 @@ class CrossEntropy(Divergence):
     """
 
     name: ClassVar[str] = "cross_entropy"
-    limit_factor: ClassVar[None] = None
+
+    def _make_form(self) -> Form:
+        return Form("cross_entropy", limit=None)
 
 
 @dataclass(frozen=True)
@@ -76,27 +196,157 @@ class Renyi(Divergence):
 
     alpha: float
     name: ClassVar[str] = "renyi"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"Renyi: alpha is a number in [0, inf], got {self.alpha!r}")
-        if not self.alpha >= 0:
-            raise ValueError(f"Renyi: alpha must be in [0, inf], got {self.alpha!r}")
-        object.__setattr__(self, "alpha", float(self.alpha))
-        short = f"{self.alpha:g}"
-        object.__setattr__(self, "_text", f"{self.name}({short if float(short) == self.alpha else repr(self.alpha)})")
+    domain: ClassVar[tuple[float, float, str]] = (0.0, math.inf, "[0, inf]")
 
     @property
-    def order(self) -> float:
-        return self.alpha
+    def reversed(self) -> Divergence:
+        return ReverseRenyi(self.alpha)
+
+    def _make_form(self) -> Form:
+        a = self.alpha
+        if a == 1:
+            return _KL
+        if a == 0:
+            return Form("support", limit=0.0)
+        return Form("extreme", limit=None) if math.isinf(a) else Form("renyi", limit=a, order=a)
+
+
+@dataclass(frozen=True)
+class ReverseRenyi(Divergence):
+    """Renyi divergence with the two exchanged, D_alpha(q, p) = log(sum q^alpha p^(1-alpha)) / (alpha - 1), for every alpha in [0, inf].
+
+    T dD/dz = alpha / (alpha - 1) (w - q) with w = softmax((alpha z + (1 - alpha) v) / T). alpha = 1 is reverse KL; alpha = 0 is
+    -log P(support of q), whose gradient is 0; alpha = inf is max log(q / p). van Erven and Harremoës (2014), definition 2.
+
+    Raises ValueError for alpha < 0 or nan.
+    """
+
+    alpha: float
+    name: ClassVar[str] = "reverse_renyi"
+    domain: ClassVar[tuple[float, float, str]] = (0.0, math.inf, "[0, inf]")
 
     @property
-    def limit_factor(self) -> float | None:
-        return None if math.isinf(self.alpha) else self.alpha
+    def reversed(self) -> Divergence:
+        return Renyi(self.alpha)
+
+    def _make_form(self) -> Form:
+        a = self.alpha
+        if a == 1:
+            return _REVERSE_KL
+        if a == 0:
+            return Form("support", limit=0.0, reverse=True)
+        if math.isinf(a):
+            return Form("extreme", limit=None, reverse=True)
+        return Form("renyi", limit=a, order=1 - a, factor=a / (1 - a))
+
+
+@dataclass(frozen=True)
+class Alpha(Divergence):
+    """Alpha divergence, (sum p^alpha q^(1-alpha) - 1) / (alpha (alpha - 1)), for every finite alpha.
+
+    T dD/dz = R (q - w) / alpha with R that sum and w = softmax((alpha v + (1 - alpha) z) / T). alpha = 1 is KL, 0 reverse KL, 1/2 four
+    times the squared Hellinger distance, 2 half of Pearson's chi-square. Cressie and Read (1984), eq. 2.1, without their factor of 2 N;
+    Amari (2009), eq. 4 with alpha for (1 + alpha) / 2.
+
+    Raises ValueError for an alpha that is not finite.
+    """
+
+    alpha: float
+    name: ClassVar[str] = "alpha"
+    domain: ClassVar[tuple[float, float, str]] = (-sys.float_info.max, sys.float_info.max, "(-inf, inf)")
 
     @property
-    def text(self) -> str:
-        return self._text
+    def reversed(self) -> Divergence:
+        return Alpha(1 - self.alpha)
+
+    def _make_form(self) -> Form:
+        a = self.alpha
+        return _KL if a == 1 else _REVERSE_KL if a == 0 else Form("alpha", order=a)
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """Generalised Jensen-Shannon divergence, beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q, beta in [0, 1].
+
+    T dD/dz = (1 - beta) q (x - sum q x) with x = log(q / m). beta = 0 is KL and beta = 1 reverse KL by definition: the limits of
+    JSD / (beta (1 - beta)), which itself is 0 there. Agarwal et al. (2024), eq. 1 and section 2; Lin (1991), eq. 4.1.
+
+    Raises ValueError for beta outside [0, 1].
+    """
+
+    beta: float = 0.5
+    name: ClassVar[str] = "jsd"
+    domain: ClassVar[tuple[float, float, str]] = (0.0, 1.0, "[0, 1]")
+
+    @property
+    def reversed(self) -> Divergence:
+        return JSD(1 - self.beta)
+
+    def _make_form(self) -> Form:
+        b = self.beta
+        if b in (0, 1):
+            return _REVERSE_KL if b else _KL
+        return Form("mixture", limit=b * (1 - b), mix=1 - b, teacher=b, student=1 - b)
+
+
+@dataclass(frozen=True)
+class SkewKL(Divergence):
+    """Skew KL divergence, KL(p, m) with m = lam p + (1 - lam) q, lam in [0, 1); lam = 0 is KL. Finite where lam > 0.
+
+    T dD/dz = (1 - lam) q (sum q p / m - p / m). Lee (2001), eq. 1; Ko et al., DistiLLM (2024), eq. 2.
+
+    Raises ValueError for lam outside [0, 1).
+    """
+
+    lam: float
+    name: ClassVar[str] = "skew_kl"
+    domain: ClassVar[tuple[float, float, str]] = (0.0, math.nextafter(1.0, 0.0), "[0, 1)")
+
+    @property
+    def reversed(self) -> Divergence:
+        return SkewReverseKL(self.lam)
+
+    def _make_form(self) -> Form:
+        return Form("mixture", limit=(1 - self.lam) ** 2, mix=1 - self.lam, teacher=1.0) if self.lam else _KL
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """Skew reverse KL divergence, KL(q, m) with m = (1 - lam) p + lam q, lam in [0, 1); lam = 0 is reverse KL. Finite where lam > 0.
+
+    T dD/dz = q (x - sum q x) with x = log(q / m) - lam q / m. Ko et al., DistiLLM (2024), section 3.1.
+
+    Raises ValueError for lam outside [0, 1).
+    """
+
+    lam: float
+    name: ClassVar[str] = "skew_reverse_kl"
+    domain: ClassVar[tuple[float, float, str]] = (0.0, math.nextafter(1.0, 0.0), "[0, 1)")
+
+    @property
+    def reversed(self) -> Divergence:
+        return SkewKL(self.lam)
+
+    def _make_form(self) -> Form:
+        return Form("mixture", limit=(1 - self.lam) ** 2, mix=self.lam, student=1.0)
+
+
+@dataclass(frozen=True)
+class TVD(Divergence):
+    """Total variation distance, sum |p - q| / 2, in [0, 1].
+
+    T dD/dz = q (s - sum q s) / 2 with s = sign(q - p), 0 where they are equal. It grows like T under t_squared, so it has no limit at
+    T = inf. Wen et al., f-divergence distillation (2023), section 3.
+    """
+
+    name: ClassVar[str] = "tvd"
+
+    @property
+    def reversed(self) -> Divergence:
+        return self
+
+    def _make_form(self) -> Form:
+        return Form("tvd", limit=None)
 
 
 @dataclass(frozen=True)
@@ -108,16 +358,26 @@ class LogitMatching(Divergence):
 
     name: ClassVar[str] = "logit_matching"
 
+    @property
+    def reversed(self) -> Divergence:
+        return self
 
-REGISTRY: dict[str, type[Divergence]] = {cls.name: cls for cls in (KL, CrossEntropy, Renyi, LogitMatching)}
+    def _make_form(self) -> Form:
+        return Form("logit_matching")
+
+
+REGISTRY: dict[str, type[Divergence]] = {
+    cls.name: cls for cls in (KL, ReverseKL, CrossEntropy, Renyi, ReverseRenyi, Alpha, JSD, SkewKL, SkewReverseKL, TVD, LogitMatching)
+}
 
 
 def parse(text: str) -> Divergence:
-    """The divergence of a text form: "kl", "cross_entropy", "renyi(0.5)", "renyi(inf)". parse(d.text) == d."""
+    """The divergence of a text form: "kl", "renyi(0.5)", "renyi(inf)", "jsd(0.1)". parse(d.text) == d."""
     name, bracket, rest = text.strip().partition("(")
     cls = REGISTRY.get(name.strip())
     if cls is None or (bracket and not rest.endswith(")")):
-        known = ", ".join(f"{c.name}(alpha)" if c is Renyi else c.name for c in REGISTRY.values() if c is not LogitMatching)
+        written = {c: ", ".join(f.name for f in dataclasses.fields(c)) for c in REGISTRY.values() if c is not LogitMatching}
+        known = ", ".join(f"{c.name}({arguments})" if arguments else c.name for c, arguments in written.items())
         raise ValueError(f"divergence: unknown {text!r}; known are {known}")
     try:
         arguments = [float(x) for x in rest[:-1].split(",")] if bracket else []
@@ -177,3 +437,48 @@ def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where, small_tilt):
     powers = where(close, p * (x + u), t - p)
     rest = q - p if small_tilt else gap
     return gap, powers, where(near & close, p * (s - u * inverse_tilt), rest - powers * inverse_tilt)
+
+
+def log_short(f):
+    """f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)], to 1e-7 of itself: minimax, exact to second order. For fp32."""
+    s = 0.1663188 + f * (-0.1420354 + f * (0.13082902 + f * (-0.12722263 + f * 0.07786799)))
+    return f * f * (0.5 + f * (-0.33333328 + f * (0.25000563 + f * (-0.2000136 + f * s))))
+
+
+def mixture_term(b, o, x, m1, s, u, psi_u, w, mix, base, other, abs, where, shares):
+    """The term of D of a mixture (`Sides`) for o = b e^x, from m1 = e^x - 1, s = psi(x), u = log1p(mix m1) = log(m / b), psi(u), and
+    w = x - u = log(o / m).
+
+    All to their own digits; shares as for `mixture_slope`. s is used where |x| < 1/2. x may be cut off where e^x is beyond reach: b and
+    o say what x then does not.
+    """
+    keep = 1 - mix
+    if shares:
+        gap = o - b
+        of_base = where(abs(u) < 0.5, b * psi_u, mix * gap - b * u)
+        of_other = where(abs(x) < 0.5, b * (keep * m1 * m1 + (1 + m1) * (psi_u - s)), o * w - keep * gap)
+        return base * of_base + other * of_other
+    else:
+        n = 1 + m1
+        near = b * ((base + other * n) * psi_u + other * (keep * m1 * m1 - n * s))
+        return where(abs(x) < 0.5, near, other * o * w - base * b * u)
+
+
+def mixture_slope(m1, u, psi_u, w, mix, base, other, student_base, shares):
+    """xi of a mixture: T dD/dz = q (xi - sum q xi). Arguments are those of `mixture_term`.
+
+    shares: whether base mix and other (1 - mix) differ, as they do not for JSD; (o - b) / m then counts. The gradient in the teacher's
+    logits is the student's of the mixture with p and q exchanged.
+    """
+    keep = 1 - mix
+    if student_base:
+        if shares:
+            back = mix * m1 * u - psi_u  # psi(-u) m / b
+            return -(base * mix * u + (base * keep * back + other * keep * keep * m1) / (1 + mix * m1))
+        else:
+            return -base * u
+    else:
+        if shares:
+            return other * w + mix * (base * mix - other * keep) * m1 / (1 + mix * m1)
+        else:
+            return other * w

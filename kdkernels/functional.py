@@ -6,6 +6,7 @@ so that the gradient comes out final and the backward has nothing to do for an u
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, ops, recycle
-from .divergence import KL, Divergence, LogitMatching, parse
+from .divergence import KL, CrossEntropy, Divergence, LogitMatching, parse
+from .stats import KDStats, from_columns
+from .transforms import LogitTransform, wide
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+AS_THEY_ARE = LogitTransform()
 
 
 # ---------------------------------------------------------------- options
@@ -38,6 +42,12 @@ class Options:
     reduction: str
     vocab_size: int | None
     inplace: bool
+    teacher_grad: bool
+    student_transform: LogitTransform
+    teacher_transform: LogitTransform
+    label_smoothing: float
+    z_loss: float
+    return_stats: bool
     backend: str
     value_scale: float = field(init=False)  # factor of D
     grad_scale: float = field(init=False)  # factor of T dD/dz, or of the limit's gradient at T = inf
@@ -45,7 +55,8 @@ class Options:
     def __post_init__(self) -> None:
         # comparisons with inf rather than math.isfinite: this is traced by torch.compile
         T = self.temperature
-        for name, value in (("temperature", T), ("soft_weight", self.soft_weight), ("hard_weight", self.hard_weight)):
+        numbers = ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss")
+        for name, value in ((x, getattr(self, x)) for x in numbers):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: must be a number, got {value!r}")
             if name != "temperature" and not -math.inf < value < math.inf:
@@ -55,7 +66,7 @@ class Options:
         if isinstance(self.divergence, LogitMatching) and T != math.inf:
             raise ValueError("divergence: logit matching has no temperature; use logit_matching_loss")
         if T == math.inf:
-            if self.divergence.limit_factor is None:
+            if self.divergence.form.limit is None:
                 raise ValueError(f"temperature: inf has no limit for {self.divergence}: T^2 D grows without bound")
             if not self.t_squared:
                 raise ValueError("temperature: inf without t_squared=True is zero everywhere; t_squared=True gives the limit of T^2 D")
@@ -67,6 +78,17 @@ class Options:
             isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size < 1
         ):
             raise ValueError(f"vocab_size: must be a positive integer or None, got {self.vocab_size!r}")
+        if self.inplace and self.teacher_grad and self.reduction == "none":
+            raise ValueError('inplace: teacher_grad needs the student\'s logits in the backward of reduction="none"')
+        if self.inplace and (self.label_smoothing or self.z_loss):
+            raise ValueError("inplace: label_smoothing and z_loss need the logits in the backward")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: must be in [0, 1), got {self.label_smoothing!r}")
+        if (self.label_smoothing or self.z_loss) and not self.hard_weight:
+            raise ValueError("label_smoothing and z_loss: belong to the hard term, and hard_weight is 0")
+        for name in ("student_transform", "teacher_transform"):
+            if not isinstance(getattr(self, name), LogitTransform):
+                raise TypeError(f"{name}: must be a LogitTransform, got {getattr(self, name)!r}")
         backends.check(self.backend)
         scale = self.soft_weight * (T**2 if self.t_squared and T != math.inf else 1.0)
         object.__setattr__(self, "value_scale", scale)
@@ -83,11 +105,19 @@ def options(
     reduction: str = "mean",
     vocab_size: int | None = None,
     inplace: bool = False,
+    teacher_grad: bool = False,
+    student_transform: LogitTransform = AS_THEY_ARE,
+    teacher_transform: LogitTransform = AS_THEY_ARE,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_stats: bool = False,
     backend: str = "auto",
 ) -> Options:
     """The one place where options are checked; the same options are checked once."""
     make = _options if torch.compiler.is_compiling() else _known_options
-    return make(divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace, backend)
+    mixing = soft_weight, hard_weight, ignore_index, reduction
+    more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
+    return make(divergence, temperature, t_squared, *mixing, vocab_size, inplace, teacher_grad, *more, backend)
 
 
 def _options(divergence, *rest) -> Options:
@@ -135,8 +165,8 @@ def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None, toke
         _check_per_row("token_weight", token_weight, student, "a floating-point tensor", is_float)
         if token_weight.requires_grad:
             raise ValueError("token_weight: receives no gradient; pass token_weight.detach()")
-    if teacher.requires_grad:
-        raise ValueError("teacher_logits: never receive a gradient; pass teacher_logits.detach()")
+    if teacher.requires_grad and not o.teacher_grad:
+        raise ValueError("teacher_logits: receive a gradient only with teacher_grad=True; pass that, or teacher_logits.detach()")
     if o.inplace:
         if student.requires_grad and student.is_leaf:
             raise ValueError("inplace: student_logits is a leaf that requires grad; its values would be lost")
@@ -176,17 +206,17 @@ class _Total(torch.autograd.Function):
     """Sum of the row losses; the forward fills the gradient, the backward multiplies it by the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool):
-        grad = student.detach() if inplace else _new_gradient(student)
-        rows = ops.loss_and_grad(student.detach(), teacher, labels, weight, grad, *factors)
-        _announce(student, inplace)
+    def forward(ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool, stats: bool):
+        rows, grad, columns = _rows_and_gradient(student, teacher, labels, weight, factors, inplace, stats)
         ctx.save_for_backward(grad)
         # applied: what the gradient as it lies there is multiplied with; spent: somebody may hold it
         ctx.applied, ctx.inplace, ctx.spent = boost, inplace, False
-        return rows.sum().to(_value_dtype(student))
+        if stats:
+            ctx.mark_non_differentiable(columns)
+        return rows.sum().to(_value_dtype(student)), columns
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         if ctx.inplace and ctx.spent:
             raise RuntimeError("fused_kd_loss(inplace=True): a second backward through the same loss; its logits are gone")
         (grad,) = ctx.saved_tensors
@@ -200,30 +230,42 @@ class _Total(torch.autograd.Function):
         else:  # retain_graph: what the first backward returned may be somebody's by now
             grad = grad * (upstream / ctx.applied)
         ctx.spent = True
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 
 class _PerRow(torch.autograd.Function):
     """Row losses; the backward runs the operator again with the upstream gradient in the rows' weights."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, factors: Factors, inplace: bool):
-        rows = ops.loss(student.detach(), teacher, labels, weight, *factors)
+    def forward(ctx, student, teacher, labels, weight, factors: Factors, inplace: bool, stats: bool):
+        rows, columns = _rows_alone(student, teacher, labels, weight, factors, stats)
         ctx.save_for_backward(student, teacher, labels, weight)
         ctx.factors, ctx.inplace = factors, inplace
-        return rows.view(student.shape[:-1]).to(_value_dtype(student))
+        if stats:
+            ctx.mark_non_differentiable(columns)
+        return rows.view(student.shape[:-1]).to(_value_dtype(student)), columns
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         student, teacher, labels, weight = ctx.saved_tensors
         with torch.no_grad():
             scale = upstream.double() if weight is None else torch.where(weight != 0, upstream.double() * weight, 0.0)
-            grad = student.detach() if ctx.inplace else _new_gradient(student)
-            ops.loss_and_grad(student.detach(), teacher, labels, scale, grad, *ctx.factors)
-            _announce(student, ctx.inplace)
+            _, grad, _ = _rows_and_gradient(student, teacher, labels, scale, ctx.factors, ctx.inplace, False)
         if torch.is_grad_enabled():
             grad = _OnceDifferentiable.apply(_anchor(), grad, torch.ones((), device=grad.device))
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
+
+
+class _Silent(torch.autograd.Function):
+    """0, with the gradient of what it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -238,16 +280,31 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError('fused_kd_loss: the fused backends are differentiable once; backend="eager" is differentiable to any order')
 
 
-def _new_gradient(student: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or type(student) is not Tensor:  # a fake tensor has no memory to recycle
-        return torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    return recycle.empty(student)
+def _rows_alone(student, teacher, labels, weight, factors: Factors, stats: bool) -> tuple[Tensor, Tensor | None]:
+    """The rows' losses and statistics, without a gradient."""
+    if stats:
+        return ops.loss_and_stats(student.detach(), teacher, labels, weight, None, *factors)
+    return ops.loss(student.detach(), teacher, labels, weight, *factors), None
 
 
-def _announce(student: Tensor, inplace: bool) -> None:
-    """Tell autograd that the logits are gone, so that whoever saved them finds out."""
-    if inplace and not torch.compiler.is_compiling():
+def _rows_and_gradient(
+    student, teacher, labels, weight, factors: Factors, inplace: bool, stats: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows' losses, the gradient (in the student's storage, in memory that is used again, or in the compiler's), and statistics."""
+    z = student.detach()
+    if torch.compiler.is_compiling() and not inplace:
+        if stats:
+            return ops.loss_new_grad_and_stats(z, teacher, labels, weight, *factors)
+        return *ops.loss_and_new_grad(z, teacher, labels, weight, *factors), None
+    fake = type(student) is not Tensor  # no memory to recycle
+    grad = z if inplace else torch.empty_like(z, memory_format=torch.contiguous_format) if fake else recycle.empty(student)
+    if stats:
+        rows, columns = ops.loss_and_stats(z, teacher, labels, weight, grad, *factors)
+    else:
+        rows, columns = ops.loss_and_grad(z, teacher, labels, weight, grad, *factors), None
+    if inplace and not torch.compiler.is_compiling():  # autograd is told, so that whoever saved the logits finds out
         torch.autograd.graph.increment_version(student)
+    return rows, grad, columns
 
 
 def _anchor() -> Tensor:
@@ -272,7 +329,7 @@ def _value_dtype(student: Tensor) -> torch.dtype:
 
 def _loss(
     student: Tensor, teacher: Tensor, labels: Tensor | None, o: Options, token_weight: Tensor | None, num_items: int | Tensor | None
-) -> Tensor:
+) -> Tensor | tuple[Tensor, KDStats]:
     vocab = _check_tensors(student, teacher, labels, token_weight, o)
     if o.backend != "eager" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError('fused_kd_loss: torch.func transforms need backend="eager"')
@@ -285,24 +342,37 @@ def _loss(
         elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)) or not num_items > 0:
             raise ValueError(f"num_items: must be positive, got {num_items!r}")
 
-    weight = None
-    if token_weight is not None:
-        weight = token_weight.double()
-    if labels is not None:
-        counted = labels != o.ignore_index
-        weight = counted.double() if weight is None else torch.where(counted, weight, 0.0)
-        labels = labels if o.hard_weight else None
-    denominator: float | Tensor = 1.0
-    if o.reduction == "mean":
-        rows = math.prod(student.shape[:-1])
-        denominator = num_items if num_items is not None else torch.sym_max(rows, 1) if weight is None else weight.sum()
-        if isinstance(denominator, Tensor):
-            denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, torch.float64))
-
+    weight, denominator = _weights(student, labels, o, token_weight, num_items)
+    student, teacher = o.student_transform(student), o.teacher_transform(teacher)
+    more = None
+    if o.teacher_grad and teacher.requires_grad and o.backend != "eager":
+        # before the student's own pass, which may write over its logits
+        more = _Silent.apply(_mirrored(student.detach(), teacher, weight, o, vocab, denominator))
+    if o.label_smoothing or o.z_loss:
+        extras = _hard_extras(student[..., :vocab], weight, o, denominator)
+        more = extras if more is None else more + extras
+    hard = labels if o.hard_weight else None
     if o.backend == "eager" and not o.inplace and not torch.compiler.is_compiling():
-        return _differentiable(student, teacher, labels, weight, o, vocab, denominator)
+        columns = None
+        if o.return_stats:
+            _, columns = _rows_alone(
+                student, teacher.detach(), hard, weight, (o.text, float(o.temperature), 1.0, 0.0, 1.0, 0.0, vocab, "eager"), True
+            )
+        loss = _differentiable(student, teacher, hard, weight, o, vocab, denominator)
+    else:
+        loss, columns = _fused(student, teacher.detach(), hard, weight, o, vocab, denominator)
+    loss = loss if more is None else loss + more
+    if not o.return_stats:
+        return loss
+    return loss, from_columns(columns.detach(), student.shape[:-1], labels, hard is not None, weight, _value_dtype(student))
 
-    value, grad, hard, hard_grad = o.value_scale, o.grad_scale, float(o.hard_weight), float(o.hard_weight)
+
+def _fused(
+    student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
+) -> tuple[Tensor, Tensor | None]:
+    """The loss by the operator, into which every factor goes that is known, and its statistics."""
+    value, grad, hard = o.value_scale, o.grad_scale, float(o.hard_weight) * (1.0 - o.label_smoothing)
+    hard_grad = hard
     needs_grad = torch.is_grad_enabled() and student.requires_grad
     post, boost = None, 1.0
     if o.reduction == "none":
@@ -329,12 +399,60 @@ def _loss(
     factors: Factors = (o.text, float(o.temperature), value, grad, hard, hard_grad, vocab, o.backend)
     x, y = _rows_addressable(student), _rows_addressable(teacher)
     if o.reduction == "none":
-        return _PerRow.apply(x, y, labels, weight, factors, o.inplace)
+        return _PerRow.apply(x, y, labels, weight, factors, o.inplace, o.return_stats)
     if needs_grad:
-        total = _Total.apply(x, y, labels, weight, factors, boost, o.inplace)
+        total, columns = _Total.apply(x, y, labels, weight, factors, boost, o.inplace, o.return_stats)
     else:
-        total = ops.loss(x.detach(), y, labels, weight, *factors).sum().to(_value_dtype(student))
-    return total if post is None else (total * post).to(total.dtype)
+        total, columns = _rows_alone(x, y, labels, weight, factors, o.return_stats)
+        total = total.sum().to(_value_dtype(student))
+    return total if post is None else (total * post).to(total.dtype), columns
+
+
+def _weights(student, labels, o: Options, token_weight, num_items) -> tuple[Tensor | None, float | Tensor]:
+    """(fp64 weights of the rows, None where all count alike; what reduction="mean" divides by, on the rows' device)."""
+    weight = None
+    if token_weight is not None:
+        weight = token_weight.double()
+    if labels is not None:
+        counted = labels != o.ignore_index
+        weight = counted.double() if weight is None else torch.where(counted, weight, 0.0)
+    denominator: float | Tensor = 1.0
+    if o.reduction == "mean":
+        rows = math.prod(student.shape[:-1])
+        denominator = num_items if num_items is not None else torch.sym_max(rows, 1) if weight is None else weight.sum()
+        if isinstance(denominator, Tensor):
+            denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, torch.float64))
+    return weight, denominator
+
+
+def _reduced(rows: Tensor, weight: Tensor | None, o: Options, denominator) -> Tensor:
+    rows = rows if weight is None else torch.where(weight != 0, weight * rows, 0.0)
+    return (rows if o.reduction == "none" else rows.sum() / denominator).to(_value_dtype(rows))
+
+
+def _mirrored(student, teacher, weight: Tensor | None, o: Options, vocab: int, denominator) -> Tensor:
+    """The soft term once more, with its gradient in the teacher's logits: the student's, of the divergence the other way round."""
+    divergence = KL() if isinstance(o.divergence, CrossEntropy) else o.divergence
+    text = divergence.reversed.text
+    soft = dict(hard_weight=0.0, label_smoothing=0.0, z_loss=0.0, inplace=False, return_stats=False)
+    mirror = dataclasses.replace(o, divergence=divergence.reversed, text=text, **soft)
+    loss, _ = _fused(teacher, student, None, weight, mirror, vocab, denominator)
+    if isinstance(o.divergence, CrossEntropy):  # KL and the teacher's entropy
+        log_p = _TemperedLogSoftmax.apply(wide(teacher[..., :vocab]), float(o.temperature), o.backend)
+        log_p = torch.where(log_p > -math.inf, log_p, 0.0), log_p > -math.inf
+        entropy = -torch.where(log_p[1], log_p[0].exp() * log_p[0], 0.0).sum(-1, dtype=torch.float64)
+        loss = loss + _reduced(o.value_scale * entropy, weight, o, denominator).to(loss.dtype)
+    return loss
+
+
+def _hard_extras(student, weight: Tensor | None, o: Options, denominator) -> Tensor:
+    """What label smoothing and the z-loss add to (1 - label_smoothing) CE, by PyTorch."""
+    z = wide(student)
+    masked = z == -math.inf
+    log_sum = z.logsumexp(-1).double()
+    mean = torch.where(masked, 0.0, z).sum(-1, dtype=torch.float64) / (~masked).sum(-1)
+    rows = o.hard_weight * (o.label_smoothing * (log_sum - mean) + o.z_loss * log_sum**2)
+    return _reduced(rows, weight, o, denominator).to(_value_dtype(student))
 
 
 def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, denominator) -> Tensor:
@@ -346,7 +464,9 @@ def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, de
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
     if labels is not None and student.device.type == "cpu":
         ops.check_labels(labels, weight, vocab)
-    rows = eager.rows(z, v, labels, weight, o.text, float(o.temperature), o.value_scale, float(o.hard_weight))
+    v = v if o.teacher_grad else v.detach()
+    hard_weight = float(o.hard_weight) * (1.0 - o.label_smoothing)
+    rows = eager.rows(z, v, labels, weight, o.text, float(o.temperature), o.value_scale, hard_weight)
     dtype = _value_dtype(student)
     return rows.view(leading).to(dtype) if o.reduction == "none" else (rows.sum() / denominator).to(dtype)
 
@@ -367,8 +487,14 @@ def fused_kd_loss(
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     inplace: bool = False,
+    teacher_grad: bool = False,
+    student_transform: LogitTransform = AS_THEY_ARE,
+    teacher_transform: LogitTransform = AS_THEY_ARE,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, KDStats]:
     r"""Distillation loss between a teacher's and a student's logits, value and gradient in one pass over them.
 
     Per row, with p = softmax(teacher / T), q = softmax(student / T):
@@ -380,9 +506,10 @@ def fused_kd_loss(
 
     Args:
         student_logits: (..., V) bfloat16, float16, float32 or float64. Any strides; copied where the last dimension is not contiguous.
-        teacher_logits: (..., V), same leading shape; its dtype may differ. It never receives a gradient.
+        teacher_logits: (..., V), same leading shape; its dtype may differ. It receives a gradient with teacher_grad alone.
         labels: (...) int64, already shifted. Rows whose label is ignore_index count for nothing, whatever hard_weight is.
-        divergence: a `Divergence` or its text form: "kl", "cross_entropy", "renyi(0.5)", ...
+        divergence: a `Divergence` or its text form: "kl", "reverse_kl", "cross_entropy", "renyi(0.5)", "reverse_renyi(0.5)",
+            "alpha(2)", "jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd".
         temperature: T in (0, inf]. inf is the limit of T^2 D, (k/2) Var(student - teacher), and needs t_squared=True.
         t_squared: multiply the soft term by T^2, so that its gradient does not vanish at high temperature.
         soft_weight, hard_weight: weights of the two terms.
@@ -392,11 +519,20 @@ def fused_kd_loss(
         num_items: number or 0-d tensor, in place of mean's denominator: gradient accumulation, data parallel.
         vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
         inplace: the gradient takes the student logits' storage; they are gone afterwards, and one backward is possible.
-        backend: "auto", "cpu", "triton" or "eager". "eager" is differentiable to any order, the others once.
+        teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. It takes a
+            second pass of the same cost, and leaves the hard term alone.
+        student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the logits of the model, for
+            both terms; PyTorch applies it first, which takes two more fp32 tensors.
+        label_smoothing: eps in [0, 1): the hard term is (1 - eps) CE + eps times the mean of -log q over the classes (at T = 1), as in
+            `torch.nn.functional.cross_entropy`. Szegedy et al. (2016), section 7. By PyTorch, like
+        z_loss: adds hard_weight * z_loss * logsumexp(student)^2, which keeps logits from drifting: Chowdhery et al. (2022), section 5.
+        return_stats: also a `KDStats` of per-row figures: from the same sweeps on the CPU, elsewhere by PyTorch from a second read.
+        backend: "auto", "cpu", "cuda", "triton" or "eager". "eager" is differentiable to any order, the others once.
 
     Returns:
-        A scalar, or (...) for reduction="none"; float64 for a float64 student, else float32. A row with nan or +inf gives nan, and
-        classes at -inf are masked: D is +inf where a class is masked in the student alone (orders below 1 excepted).
+        A scalar, or (...) for reduction="none", and with return_stats a `KDStats` after it; float64 for a float64 student, else float32.
+        A row with nan or +inf gives nan, and classes at -inf are masked: a divergence that does not allow for them is +inf (KL where a
+        class is masked in the student alone, reverse KL in the teacher alone), and only for those rows.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is computed. RuntimeError: the backend cannot run here.
@@ -409,7 +545,9 @@ def fused_kd_loss(
         >>> loss = fused_kd_loss(student, teacher, labels, temperature=2.0, t_squared=True, soft_weight=0.9, hard_weight=0.1)
         >>> loss.backward()
     """
-    o = options(divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace, backend)
+    mixing = soft_weight, hard_weight, ignore_index, reduction
+    more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
+    o = options(divergence, temperature, t_squared, *mixing, vocab_size, inplace, teacher_grad, *more, backend)
     return _loss(student_logits, teacher_logits, labels, o, token_weight, num_items)
 
 
@@ -427,6 +565,7 @@ def logit_matching_loss(
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     inplace: bool = False,
+    teacher_grad: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""Logit matching, |z - v|^2 / (2 V) per row, with gradient (z - v) / V: Chen et al., eq. 2.
@@ -436,7 +575,8 @@ def logit_matching_loss(
     V counts the others. The remaining arguments, the result and the errors are those of `fused_kd_loss`.
     """
     divergence = KL() if center else LogitMatching()
-    o = options(divergence, math.inf, True, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace, backend)
+    mixing = soft_weight, hard_weight, ignore_index, reduction
+    o = options(divergence, math.inf, True, *mixing, vocab_size, inplace, teacher_grad, backend=backend)
     return _loss(student_logits, teacher_logits, labels, o, token_weight, num_items)
 
 

@@ -11,8 +11,9 @@ class KDLoss(nn.Module):
     """`fused_kd_loss` with its options fixed; token_weight and num_items are given with each call.
 
     Args:
-        **options: divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace, backend
-            as in `fused_kd_loss`, checked here: the same errors, at construction.
+        **options: divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace,
+            teacher_grad, student_transform, teacher_transform, label_smoothing, z_loss, return_stats, backend as in `fused_kd_loss`,
+            checked here: the same errors, at construction.
 
     Example:
         >>> loss = KDLoss(divergence="renyi(0.5)", temperature=2.0, t_squared=True)

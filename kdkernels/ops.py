@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .stats import COLUMNS, by_torch
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -28,22 +29,60 @@ _OPTIONS = ", ".join(
 )
 _library.define(f"loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> Tensor")
 _library.define(f"loss_and_grad(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor(a!) grad, {_OPTIONS}) -> Tensor")
+# the same with a gradient of its own: what a compiler that plans memory takes, whose buffers nobody else may write to; and with statistics
+# of the rows (stats.py), [rows, COLUMNS] float64, from the same pass where the backend has them
+_library.define(f"loss_and_new_grad(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(
+    f"loss_and_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor(a!)? grad, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"loss_new_grad_and_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
 # log softmax(x / T) over the last dimension, or, given upstream, the gradient (upstream - softmax * sum(upstream)) / T
 _library.define("log_softmax(Tensor logits, Tensor? upstream, float temperature, str backend) -> Tensor")
 
 
-@torch.library.impl(_library, "loss_and_grad", "CompositeExplicitAutograd")
-def _loss_and_grad(student, teacher, labels, weight, grad, divergence, temperature, *rest) -> Tensor:
+def _run(student, teacher, labels, weight, grad, divergence, temperature, *rest, stats: bool = False) -> tuple[Tensor, Tensor | None]:
     *factors, vocab, backend = rest
     run = backends.resolve(backend, student.device, student.dtype, teacher.dtype)
     if run.name != "cpu" and labels is not None and student.device.type == "cpu":
         check_labels(labels, weight, vocab)
-    return run.loss(student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab)
+    call = student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab
+    if not stats:
+        return run.loss(*call), None
+    if run.name == "cpu":
+        columns = torch.empty(math.prod(student.shape[:-1]), COLUMNS, dtype=torch.float64)
+        return run.loss(*call, stats=columns), columns
+    columns = by_torch(run.loss, student, teacher, labels, weight, divergence, temperature, vocab)  # before a gradient takes their place
+    return run.loss(*call), columns
+
+
+@torch.library.impl(_library, "loss_and_grad", "CompositeExplicitAutograd")
+def _loss_and_grad(student, teacher, labels, weight, grad, *options) -> Tensor:
+    return _run(student, teacher, labels, weight, grad, *options)[0]
 
 
 @torch.library.impl(_library, "loss", "CompositeExplicitAutograd")
 def _loss(student, teacher, labels, weight, *options) -> Tensor:
     return _loss_and_grad(student, teacher, labels, weight, None, *options)
+
+
+@torch.library.impl(_library, "loss_and_new_grad", "CompositeExplicitAutograd")
+def _loss_and_new_grad(student, teacher, labels, weight, *options) -> tuple[Tensor, Tensor]:
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return _loss_and_grad(student, teacher, labels, weight, grad, *options), grad
+
+
+@torch.library.impl(_library, "loss_and_stats", "CompositeExplicitAutograd")
+def _loss_and_stats(student, teacher, labels, weight, grad, *options) -> tuple[Tensor, Tensor]:
+    return _run(student, teacher, labels, weight, grad, *options, stats=True)
+
+
+@torch.library.impl(_library, "loss_new_grad_and_stats", "CompositeExplicitAutograd")
+def _loss_new_grad_and_stats(student, teacher, labels, weight, *options) -> tuple[Tensor, Tensor, Tensor]:
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    rows, columns = _run(student, teacher, labels, weight, grad, *options, stats=True)
+    return rows, grad, columns
 
 
 @torch.library.impl(_library, "log_softmax", "CompositeExplicitAutograd")
@@ -55,6 +94,25 @@ def _log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float, ba
 @torch.library.register_fake("kdkernels::loss_and_grad", lib=_library)
 def _(student, *rest):
     return student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("kdkernels::loss_and_new_grad", lib=_library)
+def _(student, *rest):
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64), grad
+
+
+@torch.library.register_fake("kdkernels::loss_and_stats", lib=_library)
+def _(student, *rest):
+    rows = math.prod(student.shape[:-1])
+    return student.new_empty(rows, dtype=torch.float64), student.new_empty(rows, COLUMNS, dtype=torch.float64)
+
+
+@torch.library.register_fake("kdkernels::loss_new_grad_and_stats", lib=_library)
+def _(student, *rest):
+    rows = math.prod(student.shape[:-1])
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return student.new_empty(rows, dtype=torch.float64), grad, student.new_empty(rows, COLUMNS, dtype=torch.float64)
 
 
 @torch.library.register_fake("kdkernels::log_softmax", lib=_library)
@@ -74,4 +132,7 @@ def check_labels(labels: Tensor, weight: Tensor | None, vocab: int) -> None:
 
 loss = torch.ops.kdkernels.loss.default
 loss_and_grad = torch.ops.kdkernels.loss_and_grad.default
+loss_and_new_grad = torch.ops.kdkernels.loss_and_new_grad.default
+loss_and_stats = torch.ops.kdkernels.loss_and_stats.default
+loss_new_grad_and_stats = torch.ops.kdkernels.loss_new_grad_and_stats.default
 log_softmax = torch.ops.kdkernels.log_softmax.default

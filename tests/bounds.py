@@ -9,6 +9,21 @@ import math
 ROUND = 6e-8
 
 
+def value_bound_of(name: str, vocab: int, T: float, spread: float, D: float) -> float:
+    """Of the divergences but KL and Renyi's. TVD is a sum of differences of probabilities, whose own rounding is in it."""
+    if name == "tvd":
+        return (1.2e-6 * (1 + spread) + ROUND) * D + 1e-15
+    if name.startswith(("alpha", "reverse_renyi")):
+        return value_bound(0.5, vocab, T, spread, D)
+    relative = 1.2e-6 if vocab >= 32768 and T >= 0.5 else 1.2e-6 * (1 + spread)
+    return (relative + ROUND) * D + 1e-30
+
+
+def gradient_bound_of(norm: float, D: float) -> float:
+    """Of the same: where a gradient is q (log q / p - D), or the like, the rounding of both is in it."""
+    return max(3e-6 * norm, 1e-6 * (1 + D))
+
+
 def value_bound(order: float, vocab: int, T: float, spread: float, D: float, single: bool = False) -> float:
     """single: one class, an outlier, makes up most of D, so that its rounding errors meet no others to average with."""
     if order == 1:

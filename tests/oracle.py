@@ -15,26 +15,55 @@ LD = np.longdouble
 DIGITS_UP_TO = 1023  # classes
 
 
+def parse(name: str) -> tuple[str, float]:
+    """("renyi", 0.5) of "renyi(0.5)"; the parameter is 0.5 where none is given."""
+    kind, _, rest = name.partition("(")
+    return kind, float(rest[:-1] or 0.5) if rest else 0.5
+
+
 def divergence_row(z, v, name: str, T: float, engine: str | None = None):
-    """(D, T dD/dz) of "kl", "cross_entropy" or "renyi(alpha)"; at T = inf the limit of T^2 D and its own gradient."""
+    """(D, T dD/dz) of a divergence's text form; at T = inf the limit of T^2 D and its own gradient."""
     z, v = np.asarray(z, LD), np.asarray(v, LD)
-    order = 1.0 if name in ("kl", "cross_entropy") else float(name[len("renyi(") : -1])
     engine = engine or ("mpmath" if len(z) <= DIGITS_UP_TO else "longdouble")
     if broken(z) or broken(v):
         return LD("nan"), np.full(len(z), LD("nan"))
+    kind, a = parse(name)
     if math.isinf(T):
-        if name == "cross_entropy" or math.isinf(order):
-            raise ValueError(f"{name} has no limit")
-        return _limit(z, v, order)
+        return _limit(z, v, kind, a)
     no_z, no_v = np.isneginf(z), np.isneginf(v)
-    lone_p, common = (no_z & ~no_v).any(), (~no_z & ~no_v).any()
-    infinite = lone_p if order >= 1 else not common
-    if infinite:  # D = +inf: the gradient of KL, q - p, where the student has the class (q alone for order inf)
-        p, q = _softmax(v, T), _softmax(z, T)
-        g = q - (p if not math.isinf(order) else 0)
-        return LD("inf"), np.where(no_z, LD(0), g)
-    value, g = (_digits if engine == "mpmath" else _long_double)(z, v, name, order, T)
+    if _infinite(kind, a, no_z, no_v):
+        return LD("inf"), np.where(no_z, LD(0), _gradient_where_infinite(z, v, kind, a, T))
+    value, g = (_digits if engine == "mpmath" else _long_double)(z, v, kind, a, T)
     return value, np.where(no_z, LD(0), g)
+
+
+def _infinite(kind, a, no_z, no_v) -> bool:
+    lone_p, lone_q, common = (no_z & ~no_v).any(), (no_v & ~no_z).any(), (~no_z & ~no_v).any()
+    if kind in ("kl", "cross_entropy"):
+        return lone_p
+    if kind == "renyi":
+        return lone_p if a >= 1 else not common
+    if kind == "reverse_renyi":
+        return lone_q if a >= 1 else not common
+    if kind == "alpha":
+        return lone_p if a >= 1 else lone_q if a <= 0 else False
+    if kind == "jsd":
+        return lone_p if a == 0 else lone_q if a == 1 else False
+    if kind == "skew_kl":
+        return lone_p and a == 0
+    if kind == "reverse_kl" or (kind == "skew_reverse_kl" and a == 0):
+        return lone_q
+    return False
+
+
+def _gradient_where_infinite(z, v, kind, a, T):
+    """The convention: q - p where the formula has a w, q alone where w is a set; nan where it has an infinite moment."""
+    p, q = _softmax(v, T), _softmax(z, T)
+    if kind in ("kl", "cross_entropy", "renyi") or (kind in ("alpha", "jsd", "skew_kl") and a == (kind == "alpha")):
+        return q if kind == "renyi" and math.isinf(a) else q - p
+    if kind == "reverse_renyi" and a != 1:
+        return np.zeros_like(q) if a == 0 else -q if math.isinf(a) else LD(a) / (1 - LD(a)) * (q - p)
+    return np.full(len(z), LD("nan"))
 
 
 def hard_row(z, label: int):
@@ -80,20 +109,35 @@ def _softmax(x, T):
     return e / e.sum()
 
 
-def _limit(z, v, order):
+def _limit(z, v, kind, a):
+    """(k/2) Var(z - v) and its gradient."""
+    k = {
+        "kl": 1,
+        "reverse_kl": 1,
+        "alpha": 1,
+        "renyi": a,
+        "reverse_renyi": a,
+        "jsd": a * (1 - a) or 1,
+        "skew_kl": (1 - a) ** 2,
+        "skew_reverse_kl": (1 - a) ** 2,
+    }.get(kind, math.inf)
+    if math.isinf(k):
+        raise ValueError(f"{kind} has no limit")
     no_z, no_v = np.isneginf(z), np.isneginf(v)
     both = ~no_z & ~no_v
     n = max(int(both.sum()), 1)
     d = np.where(both, np.where(both, z, 0) - np.where(both, v, 0), LD(0))
     d = np.where(both, d - d.sum() / n, LD(0))
-    lost = (no_v & ~no_z).any() if order == 0 else (no_v != no_z).any()
-    return (LD("inf") if lost else LD(order) / 2 * (d * d).sum() / n), LD(order) * d / n
+    lost = (no_v != no_z).any()
+    if k == 0:  # order 0 asks only whose support it is
+        lost = (no_z & ~no_v if kind == "reverse_renyi" else no_v & ~no_z).any()
+    return (LD("inf") if lost else LD(k) / 2 * (d * d).sum() / n), LD(k) * d / n
 
 
 # ---------------------------------------------------------------- 60 digits: the definitions as they stand
 
 
-def _digits(z, v, name, order, T):
+def _digits(z, v, kind, a, T):
     with mp.workdps(60):
         ninf = mp.mpf("-inf")
         T = mp.mpf(T)
@@ -105,39 +149,84 @@ def _digits(z, v, name, order, T):
             total = mp.log(mp.fsum(mp.exp(t) for t in e if t != ninf))
             return [t if t == ninf else t - total for t in e]
 
+        def kl(x, y):  # of lists of logarithms
+            return mp.fsum(mp.exp(s) * (s - t) for s, t in zip(x, y, strict=True) if s != ninf)
+
+        def mixed(weight):  # log((1 - weight) p + weight q)
+            sums = [(1 - weight) * a + weight * b for a, b in zip(p, q, strict=True)]
+            return [mp.log(x) if x else ninf for x in sums]
+
+        def power(order):  # (log R, w)
+            u = [ninf if ninf in (x, y) else order * x + (1 - order) * y for x, y in zip(lp, lq, strict=True)]
+            top = max(u)
+            if top == ninf:
+                return ninf, [mp.mpf(0)] * len(u)
+            log_r = top + mp.log(mp.fsum(mp.exp(x - top) for x in u if x != ninf))
+            return log_r, [exp(x - log_r) if x != ninf else mp.mpf(0) for x in u]
+
+        def restricted(x, inside):  # x to a set, normalised
+            total = mp.fsum(t for t, i in zip(x, inside, strict=True) if i)
+            return [t / total if i else mp.mpf(0) for t, i in zip(x, inside, strict=True)]
+
+        def moment(phi):  # T dD/dz = p phi'(d) - q sum p phi'(d), phi given as p phi'(d)
+            total = mp.fsum(phi)
+            return [x - y * total for x, y in zip(phi, q, strict=True)]
+
         lp, lq = log_softmax(v), log_softmax(z)
         exp = lambda x: mp.mpf(0) if x == ninf else mp.exp(x)  # noqa: E731
-        q = [exp(x) for x in lq]
-        if order == 1:
-            p = [exp(x) for x in lp]
-            value = mp.fsum(a * ((x if name == "kl" else 0) - y) for a, x, y in zip(p, lp, lq, strict=True) if a)
-            w = p
-        elif order == 0:
-            inside = mp.fsum(b for b, x in zip(q, lp, strict=True) if x != ninf)
-            value = -mp.log(inside)
-            w = [b / inside if x != ninf else mp.mpf(0) for b, x in zip(q, lp, strict=True)]
-        elif math.isinf(order):
+        p, q = [exp(x) for x in lp], [exp(x) for x in lq]
+        d = [mp.mpf(0) if ninf in (x, y) else y - x for x, y in zip(lp, lq, strict=True)]
+        a = mp.mpf(a)
+        if kind in ("kl", "cross_entropy") or (kind in ("renyi", "alpha") and a == 1) or (kind in ("jsd", "skew_kl") and a == 0):
+            value = -mp.fsum(x * y for x, y in zip(p, lq, strict=True) if x) if kind == "cross_entropy" else kl(lp, lq)
+            g = [y - x for x, y in zip(p, q, strict=True)]
+        elif kind == "reverse_kl" or (kind in ("jsd", "reverse_renyi") and a == 1) or (kind in ("alpha", "skew_reverse_kl") and a == 0):
+            value, g = kl(lq, lp), moment([y * t for y, t in zip(q, d, strict=True)])
+        elif kind == "jsd":
+            m = mixed(1 - a)
+            value = a * kl(lp, m) + (1 - a) * kl(lq, m)
+            g = moment([(1 - a) * y * (s - t) if y else mp.mpf(0) for y, s, t in zip(q, lq, m, strict=True)])
+        elif kind == "skew_kl":
+            m = mixed(1 - a)
+            value = kl(lp, m)
+            g = moment([-(1 - a) * y * x / exp(t) if y else mp.mpf(0) for x, y, t in zip(p, q, m, strict=True)])
+        elif kind == "skew_reverse_kl":
+            m = mixed(a)
+            value = kl(lq, m)
+            g = moment([y * (s - t - a * y / exp(t)) if y else mp.mpf(0) for y, s, t in zip(q, lq, m, strict=True)])
+        elif kind == "tvd":
+            value = mp.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2
+            # ties are ties of the numbers to be told apart: 60 digits leave 1e-50 of a difference that is 0
+            g = moment([y * (mp.sign(y - x) if abs(y - x) > mp.mpf("1e-50") * y else 0) / 2 for x, y in zip(p, q, strict=True)])
+        elif kind in ("renyi", "reverse_renyi") and a == 0:
+            x, lx = (q, lp) if kind == "renyi" else (p, lq)
+            value = -mp.log(mp.fsum(s for s, t in zip(x, lx, strict=True) if t != ninf))
+            g = [y - w for y, w in zip(q, restricted(q, [t != ninf for t in lp]), strict=True)] if kind == "renyi" else [mp.mpf(0)] * len(q)
+        elif kind in ("renyi", "reverse_renyi") and mp.isinf(a):
+            sign, support = (1, lp) if kind == "renyi" else (-1, lq)
             # ties are ties of v - z as given, not of numbers that have been through a division
-            gaps = [mp.mpf("-inf") if x == ninf else mp.mpf(float(a)) - mp.mpf(float(b)) for a, b, x in zip(v, z, lp, strict=True)]
+            gaps = [ninf if x == ninf else sign * (mp.mpf(float(s)) - mp.mpf(float(t))) for s, t, x in zip(v, z, support, strict=True)]
             most = max(gaps)
-            value = max(x - y for x, y in zip(lp, lq, strict=True) if x != ninf)
-            total = mp.fsum(b for b, g in zip(q, gaps, strict=True) if g == most)
-            w = [b / total if g == most else mp.mpf(0) for b, g in zip(q, gaps, strict=True)]
+            value = max(sign * (x - y) for x, y, t in zip(lp, lq, support, strict=True) if t != ninf)
+            g = [sign * (y - w) for y, w in zip(q, restricted(q, [t == most for t in gaps]), strict=True)]
+        elif kind == "renyi":
+            log_r, w = power(a)
+            value, g = log_r / (a - 1), [y - x for x, y in zip(w, q, strict=True)]
+        elif kind == "reverse_renyi":
+            log_r, w = power(1 - a)
+            value, g = log_r / (a - 1), [a / (a - 1) * (x - y) for x, y in zip(w, q, strict=True)]
         else:
-            a = mp.mpf(order)
-            u = [ninf if ninf in (x, y) else a * x + (1 - a) * y for x, y in zip(lp, lq, strict=True)]
-            top = max(u)
-            log_r = top + mp.log(mp.fsum(mp.exp(x - top) for x in u if x != ninf))
-            value = log_r / (a - 1)
-            w = [exp(x - log_r) if x != ninf else mp.mpf(0) for x in u]
-        return LD(mp.nstr(value, 25)), _to_ld([b - c for b, c in zip(q, w, strict=True)])
+            log_r, w = power(a)
+            R = exp(log_r)
+            value, g = (R - 1) / (a * (a - 1)), [R / a * (y - x) for x, y in zip(w, q, strict=True)]
+        return LD(mp.nstr(value, 25)), _to_ld(g)
 
 
 # ---------------------------------------------------------------- long double: forms in which nothing cancels
 
 
-def _long_double(z, v, name, order, T):
-    T = LD(T)
+def _long_double(z, v, kind, a, T):
+    T, a = LD(T), LD(a)
     no_z, no_v = np.isneginf(z), np.isneginf(v)
     both, none = ~no_z & ~no_v, no_z & no_v
     ez, ev = np.exp((z - z.max()) / T), np.exp((v - v.max()) / T)
@@ -150,43 +239,90 @@ def _long_double(z, v, name, order, T):
     c = np.log1p(away) if abs(away) < 0.5 else np.log(sz) - np.log(sv)
     d = y - c  # log q - log p, where both are there
 
-    if order == 0:
-        inside, outside = q[~no_v].sum(), q[no_v].sum()
-        return np.log1p(outside / inside), np.where(no_v, q, -q * outside / inside)
-    if math.isinf(order):
-        gap = np.where(no_v, LD("inf"), np.where(both, z, 0) - np.where(both, v, 0))
+    def power(order):  # (log R, R - 1, q - w)
+        b = 1 - order
+        u = np.full(len(z), LD("-inf"))
+        u[both] = (v[both] - v.max()) / T + b * y[both]
+        eu = np.exp(u - u.max())
+        log_r = u.max() + np.log(eu.sum()) - np.log(sv) - b * c
+        w = eu / eu.sum()
+        more = np.expm1(log_r)
+        if abs(log_r) < 0.5:
+            near = both & (np.abs(d) < 0.5) & (np.abs(b * d) < 0.5)
+            t = w * np.exp(log_r)
+            direct = ((q - p) - (t - p) / b) / (1 - b)
+            F = np.where(near, p * _series(np.where(near, d, 0), b), np.where(none, 0, direct)).sum()
+            more = -b * (1 - b) * F
+            log_r = np.log1p(more)
+        x = b * d - log_r
+        near = both & (np.abs(d) < 0.5) & (np.abs(x) < 0.5)
+        g = np.where(near, p * (np.expm1(np.where(near, d, 0)) - np.expm1(np.where(near, x, 0))), q - w)
+        return log_r, more, g
+
+    def psi(x):
+        near = np.abs(x) < 1
+        return np.where(near, _series(np.where(near, x, 0), LD(0)), np.expm1(np.minimum(x, 11000)) - x)
+
+    def share(weight, x):  # log(m / p) for log(q / p) = x and m = (1 - weight) p + weight q
+        safe = np.minimum(x, 11000)
+        return np.log1p(weight * np.expm1(safe)) + (x - safe)
+
+    def moment(phi):
+        return phi - q * phi.sum()
+
+    if kind in ("renyi", "reverse_renyi") and a == 0:
+        x, lone = (q, no_v) if kind == "renyi" else (p, no_z)
+        inside, outside = x[~lone].sum(), x[lone].sum()
+        return np.log1p(outside / inside), np.where(no_v, q, -q * outside / inside) if kind == "renyi" else np.zeros_like(q)
+    if kind in ("renyi", "reverse_renyi") and np.isinf(a):
+        sign, lone = (1, no_v) if kind == "renyi" else (-1, no_z)
+        gap = np.where(lone, LD("inf"), sign * (np.where(both, z, 0) - np.where(both, v, 0)))
         least = gap == gap.min()
         total = q[least].sum()
-        return -d[least][0], np.where(least, -q * (q[~least].sum() / total), q)
-    if order == 1:
+        return -sign * d[least][0], sign * np.where(least, -q * (q[~least].sum() / total), q)
+    if kind in ("kl", "cross_entropy") or (kind in ("renyi", "alpha") and a == 1) or (kind in ("jsd", "skew_kl") and a == 0):
         near = both & (np.abs(d) < 0.5)
         x = np.where(near, d, 0)
         direct = np.where(no_v, q, (q - p) - np.where(both, p * d, 0))
         value = np.where(near, p * _series(x, LD(0)), np.where(none, 0, direct)).sum()
-        if name == "cross_entropy":
+        if kind == "cross_entropy":
             first = int(np.argmax(v))
             rest = np.delete(ev, first).sum()
             value += (p[~no_v] * (np.log1p(rest) - (v[~no_v] - v.max()) / T)).sum()
         return value, np.where(near, p * np.expm1(x), q - p)
-
-    a = LD(order)
-    b = 1 - a
-    u = np.full(len(z), LD("-inf"))
-    u[both] = (v[both] - v.max()) / T + b * y[both]
-    eu = np.exp(u - u.max())
-    log_r = u.max() + np.log(eu.sum()) - np.log(sv) - b * c
-    w = eu / eu.sum()
-    if abs(log_r) < 0.5:
-        near = both & (np.abs(d) < 0.5) & (np.abs(b * d) < 0.5)
-        x = np.where(near, d, 0)
-        t = w * np.exp(log_r)
-        direct = ((q - p) - (t - p) / b) / (1 - b)
-        F = np.where(near, p * _series(x, b), np.where(none, 0, direct)).sum()
-        log_r = np.log1p(-b * (1 - b) * F)
-    x = b * d - log_r
-    near = both & (np.abs(d) < 0.5) & (np.abs(x) < 0.5)
-    g = np.where(near, p * (np.expm1(np.where(near, d, 0)) - np.expm1(np.where(near, x, 0))), q - w)
-    return log_r / (a - 1), g
+    if kind == "renyi":
+        log_r, _, g = power(a)
+        return log_r / (a - 1), g
+    if kind == "reverse_renyi" and a != 1:
+        log_r, _, g = power(1 - a)
+        return log_r / (a - 1), a / (1 - a) * g
+    if kind == "alpha" and a != 0:
+        log_r, more, g = power(a)
+        return more / (a * (a - 1)), np.exp(log_r) / a * g
+    if kind == "tvd":
+        near = both & (np.abs(d) < 0.5)
+        gap = np.where(near, p * np.expm1(np.where(near, d, 0)), q - p)
+        return np.abs(gap).sum() / 2, moment(q * np.sign(gap) / 2)
+    # mixtures: sums of p psi(log m/p) and q psi(log m/q), whose classes that one alone has are limits of these
+    weight = {"jsd": 1 - a, "skew_kl": 1 - a, "skew_reverse_kl": a}.get(kind, LD(0))
+    if kind == "jsd" and a == 1:
+        weight = LD(0)
+    of_p = np.where(both, p * psi(share(weight, d)), 0)
+    of_q = np.where(both, q * psi(share(1 - weight, -d)), 0)
+    x = np.where(both, -share(1 - weight, -d), 0)  # log(q / m)
+    q_more = np.where(both, np.expm1(x), 0)  # q / m - 1, and p / m - 1
+    p_more = np.where(both, np.expm1(-share(weight, d)), 0)
+    lone_p, lone_q = no_z & ~no_v, no_v & ~no_z
+    if weight > 0:
+        of_p[lone_q], of_q[lone_q] = q[lone_q] * weight, q[lone_q] * (weight - 1 - np.log(weight))
+        q_more[lone_q], x[lone_q] = 1 / weight - 1, -np.log(weight)
+    p_more[lone_q] = -1
+    of_p[lone_p], of_q[lone_p] = p[lone_p] * (-weight - np.log1p(-weight)), p[lone_p] * (1 - weight)
+    if kind == "jsd" and a != 1:
+        return a * of_p.sum() + (1 - a) * of_q.sum(), moment((1 - a) * q * x)
+    if kind == "skew_kl":
+        return of_p.sum(), moment((1 - a) * q * -p_more)
+    return of_q.sum(), moment(q * (x - weight * q_more))
 
 
 def _series(d, b, terms: int = 26):

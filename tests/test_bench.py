@@ -17,10 +17,14 @@ from kdkernels.bench.reference import reference
 
 
 @pytest.mark.parametrize("T", [0.5, 2.0, 100.0, 1e4, 1e6, math.inf])
-@pytest.mark.parametrize("divergence", ["kl", "cross_entropy", "renyi(0.5)", "renyi(0.9999)", "renyi(5)"])
+@pytest.mark.parametrize(
+    "divergence",
+    ["kl", "cross_entropy", "renyi(0.5)", "renyi(0.9999)", "renyi(5)", "reverse_kl", "jsd(0.1)", "skew_kl(0.1)", "skew_reverse_kl(0.3)"]
+    + ["tvd", "alpha(-1)", "alpha(0.5)", "reverse_renyi(2)"],
+)
 def test_reference(divergence, T):
     """Against 60 digits; T^2 belongs to the loss."""
-    if math.isinf(T) and divergence == "cross_entropy":
+    if math.isinf(T) and divergence in ("cross_entropy", "tvd"):
         pytest.skip("no limit")
     z, v = (torch.randn(2, 200, generator=torch.Generator().manual_seed(i)) * 3 for i in (1, 2))
     values, grads = reference(z, v, parse(divergence), T)
@@ -29,6 +33,20 @@ def test_reference(divergence, T):
         square, slope = (1, 1) if math.isinf(T) else (np.longdouble(T) ** 2, np.longdouble(T))
         assert abs(values[i] / (square * D) - 1) < 1e-9
         assert np.abs(grads[i] - slope * g).max() < 1e-9 * np.abs(slope * g).max()
+
+
+@pytest.mark.parametrize("T", [2.0, math.inf])
+@pytest.mark.parametrize(
+    "divergence", ["kl", "cross_entropy", "reverse_kl", "jsd(0.1)", "skew_kl(0.1)", "tvd", "alpha(2)", "reverse_renyi(2)"]
+)
+def test_spellings_are_the_loss(divergence, T):
+    """What the fused loss is compared with is the same loss."""
+    if math.isinf(T) and divergence in ("cross_entropy", "tvd"):
+        pytest.skip("no limit")
+    z, v = (torch.randn(2, 200, generator=torch.Generator().manual_seed(i)).double() for i in (1, 2))
+    expected = reference(z, v, parse(divergence), T)[0].mean()
+    for name, loss in contenders.spellings(parse(divergence), T).items():
+        assert float(loss(z, v)) == pytest.approx(float(expected), rel=1e-9), name
 
 
 SMALL = ["bench", "--shapes", "8x5000", "--repeats", "1", "--device", "cpu"]

@@ -6,6 +6,7 @@ device is what a test says it is, and its figures decide on the kernel. `make si
 
 import ctypes
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from test_triton import OPTIONS, expected
 
 from kdkernels import backends, fused_kd_loss, tempered_log_softmax
 from kdkernels.backends import abi, cuda
+from kdkernels.divergence import parse
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 import build  # noqa: E402
@@ -85,6 +87,8 @@ PLANS = [
     ((H100, 4096, 128256, BF16, "kl"), (CLUSTER, 16, 1, 3)),
     ((H100, 4096, 128256, FP32, "kl"), (CLUSTER, 16, 1, 3)),  # one block to a multiprocessor
     ((B200, 4096, 128256, BF16, "renyi(2)"), (WIDE, 16, 1, 3)),
+    ((H100, 4096, 128256, BF16, "jsd(0.5)"), (CLUSTER, 16, 1, 3)),
+    ((RTX_5090, 4096, 262144, BF16, "tvd"), (BLOCKS, 32, 1, 1)),
     ((H100, 4096, 151936, BF16, "kl"), (WIDE, 16, 1, 3)),
     ((H100, 4096, 262144, BF16, "kl"), (WIDE, 16, 1, 3)),
     ((H100, 4096, 262144, FP32, "kl"), (BLOCKS, 32, 1, 1)),  # a slice does not fit twice: blocks, from the second-level cache
@@ -177,6 +181,102 @@ def test_all_geometries(geometry, name, dtype):
     check(geometry, name, dtype)
 
 
+# the families beside KL's and Renyi's, from both bases: mixtures with JSD's weights and skewed ones, without a mixture, TVD, orders below 0
+FAMILIES = (
+    *("jsd(0.5)", "tvd", "reverse_kl", "jsd(0.2)", "skew_kl(0.1)", "skew_kl(0.7)", "skew_reverse_kl(0.1)", "skew_reverse_kl(0.7)"),
+    *("alpha(-1)", "alpha(0.4)", "alpha(2.5)", "reverse_renyi(0.3)", "reverse_renyi(3)"),
+)
+
+
+def eager(z, v, y=None, **options):
+    """Row losses and their gradients from the eager backend, float64."""
+    x = z.double().requires_grad_()
+    loss = fused_kd_loss(x, v.double(), y, backend="eager", reduction="none", **options)
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+def assert_close(z, found, exact, relative=3e-6) -> None:
+    """(losses, gradients): relative to each, gradients of 16 bits within a rounding of theirs."""
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=relative + (2**-8 if found[0].dtype.itemsize == 2 else 0), atol=1e-30)
+    for g, exact_g in zip(found[1].double(), exact[1], strict=True):
+        slack = relative * float(exact_g.norm()) + 1e-12
+        if z.dtype == torch.float32:
+            assert float((g - exact_g).norm()) <= slack
+        else:
+            assert ((g - exact_g).abs() <= cast_bound(z.dtype, exact_g) + slack).all()
+
+
+def check_family(geometry: str, divergence: str, dtype: torch.dtype, kind: str = "plain", T: float = 1.0) -> None:
+    vocab, rows, *_ = GEOMETRIES[geometry]
+    z, v = make_rows(kind, rows, vocab, dtype)
+    on(geometry, z, v, divergence, T)
+    y = torch.arange(rows) * (vocab // 8)
+    options = {"divergence": divergence, "temperature": T, "soft_weight": T, "hard_weight": 0.5}
+    assert_close(z, run(z, v, y, reduction="none", **options), eager(z, v, y, **options))
+    options = {"divergence": divergence, "temperature": T, "soft_weight": T * T}
+    loss, grad = run(z, v, reduction="sum", inplace=True, **options)
+    exact = eager(z, v, **options)
+    assert_close(z, (exact[0], grad), exact)
+    assert loss.item() == pytest.approx(exact[0].sum().item(), rel=1e-2 if dtype == torch.bfloat16 else 3e-6)
+
+
+FAMILY_GRID = [(g, n, d) for g in GEOMETRIES for n in FAMILIES for d in dtypes_of(g)]
+
+
+@pytest.mark.parametrize(("geometry", "divergence", "dtype"), FAMILY_GRID[::11], ids=str)
+def test_families(geometry, divergence, dtype):
+    """Value and gradient with labels and in place: a covering set."""
+    check_family(geometry, divergence, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("geometry", "divergence", "dtype"), FAMILY_GRID, ids=str)
+@pytest.mark.parametrize(("kind", "T"), [("plain", 1.0), ("close", 30.0), ("offset", 2.0)])
+def test_all_families(geometry, divergence, dtype, kind, T):
+    check_family(geometry, divergence, dtype, kind, T)
+
+
+@pytest.mark.parametrize("geometry", ["warps", "blocks, tiles", "cluster of 2"])
+@pytest.mark.parametrize("divergence", ["jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.3)", "reverse_kl", "tvd", "alpha(-1)"])
+def test_a_student_that_is_the_teacher(geometry, divergence):
+    z, _ = make_rows("plain", 2, GEOMETRIES[geometry][0])
+    on(geometry, z, z, divergence)
+    loss, grad = run(z, z, divergence=divergence, reduction="none")
+    assert (loss == 0).all() and (grad == 0).all()
+
+
+@pytest.mark.parametrize("divergence", ["jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "alpha(3)", "reverse_renyi(3)", "logit_matching"])
+def test_limits_of_families(divergence):
+    for geometry in ("block", "cluster of 2"):
+        z, v = make_rows("plain", 2, GEOMETRIES[geometry][0])
+        on(geometry, z, v, divergence, math.inf)
+        options = {"divergence": divergence, "temperature": math.inf, "t_squared": True}
+        assert_close(z, run(z, v, reduction="none", **options), eager(z, v, **options))
+
+
+def test_golden_numbers():
+    """Of nine classes: few for the roundings of the hardware's exponentials to be averaged over."""
+    golden = json.loads(Path(__file__).with_name("golden.json").read_text())
+    z, v = (torch.tensor(golden[x]) for x in ("student_logits", "teacher_logits"))  # exact in bf16
+    for name, values in golden["values"].items():
+        for (T, exact), dtype in zip(values.items(), (FP32, BF16, BF16, FP32), strict=True):
+            loss = fused_kd_loss(z.to(dtype), v.to(dtype), divergence=name, temperature=float(T), reduction="none", backend="cuda")
+            rel = 5e-6 if parse(name).form.family in ("kl", "cross_entropy", "renyi", "alpha") else 1e-6
+            torch.testing.assert_close(loss.double(), torch.tensor(exact, dtype=torch.float64), rtol=rel, atol=0)
+
+
+@pytest.mark.parametrize("divergence", ["jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "tvd"])
+def test_rows_beyond_a_second_sweep(divergence):
+    """Differences that a float's range does not hold, in some blocks of the row: it is left to fp64."""
+    for geometry in ("tiles", "cluster of 4"):
+        z, v = (x.clone() for x in make_rows("plain", 3, GEOMETRIES[geometry][0]))
+        z[1, 7], v[2, 1600] = 100.0, -90.0
+        on(geometry, z, v, divergence)
+        options = {"divergence": divergence, "temperature": 1.0}
+        assert_close(z, run(z, v, reduction="none", **options), eager(z, v, **options))
+
+
 PAIRS = [(torch.float16, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)]
 
 
@@ -194,6 +294,14 @@ def test_mixed_dtypes(student, teacher, order):
             slack = gradient_bound(order, float(g.norm()))
             assert abs(float(loss[i]) - float(D)) <= value_bound(order, vocab, 1.0, spread_of(z[i], v[i], 1.0), float(D))
             assert ((grad[i].double() - g).abs() <= (cast_bound(student, g) if student != torch.float32 else 0) + slack).all()
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=str)
+def test_dtypes_of_mixtures(student, teacher):
+    for geometry, divergence in (("blocks", "jsd(0.2)"), ("cluster of 2", "jsd(0.5)"), ("cluster of 2", "tvd")):
+        z, v = make_rows("plain", 2, GEOMETRIES[geometry][0], student, teacher)
+        on(geometry, z, v, divergence)
+        assert_close(z, run(z, v, divergence=divergence, reduction="none"), eager(z, v, divergence=divergence))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,6 +336,30 @@ def test_masks(geometry, where):
         exact.sum().backward()
         torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(grad.double(), x.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", ["blocks", "cluster of 2"])
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_masks_of_families(geometry, where):
+    z, v = with_masks(*make_rows("plain", 2, GEOMETRIES[geometry][0]), where)
+    y = torch.tensor([0, 1])
+    on(geometry, z, v, "jsd(0.5)")
+    for divergence in (
+        "jsd(0.5)",
+        "skew_kl(0.1)",
+        "skew_reverse_kl(0.1)",
+        "reverse_kl",
+        "tvd",
+        "alpha(-1)",
+        "reverse_renyi(2)",
+        "reverse_renyi(inf)",
+    ):
+        options = {"divergence": divergence, "hard_weight": 0.1 if where == "both" else 0.0}
+        loss, grad = run(z, v, y if where == "both" else None, reduction="none", **options)
+        exact, exact_grad = eager(z, v, y if where == "both" else None, **options)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+        if exact.isfinite().all():
+            torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("geometry", ["warps", "blocks", "blocks, tiles", "cluster of 2"])
@@ -279,12 +411,13 @@ def test_layouts(geometry, dtype):
 
 
 @pytest.mark.parametrize("geometry", ["blocks", "blocks, tiles", "cluster of 2"])
-def test_repeats_are_the_same_bits(geometry):
+@pytest.mark.parametrize("divergence", ["renyi(0.7)", "jsd(0.5)"])
+def test_repeats_are_the_same_bits(geometry, divergence):
     z, v = make_rows("plain", 4, GEOMETRIES[geometry][0])
-    on(geometry, z, v)
-    expected_loss, expected_grad = run(z, v, divergence="renyi(0.7)", reduction="none")
+    on(geometry, z, v, divergence)
+    expected_loss, expected_grad = run(z, v, divergence=divergence, reduction="none")
     for _ in range(3):
-        loss, grad = run(z, v, divergence="renyi(0.7)", reduction="none")
+        loss, grad = run(z, v, divergence=divergence, reduction="none")
         assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
 
 

@@ -40,6 +40,11 @@ OPTIONS = {
 }
 
 
+# one of each form that a kernel is compiled for, from either side
+FORMS = ("reverse_kl", "jsd(0.5)", "jsd(0.1)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd", "alpha(-1.5)", "alpha(0.5)", "alpha(2)")
+REVERSED = ("reverse_renyi(0)", "reverse_renyi(2)", "reverse_renyi(inf)")
+
+
 def chosen(shape: str, rows: int = 3, size: int = 4) -> triton_plan.Plan:
     vocab, device = PATHS[shape]
     return plan(rows, vocab, size, size, False, device)
@@ -75,6 +80,119 @@ def run(z, v, y=None, **options):
     loss = fused_kd_loss(x * 1 if options.get("inplace") else x, v, y, backend="triton", **options)
     loss.backward(torch.ones_like(loss))
     return loss.detach(), x.grad
+
+
+def with_backend(backend_name, z, v, y, name, T, hard, grad):
+    """(row losses, T dD/dz) of the operator; grad: whether a gradient is asked for."""
+    options = (name, T, 1.0, 1.0, hard, hard, z.shape[-1], backend_name)
+    if not grad:
+        return torch.ops.kdkernels.loss(z, v, y, None, *options)
+    g = torch.empty_like(z)
+    return torch.ops.kdkernels.loss_and_grad(z, v, y, None, g, *options), g
+
+
+def agrees(z, v, name, T=1.0, y=None, hard=0.0, relative=2e-6):
+    """The kernels' losses, with and without a gradient, and gradients are those of the reference in fp64."""
+    exact, exact_grad = with_backend("eager", z.double(), v.double(), y, name, T, hard, True)
+    (loss, grad), value = with_backend("triton", z, v, y, name, T, hard, True), with_backend("triton", z, v, y, name, T, hard, False)
+    room = relative * (1 + spread_of(z, v, T))
+    for x in (loss, value):
+        torch.testing.assert_close(x, exact, rtol=room, atol=1e-30, equal_nan=True)
+    assert torch.equal(grad.isnan(), exact_grad.isnan()) and (grad[z == -math.inf] == 0).all() or hard
+    cast = torch.finfo(z.dtype).eps if z.dtype.itemsize < 4 else 0.0
+    order = float(name[6:-1]) if name.startswith("alpha") else 0.0
+    for g, e, D in zip(grad, exact_grad, exact, strict=True):
+        if e.isfinite().all():
+            # alpha: the gradient of a Renyi divergence, times R / order
+            gain = max(1.0, abs(1 + order * (order - 1) * float(D)) / abs(order)) if order else 1.0
+            bound = max(gradient_bound(2, float(e.norm())), 1e-6 * gain) + cast * float(e.norm())
+            assert float((g.double() - e).norm()) <= bound, (name, T)
+
+
+@pytest.mark.parametrize("shape", PATHS)
+def test_every_divergence_in_every_shape(shape, on):
+    vocab, device = PATHS[shape]
+    on(device)
+    few = {"whole": (*FORMS, *REVERSED), "rows": ("reverse_kl", "jsd(0.5)", "alpha(-1.5)"), "parts": ("reverse_kl", "skew_kl(0.1)", "tvd")}
+    z, v = make_rows("plain", 1, vocab)
+    for name in few[shape]:
+        hard = 0.0 if name.startswith("alpha") else 0.3
+        agrees(z, v, name, 1.5, torch.tensor([3]), hard)
+
+
+@pytest.mark.parametrize("shape", ["rows", "parts"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd(0.1)"])
+def test_gradients_take_the_logits_place(shape, name, on):
+    """In place, with a window's edges: what a later sweep or another program still has to read is not yet written."""
+    vocab, device = PATHS[shape]
+    on(device)
+    z, v = (x[:, 3:vocab] for x in make_rows("plain", 1, vocab))
+    y, options = torch.tensor([7]), (name, 1.0, 1.0, 1.0, 0.3, 0.3, vocab - 3, "triton")
+    base, out = torch.full((1, vocab + 8), 7.0), torch.empty_like(z)
+    logits = base[:, 3:vocab]
+    logits.copy_(z)
+    a = torch.ops.kdkernels.loss_and_grad(z, v, y, None, out, *options)
+    b = torch.ops.kdkernels.loss_and_grad(logits, v, y, None, logits, *options)
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits, out, rtol=1e-4, atol=1e-7)
+    assert (base[:, :3] == 7).all() and (base[:, vocab:] == 7).all()
+
+
+@pytest.mark.parametrize("name", [*FORMS, *REVERSED, "renyi(0)", "renyi(inf)"])
+def test_masks_of_every_divergence(name):
+    """What a class adds that only one of the two has, and what is infinite; classes that neither has add nothing."""
+    for where in ("student", "teacher", "both"):
+        agrees(*with_masks(*make_rows("independent", 2, 40), where), name)
+    z, v = make_rows("plain", 1, 40)
+    tail = torch.full((1, 9), -math.inf)
+    short, long = (
+        with_backend("triton", a, b, None, name, 1.0, 0.0, True) for a, b in ((z, v), (torch.cat([z, tail], 1), torch.cat([v, tail], 1)))
+    )
+    torch.testing.assert_close(short[0], long[0], rtol=1e-6, atol=0)
+    assert (long[1][:, 40:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["reverse_kl", "jsd(0.5)", "jsd(0.999)", "skew_kl(0.1)", "skew_reverse_kl(0.9)", "alpha(-1)", "reverse_renyi(2)"]
+)
+def test_the_bounds_hold_for_every_family(name):
+    """Close and distant students, common offsets and dominant classes, where the reference of a row matters most."""
+    for kind, T in itertools.product(("close", "offset", "outlier", "outlier_student", "peaked_teacher"), (0.5, 20.0, 1e4)):
+        if (name, T) != ("alpha(-1)", 0.5):  # whose values there are beyond a float
+            agrees(*make_rows(kind, 1, 31), name, T)
+
+
+@pytest.mark.parametrize("name", [*FORMS, *REVERSED])
+def test_a_student_that_is_the_teacher(name):
+    _, v = make_rows("plain", 2, 40, torch.bfloat16)
+    loss, grad = with_backend("triton", v, v, None, name, 1.0, 0.0, True)
+    assert (loss == 0).all() and (grad == 0).all()
+
+
+def test_limits_of_high_temperature():
+    for name in ("reverse_kl", "alpha(3)", "jsd(0.3)", "skew_kl(0.1)", "reverse_renyi(2)", "reverse_renyi(0)", "renyi(0)"):
+        z, v = make_rows("plain", 2, 40)
+        agrees(z, v, name, math.inf)
+        for where in ("student", "teacher"):
+            found, exact = (with_backend(b, *with_masks(z, v, where), None, name, math.inf, 0.0, False) for b in ("triton", "eager"))
+            assert torch.equal(found.isinf(), exact.isinf()), (name, where)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd(0.1)", "skew_reverse_kl(0.1)", "tvd"])
+def test_half_precision_of_every_family(name, dtype):
+    agrees(*make_rows("plain", 2, 101, dtype), name)
+
+
+def test_orders_and_weights_beyond_a_float():
+    """Where a tilt or a weight would round to nothing, D is proportional to it, or no longer depends on it."""
+    z, v = make_rows("plain", 1, 31)
+    value = lambda name: with_backend("triton", z, v, None, name, 1.0, 0.0, False).item()  # noqa: E731
+    reverse = value("reverse_kl")
+    for name, exact in (("renyi(1e-40)", 1e-40 * reverse), ("alpha(1e-60)", reverse), ("alpha(-1e-60)", reverse)):
+        assert value(name) == pytest.approx(exact, rel=1e-6)
+    assert value("skew_reverse_kl(1e-60)") == pytest.approx(reverse, rel=1e-6)
+    assert value("jsd(1e-30)") == pytest.approx(1e-30 * value("kl"), rel=1e-6)
 
 
 def test_paths_are_what_they_are_called():
@@ -241,9 +359,10 @@ def test_repeats_bit_for_bit(on):
     for shape in PATHS:
         vocab, device = PATHS[shape]
         on(device)
-        z, v = make_rows("plain", 2, vocab)
-        (a, g), (b, h) = (run(z, v, reduction="none", divergence="renyi(0.3)") for _ in range(2))
-        assert torch.equal(a, b) and torch.equal(g, h)
+        z, v = make_rows("plain", 1, vocab)
+        for name in {"whole": ("renyi(0.3)", "jsd(0.1)"), "rows": ("renyi(0.3)",), "parts": ("jsd(0.1)",)}[shape]:
+            (a, g), (b, h) = (run(z, v, reduction="none", divergence=name) for _ in range(2))
+            assert torch.equal(a, b) and torch.equal(g, h)
 
 
 def test_scale():

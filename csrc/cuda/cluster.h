@@ -2,8 +2,9 @@
 //
 // Each block holds its slice of both rows in their dtypes. Bulk copies fill a ring of slices some rows ahead, so that memory never waits for
 // arithmetic; the blocks send each other their tile's sums through distributed shared memory, once per row, with one cluster
-// barrier; em and et are retained in registers, so a row's exponentials are taken once. Two blocks to a multiprocessor: the sums of one
-// row are exchanged while the other row is computed.
+// barrier; em and et are retained in registers, so a row's exponentials are taken once. (Twice in the mixture family, from the slices as
+// they lie, with a second exchange; what is retained is xi.) Two blocks to a multiprocessor: the sums of one row are exchanged while the
+// other row is computed.
 #pragma once
 #include "tile.h"
 
@@ -17,7 +18,9 @@ template <class G> struct ClusterDesk {
   Part own, parts[2][kMostBlocks];                   // of this row and of the one before, which a slower block may still read
   HardPart own_hard, hards[2][kMostBlocks];
   Factors factors;
-  float shelf[32 * G::kChunks * kRun * 2];
+  float shelf[32 * G::kChunks * kRun * 2];           // of the mixture family the first half
+  static_assert(sizeof(double) * kMostBlocks * kMixedWords <= sizeof(float) * 32 * G::kChunks * kRun, "the blocks' second sums have room in the other");
+  KD_DEVICE double *second() { return (double *)(shelf + 32 * G::kChunks * kRun); }   // [kMostBlocks][kMixedWords]
   gpu::Arrivals filled[8];                           // of each slot of the ring
 };
 
@@ -77,6 +80,33 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     }
   }
 
+  // The sums of its second sweep likewise, which nobody reads any more when the next ones are sent: a first exchange comes between.
+  KD_DEVICE void send_again() const {
+    const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
+    KD_ROLLED for (int i = lane; i < blocks * kMixedWords; i += 32) {
+      const int w = i % kMixedWords;
+      *gpu::of_block(desk.second() + rank * kMixedWords + w, i / kMixedWords) = (&desk.own.terms)[w];
+    }
+  }
+
+  // The second sweep, its exchange and the close of the row.
+  KD_DEVICE void sweep_again(TileOf &tile, const RowAt &at, int parity, double *loss) const {
+    Scratch<G> &scratch = desk.scratch;
+    tile.mix(&desk.own);
+    if (T::warp() == 0) send_again();
+    gpu::sync_cluster();
+    if (T::warp() == 0) {
+      ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
+      tile.shelve(desk.shelf);
+      const int lane = gpu::thread() & 31;
+      if (lane < blocks) for (int w = 0; w < kMixedWords; w++) (&desk.parts[parity][lane].terms)[w] = desk.second()[lane * kMixedWords + w];
+      gpu::sync_warp();
+      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, loss);
+      tile.unshelve(desk.shelf);
+    }
+    gpu::sync_block();
+  }
+
   KD_DEVICE void run() {
     const kd_call &c = job.call;
     Scratch<G> &scratch = desk.scratch;
@@ -113,15 +143,16 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         gpu::sync_cluster();
         if (T::warp() == 0) {
           ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
-          tile.shelve(desk.shelf);
-          close(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, rank == 0 ? c.loss + row_at(turn) : nullptr);
-          tile.unshelve(desk.shelf);
+          if (kShape != kMixed) tile.shelve(desk.shelf);
+          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, rank == 0 ? c.loss + row_at(turn) : nullptr);
+          if (kShape != kMixed) tile.unshelve(desk.shelf);
         }
         gpu::sync_block();
         parity ^= 1;
         if (!scratch.again) break;
         gpu::sync_block();
       }
+      if constexpr (kShape == kMixed) if (!scratch.lost) sweep_again(tile, at, parity ^ 1, rank == 0 ? c.loss + row_at(turn) : nullptr);
       if (scratch.lost || !c.grad) continue;
       const Part &p = gpu::from_here(&desk)->parts[parity ^ 1][rank];
       tile.allow_whole(p.care == kFast && !p.empty());

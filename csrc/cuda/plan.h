@@ -39,6 +39,7 @@ constexpr int kReserved = 1024;                      // bytes of shared memory t
 
 enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster };
 
+inline Shape shape_of(const Plan &plan) { return plan.mixed ? kMixed : plan.tilted ? kTilted : kPlain; }
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int host_size(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
 
@@ -126,7 +127,8 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, c
   return g.parts * g.tiles <= kMostTilesOfRow && g.shared <= f.shared_per_block;
 }
 inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
-  return plan.tilted ? make_geometry<kTilted>(c, plan, f, g) : make_geometry<kPlain>(c, plan, f, g);
+  const Shape shape = shape_of(plan);
+  return shape == kMixed ? make_geometry<kMixed>(c, plan, f, g) : shape == kTilted ? make_geometry<kTilted>(c, plan, f, g) : make_geometry<kPlain>(c, plan, f, g);
 }
 
 }  // namespace KD_LEVEL

@@ -2,8 +2,8 @@
 //
 // A block takes a slice of the row tile by tile, the next tile's logits on their way (each thread copies what it alone will read, so the
 // ring needs no barrier), closes the row, and emits the gradient from the last tile, whose exponentials are in registers, to the first;
-// those before are read again, from the second-level cache, and computed again, with the same bits. Several blocks exchange their
-// tiles' sums through memory. A block draws its (row, part) as a ticket, in order, so that whoever waits, waits for blocks that have begun.
+// those before are read again, from the second-level cache, and computed again, with the same bits; rows of the mixture family are swept
+// backwards and emitted forwards. Several blocks exchange their tiles' sums through memory. A block draws its (row, part) as a ticket, in order, so that whoever waits, waits for blocks that have begun.
 #pragma once
 #include "tile.h"
 
@@ -33,7 +33,7 @@ template <class G> struct Desk {
 template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles, bool again) {
   const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31)))), n = job.parts * tiles;
   double *state = job.state + row * int64_t(job.parts * job.tiles) * kWords;
-  uint32_t *arrived = job.tickets + 1 + 3 * row;     // at the first exchange, at the second, and before it
+  uint32_t *arrived = job.tickets + 1 + kCounters * row;   // at the first exchange, at the second, before it; at that of sums swept again
   if (again) {                                       // everyone has read what is about to be written over
     gpu::sync_warp();
     if (lane == 0) { gpu::announce(arrived + 2); gpu::await(arrived + 2, job.parts); }
@@ -51,6 +51,23 @@ template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, 
     const int t = i / kWords, w = i % kWords;
     *(w < kPartWords ? (double *)(desk.parts + t) + w : (double *)(desk.hards + t) + (w - kPartWords)) = gpu::load_fresh(state + i);
   }
+  gpu::sync_warp();
+}
+
+// The sums of the mixture family's second sweep likewise, at a place of their own.
+template <class G> KD_DEVICE void exchange_again(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles) {
+  const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31)))), n = job.parts * tiles;
+  const int64_t all = int64_t(job.parts * job.tiles);
+  double *state = job.state + job.call.rows * all * kWords + row * all * kMixedWords;
+  uint32_t *arrived = job.tickets + 1 + kCounters * row + 3;
+  KD_ROLLED for (int i = lane; i < tiles * kMixedWords; i += 32) {
+    const int t = part * tiles + i / kMixedWords, w = i % kMixedWords;
+    state[t * kMixedWords + w] = (&desk.parts[t].terms)[w];
+  }
+  gpu::sync_warp();
+  if (lane == 0) { gpu::announce(arrived); gpu::await(arrived, job.parts); }
+  gpu::sync_warp();
+  KD_ROLLED for (int i = lane; i < n * kMixedWords; i += 32) (&desk.parts[i / kMixedWords].terms)[i % kMixedWords] = gpu::load_fresh(state + i);
   gpu::sync_warp();
 }
 
@@ -110,29 +127,47 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
     }
     if (T::warp() == 0) {
       const Desk<G> desk = desk_here();
-      tile.shelve(desk.shelf);
+      if (kShape != kMixed) tile.shelve(desk.shelf);
       if (job.parts > 1) exchange(job, desk, scratch.number, scratch.part, scratch.tiles, scratch.again);
-      close(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
-            scratch.part == 0 ? c.loss + scratch.number : nullptr);
-      tile.unshelve(desk.shelf);
+      close<kShape>(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
+                    scratch.part == 0 ? c.loss + scratch.number : nullptr);
+      if (kShape != kMixed) tile.unshelve(desk.shelf);
     }
     T::sync();
     if (!scratch.again) break;
     T::sync();
   }
+  if constexpr (kShape == kMixed) if (!scratch.lost) {   // from the last tile to the first, which stays
+    KD_ROLLED for (int t = scratch.tiles - 1; t >= 0; t--) {
+      if (t < scratch.tiles - 1) { fetch(ahead ? t - 1 : t); arrive(); }
+      turn_to(t);
+      tile.mix(desk_here().parts + part_of(t));
+    }
+    if (T::warp() == 0) {
+      const Desk<G> desk = desk_here();
+      tile.shelve(desk.shelf);
+      if (job.parts > 1) exchange_again(job, desk, scratch.number, scratch.part, scratch.tiles);
+      close_again(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
+                  scratch.part == 0 ? c.loss + scratch.number : nullptr);
+      tile.unshelve(desk.shelf);
+    }
+    T::sync();
+  }
   if (scratch.lost || !c.grad) return;
 
   const float label_gradient = job.hard ? float(scratch.label_less) : 0;
-  KD_ROLLED for (int t = scratch.tiles - 1; t >= 0; t--) {   // the last tile, or two, are still in the slots
-    if (t < scratch.tiles - 1) { fetch(ahead ? t - 1 : t); arrive(); }
+  constexpr int kBack = kShape == kMixed ? 1 : -1;   // from the tile that was swept last; the one before it may still be in its slot as well
+  const auto held = [&] { return kShape == kMixed ? 0 : scratch.tiles - 1; };
+  KD_ROLLED for (int t = held(); t >= 0 && t < scratch.tiles; t += kBack) {
+    if (t != held()) { fetch(ahead ? t + kBack : t); arrive(); }
     turn_to(t);
     const Desk<G> desk = desk_here();
     const Part &p = desk.parts[part_of(t)];
     tile.allow_whole(p.care == kFast && !p.empty());
-    if (t < scratch.tiles - 1) {
+    if (t != held()) {
       Sums<float> unused;
       int32_t wild = 0;
-      tile.sweep_whole(tile.references(p), unused, wild);
+      if constexpr (kShape == kMixed) tile.mix_whole(tile.mixed_references(p), unused, wild); else tile.sweep_whole(tile.references(p), unused, wild);
     }
     tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
   }

@@ -16,6 +16,7 @@ constexpr int kRun = 8;                              // classes of a chunk: 16 b
 constexpr int kLost = 3;                             // Part::care of a tile that only careful.h can take
 constexpr int64_t kLostMark = 0x7ff8000000010571;   // the loss of a row that is still to be computed: a nan that no arithmetic returns
 constexpr int kPartWords = sizeof(Part) / 8, kWords = kPartWords + sizeof(HardPart) / 8;   // of 8 bytes, between blocks
+constexpr int kMixedWords = 4, kCounters = 4;        // of a part after the second sweep of the mixture family; of a row's exchanges
 
 // How a kernel is laid out: kTeams rows to a block, kThreads threads to a row's tile, kChunks chunks to a thread.
 template <int kThreads_, int kChunks_, int kTeams_ = 1> struct Geometry {
@@ -31,8 +32,9 @@ struct Job {
   int32_t parts, tiles;                              // blocks to a row; the most tiles to a block
   int32_t stages, team_bytes;                        // of logits in shared memory; shared memory of a team
   int32_t hard, all;                                 // the hard term is asked for; every row is careful.h's
-  uint32_t *tickets;                                 // [1 + 3 rows]: the next (row, part); arrivals at a row's exchanges. Zero at launch
-  double *state;                                     // [rows][parts * tiles][kWords]
+  uint32_t *tickets;                                 // [1 + kCounters rows]: the next (row, part); arrivals at a row's exchanges. Zero at launch
+  double *state;                                     // [rows][parts * tiles][kWords], then, mixture family, [kMixedWords]
+  Mixed<float> mix;                                  // plan's
 };
 
 // A row, as one thread finds it out for all: where it lies, and what it asks for.
@@ -59,7 +61,8 @@ KD_DEVICE RowAt locate(const kd_call &c, int64_t row) {
   return at;
 }
 
-struct Factors { float A, B, C, lone, hard; };       // of a tile; lone: of e where the teacher masks the class
+// Of a tile. lone: of e where the teacher masks the class. less: what the student's exponential of emit_whole is to be multiplied by (kMixed).
+struct Factors { float A, B, C, lone, hard, less; };
 
 // What the threads of a team tell each other.
 template <class G> struct Scratch {
@@ -67,7 +70,8 @@ template <class G> struct Scratch {
   float top[G::kWarps], student_top[G::kWarps];
   float at_top, weight, mean;
   float sums[G::kWarps][10];
-  double ref, rest_less, label_less;
+  double ref, label_less;
+  float ref_high, ref_low, ref_rest;                 // ref as the second sweep of the mixture family takes it, and, in y, what is left
   int lost, again;                                   // again: the row is swept once more, with ref for everyone's reference
   int64_t number;                                    // of the row
   int part, from, to, tiles;                         // this block's slice of it, in chunks
@@ -191,8 +195,28 @@ KD_DEVICE void put_zeros(char *row, int64_t from, int64_t to, int32_t dtype, int
   for (int64_t i = from + thread; i < to; i += threads) if (dtype == KD_F32) ((float *)row)[i] = 0; else ((uint16_t *)row)[i] = 0;
 }
 
+// From where emit_whole takes the student's exponentials (kMixed), near their largest: the base's top, moved by the row's shift.
+template <class G> KD_DEVICE float top_of_student(float top, const Scratch<G> &scratch, const Job &job) {
+  return job.plan.student_base ? top : top + scratch.ref_high;
+}
+
+// What a whole chunk of the mixture family is, found out for the whole of it: a branch within would keep its classes from being computed side
+// by side. kOfNear: no |x| of a warp's is above 1; else kOfEven has no moves (JSD's weights), kOfSkewed has some.
+enum MixKind : int { kOfTvd, kOfReverse, kOfNear, kOfEven, kOfSkewed };
+template <MixKind kMix> struct MixedAs : Mixed<float> {
+  static constexpr bool tvd = kMix == kOfTvd;
+  explicit KD_DEVICE MixedAs(const Mixed<float> &m) : Mixed<float>(m) {
+    if (kMix == kOfReverse) l = 0;
+    if (kMix != kOfSkewed) { moves = 0; away = false; }
+  }
+};
+template <MixKind kMix> KD_DEVICE MixedTerm<float> mixed_class(float x, float y, int32_t, const MixedAs<kMix> &mix) {
+  return kMix == kOfNear ? mixed_near(x, mix) : mixed_term(x, expm1_psi(y), mix);
+}
+
 // ---------------------------------------------------------------- the tile
-// Shape kPlain (KL, cross entropy, T = inf) or kTilted; the base's logits have kB bytes, the other's kO.
+// Shape kPlain (KL, cross entropy, T = inf), kTilted, or kMixed (TVD among them), whose tiles are measured like kPlain's and then swept
+// again, from the row's own shift: xi is kept where em would be. The base's logits have kB bytes, the other's kO.
 //
 // A chunk is *whole* where it lies inside of the row, its gradient on 16 bytes, and no class of the tile asks for more than the fast step: of
 // those em and et stay in registers, which takes unrolled loops. The others (a row's first and last chunk; masks; T = inf) are computed
@@ -200,6 +224,7 @@ KD_DEVICE void put_zeros(char *row, int64_t from, int64_t to, int32_t dtype, int
 template <class G, Shape kShape, int kB, int kO> struct Tile {
   static constexpr bool kCarry = kB == 4 || kO == 4;  // 16-bit logits have differences without rounding errors
   static constexpr int kBytes = G::kTile * kRun * (kB + kO);
+  static constexpr Shape kFirst = kShape == kMixed ? kPlain : kShape;   // of the first sweep
   using T = Team<G>;
 
   const Job &job;
@@ -208,7 +233,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   int first = 0, count = 0;                          // its chunks of the row
   int whole_from = 0, whole_to = 0;                  // those that are whole, from the first on
   char *slot = nullptr;                              // the base's logits, then the other's
-  float em[G::kChunks * kRun], et[kShape == kTilted ? G::kChunks * kRun : 1];   // of whole chunks; no more than that is ever read
+  float em[G::kChunks * kRun], et[kShape == kTilted ? G::kChunks * kRun : 1];   // of whole chunks; no more than that is ever read. kMixed: xi
 
   KD_DEVICE Tile(const Job &j, Scratch<G> &s, const RowAt &a) : job(j), scratch(s), at(a) {}
 
@@ -236,7 +261,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE bool inside(int place) const { return class_of(place) >= 0 && class_of(place) + kRun <= vocab(); }
   // what the template knows of the student's dtype
   KD_DEVICE int32_t grad_dtype() const {
-    const int bytes = kShape == kPlain ? kO : job.plan.student_base ? kB : kO;
+    const int bytes = kShape == kPlain || kB == kO ? kO : job.plan.student_base ? kB : kO;
     return bytes == 4 ? KD_F32 : job.call.student_dtype;
   }
   KD_DEVICE bool moments() const { return kShape == kPlain && job.plan.moments; }
@@ -337,7 +362,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     float b[kRun], o[kRun];
     load_base(place, b); load_other(place, o);
     KD_UNROLL for (int i = 0; i < kRun; i++) {
-      keep(i, moments() ? step_moments<true>(b[i], o[i], r.ref, r.ref_low, s, wild) : step<kShape, kCarry, true>(b[i], o[i], r, s, wild));
+      keep(i, moments() ? step_moments<true>(b[i], o[i], r.ref, r.ref_low, s, wild) : step<kFirst, kCarry, true>(b[i], o[i], r, s, wild));
     }
   }
   KD_DEVICE void sweep_whole(const References<float> &r, Sums<float> &s, int32_t &wild) {   // em and et stay
@@ -345,11 +370,68 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       float b[kRun], o[kRun];
       unpack<kB>(base_at(place), base_f16(), b); unpack<kO>(other_at(place), other_f16(), o);
       KD_UNROLL for (int i = 0; i < kRun; i++) {
-        const Kept<float> k = step<kShape, kCarry, false>(b[i], o[i], r, s, wild);
-        em[j * kRun + i] = k.em;
+        const Kept<float> k = step<kFirst, kCarry, false>(b[i], o[i], r, s, wild);
+        if (kShape != kMixed) em[j * kRun + i] = k.em;
         if (kShape == kTilted) et[j * kRun + i] = k.et;
       }
     });
+  }
+
+  // ---- the second sweep of the mixture family
+  KD_DEVICE References<float> mixed_references(const Part &p) const {
+    return {float(p.top), scratch.ref_high, scratch.ref_low, job.c, kCarry ? job.c_low : 0, 0, 0, job.reach, false};
+  }
+  static KD_DEVICE float distance(float b, float o, const References<float> &r, float rest) {   // y, as step_mixed has it
+    const float t = difference<kCarry>(o, b, r.ref, r.ref_low);
+    return kCarry ? t * r.c + (t * r.c_low - rest) : t * r.c - rest;
+  }
+  template <bool kMask, class Mix>
+  KD_DEVICE Kept<float> step_again(float b, float o, const References<float> &r, const Mix &mix, float rest, Sums<float> &s, int32_t &wild) const {
+    const float a = (b - r.top) * r.c;
+    return step_mixed<kCarry, kMask>(b, o, r, mix, rest, gpu::exp2(a), gpu::exp2(a + distance(b, o, r, rest)), s, wild);
+  }
+  template <class Keep> KD_DEVICE void mix_other(int place, const References<float> &r, Sums<float> &s, int32_t &wild, Keep keep) const {
+    float b[kRun], o[kRun];
+    load_base(place, b); load_other(place, o);
+    KD_UNROLL for (int i = 0; i < kRun; i++) keep(i, step_again<true>(b[i], o[i], r, job.mix, scratch.ref_rest, s, wild));
+  }
+  KD_DEVICE void load_whole(int place, float (&b)[kRun], float (&o)[kRun]) const {
+    unpack<kB>(base_at(place), base_f16(), b); unpack<kO>(other_at(place), other_f16(), o);
+  }
+  // The largest |y| of a chunk, whose logits the first sweep has seen to be finite.
+  KD_DEVICE float farthest(const float (&b)[kRun], const float (&o)[kRun], const References<float> &r) const {
+    float most = 0;
+    KD_UNROLL for (int i = 0; i < kRun; i++) most = gpu::largest(most, std::fabs(distance(b[i], o[i], r, scratch.ref_rest)));
+    return most;
+  }
+  // xi to the last of the chunks that stay.
+  template <MixKind kMix> KD_DEVICE void mix_chunk(const float (&b)[kRun], const float (&o)[kRun], const References<float> &r, Sums<float> &s) {
+    const MixedAs<kMix> mix(job.mix);
+    int32_t wild = 0;                                // farthest knows
+    KD_UNROLL for (int i = 0; i < kRun; i++) em[(G::kChunks - 1) * kRun + i] = step_again<false>(b[i], o[i], r, mix, scratch.ref_rest, s, wild).em;
+  }
+  // Chunk by chunk in a rolled loop, which moves those before along: unrolled, its five kinds would be more code than a multiprocessor keeps at hand.
+  KD_DEVICE void mix_whole(const References<float> &r, Sums<float> &s, int32_t &wild) {
+    const Mixed<float> &mix = job.mix;
+    const bool general = !mix.tvd && mix.l != 0, even = !mix.away && mix.moves == 0;
+    float most = 0;
+    KD_ROLLED for (int j = 0; j < G::kChunks; j++) {
+      KD_UNROLL for (int i = 0; i + kRun < G::kChunks * kRun; i++) em[i] = em[i + kRun];
+      const int place = j * G::kThreads + T::thread();
+      const bool whole = place >= whole_from && place < whole_to;
+      float b[kRun], o[kRun];
+      float own = 0;
+      if (whole) { load_whole(place, b, o); own = farthest(b, o, r); most = gpu::largest(most, own); }
+      const bool near = general && !gpu::warp_any(!(own <= float(kLog2e)));   // every lane is asked
+      if (!whole) continue;
+      if (near) mix_chunk<kOfNear>(b, o, r, s);
+      else if (mix.tvd) mix_chunk<kOfTvd>(b, o, r, s);
+      else if (mix.l == 0) mix_chunk<kOfReverse>(b, o, r, s);
+      else if (even) mix_chunk<kOfEven>(b, o, r, s);
+      else mix_chunk<kOfSkewed>(b, o, r, s);
+    }
+    const int32_t far = bits(most);
+    wild = far > wild ? far : wild;
   }
 
   // Sums of the classes' entropy under the base, without the largest ones: others, ties, n (row.h, kEntropy).
@@ -464,6 +546,31 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     gpu::sync_warp();
   }
 
+  // The tile in the slot once more, with the row's shift known: to *part, by the first warp.
+  KD_DEVICE void mix(Part *part) {
+    allow_whole(part->care == kFast && !part->empty());
+    const bool empty = part->empty();
+    Sums<float> s;
+    int32_t wild = 0;
+    if (!empty) {
+      const References<float> r = mixed_references(*part);
+      other_chunks([&](int place) { mix_other(place, r, s, wild, [](int, const Kept<float> &) {}); });   // first: the others leave registers
+      mix_whole(r, s, wild);
+    }
+    const bool far = T::any(!(from_bits(wild) <= job.reach));   // and what the tile before has shared has been collected
+    float x[kMixedWords] = {s.k1, s.k2, s.t, s.d};
+    share(0, x);
+    T::sync();
+    if (T::warp() != 0) return;
+    double y[kMixedWords];
+    collect(0, y);
+    if (T::lane() == 0) {
+      part->terms = y[0]; part->lacks = y[1]; part->excess = y[2];
+      part->moved = far ? NAN : y[3];                // the row is lost
+    }
+    gpu::sync_warp();
+  }
+
   KD_DEVICE void add_hard(int place, const HardPart &h, const Factors &f, int label, float label_gradient, float (&g)[kRun]) const {
     float z[kRun];
     load_student(place, z);
@@ -487,11 +594,14 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   // The gradient of the tile, whose em and et are in registers.
   KD_DEVICE void emit_whole(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
     const References<float> r = references(p);
+    const float student_top = kShape == kMixed ? top_of_student(r.top, scratch, job) : 0;
+    const float A = kShape == kMixed ? f.A * f.less : f.A, C = kShape == kMixed ? f.C * f.less : f.C;
     whole_chunks([&](int j, int place) {
       float b[kRun], g[kRun];
-      unpack<kB>(base_at(place), base_f16(), b);
+      if (kShape == kMixed && !job.plan.student_base) unpack<kO>(other_at(place), other_f16(), b); else unpack<kB>(base_at(place), base_f16(), b);
       KD_UNROLL for (int i = 0; i < kRun; i++) {
-        g[i] = f.C * weight_of(b[i], r) + f.A * em[j * kRun + i];
+        if (kShape == kMixed) { g[i] = exp2_of_product(b[i] - student_top, r.c, 0.f) * (A * em[j * kRun + i] + C); continue; }
+        g[i] = C * weight_of(b[i], r) + A * em[j * kRun + i];
         if (kShape == kTilted) g[i] += f.B * et[j * kRun + i];
       }
       if (job.hard) add_hard(place, h, f, label, label_gradient, g);
@@ -500,12 +610,16 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   }
   KD_DEVICE void emit(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
     emit_whole(p, h, f, label, label_gradient);
-    const References<float> r = references(p);
+    const References<float> r = kShape == kMixed ? mixed_references(p) : references(p);
     const bool lone = kShape == kTilted && job.plan.student_base, empty = p.empty();
     other_chunks([&](int place) {
       float g[kRun];
       if (empty) {
         KD_UNROLL for (int i = 0; i < kRun; i++) g[i] = 0 * f.C;
+      } else if constexpr (kShape == kMixed) {
+        Sums<float> unused;
+        int32_t wild = 0;
+        mix_other(place, r, unused, wild, [&](int i, const Kept<float> &k) { g[i] = k.e * (f.A * k.em + f.C); });
       } else {
         Sums<float> unused;
         int32_t wild = 0;
@@ -547,17 +661,11 @@ KD_DEVICE double label_part(const Job &job, const RowAt &x, const HardPart &h) {
   return -x.weight * job.call.hard_grad_scale * (h.rest - expm1_of(x.label_logit - h.top)) / h.s;
 }
 
-// The parts [0, n) of a row, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss.
-template <class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles, Scratch<G> &scratch,
-                                        Factors *factors, double *loss) {
+// The parts [0, n) of a row that is closed, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss.
+template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const RowAt &x, const Row &row, Part *parts, HardPart *hards, int n, int mine, int tiles,
+                                                       Scratch<G> &scratch, Factors *factors, double *loss) {
   const WarpCrew crew;
   const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
-  int care = 0;
-  KD_ROLLED for (int i = lane; i < n; i += 32) if (parts[i].care > care) care = parts[i].care;
-  Row row;
-  row.lost = gpu::warp_largest(care) == kLost;
-  if (!row.lost) row = close_row(parts, n, job.plan, crew);
-  if (scratch.again) row.refine = false;
   HardPart h;
   if (job.hard) h = merge_hard(n, [&](int i) { return hards[i]; }, crew);
   const kd_call &c = job.call;
@@ -566,7 +674,10 @@ template <class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *pa
     const Part &p = parts[mine + i];
     const HardPart &own = hards[mine + i];
     const Coefficients k = coefficients(p, row, job.plan, scale);
-    Factors f{float(k.A), float(k.B), float(k.C), float(k.C - k.B), 0};
+    Factors f{float(k.A), float(k.B), float(k.C), float(k.C - k.B), 0, 1};
+    if (kShape == kMixed && !job.plan.student_base) {
+      f.less = float(exp_of(job.plan.k * ((double(top_of_student(float(p.top), scratch, job)) - p.top) - scratch.ref)));
+    }
     if (job.hard) {
       if (own.s > 0) f.hard = float(hard_scale * exp_of(own.top - h.top) / h.s);
       if (!(x.label_logit == x.label_logit)) f.C = f.lone = NAN;
@@ -580,6 +691,37 @@ template <class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *pa
     if (job.hard) scratch.label_less = label_part(job, x, h);
     if (loss && !row.refine) *loss = row.lost ? from_bits(kLostMark) : loss_of(job, x, row.value, h);
   }
+}
+
+// The same after the first sweep. A row of the mixture family is not done with that.
+template <Shape kShape, class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles,
+                                                      Scratch<G> &scratch, Factors *factors, double *loss) {
+  const WarpCrew crew;
+  const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
+  int care = 0;
+  KD_ROLLED for (int i = lane; i < n; i += 32) if (parts[i].care > care) care = parts[i].care;
+  Row row;
+  row.lost = gpu::warp_largest(care) == kLost;
+  if (!row.lost) row = close_row(parts, n, job.plan, crew);
+  if (scratch.again) row.refine = false;
+  if (kShape != kMixed) return finish<kShape>(job, x, row, parts, hards, n, mine, tiles, scratch, factors, loss);
+  gpu::sync_warp();
+  if (lane == 0) {
+    const double ref = row.shift / job.plan.k;
+    const float high = float(ref), low = float(ref - high);
+    scratch.lost = row.lost; scratch.again = row.refine;
+    scratch.ref = ref; scratch.ref_high = high; scratch.ref_low = low;
+    scratch.ref_rest = float(job.plan.k * ((ref - high) - low) * kLog2e);
+    if (loss && row.lost) *loss = from_bits(kLostMark);
+  }
+}
+// And after the second, whose sums the parts have now.
+template <class G> KD_DEVICE void close_again(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles, Scratch<G> &scratch,
+                                              Factors *factors, double *loss) {
+  Row row;
+  close_mixed(parts, n, job.plan, row, WarpCrew());
+  row.shift = scratch.ref * job.plan.k;
+  finish<kMixed>(job, x, row, parts, hards, n, mine, tiles, scratch, factors, loss);
 }
 
 }  // namespace KD_LEVEL

@@ -50,6 +50,7 @@ template <class T> KD_DEVICE T warp_largest(T x) {   // b where a is nan
 
 // ---------------------------------------------------------------- numbers
 KD_DEVICE float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+KD_DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 KD_DEVICE float largest(float a, float b) { return fmaxf(a, b); }
 KD_DEVICE float from_bf16(uint32_t low_half) { return __uint_as_float(low_half << 16); }
 KD_DEVICE float from_f16(uint32_t low_half) { return __half2float(__ushort_as_half((unsigned short)low_half)); }

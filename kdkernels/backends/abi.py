@@ -1,6 +1,6 @@
 """The C ABI of csrc/api.h through ctypes, for the CPU library and CUDA's: one struct per call, no torch and no Python in their build.
 
-Loading checks that a library speaks the same language as this package: the size of each struct and the list of divergences.
+Loading checks that a library speaks the same language as this package: the size of each struct and the list of families.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class Call(ctypes.Structure):
         *((x, c_void_p) for x in ("student", "teacher", "grad", "labels", "weight", "loss")),
         *((x, c_int64) for x in ("rows", "inner", "vocab", "grad_width")),
         *((x, c_int64 * 2) for x in ("student_stride", "teacher_stride", "grad_stride")),
-        *((x, c_int32) for x in ("student_dtype", "teacher_dtype", "divergence", "threads", "fresh", "device")),
-        *((x, c_double) for x in ("order", "temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale")),
+        *((x, c_int32) for x in ("student_dtype", "teacher_dtype", "family", "reverse", "threads", "fresh", "device", "reserved")),
+        *((x, c_double) for x in ("order", "factor", "mix", "teacher_part", "student_part", "limit")),
+        *((x, c_double) for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale")),
+        ("stats", c_void_p),
         ("bad_row", c_int64),
         *((x, c_void_p) for x in ("stream", "workspace")),
         ("workspace_size", c_int64),
@@ -72,10 +74,10 @@ class Library:
             size.restype = c_int64
             if size() != ctypes.sizeof(cls):
                 raise OSError(f"{path.name}: {struct} has {size()} bytes, this package's {ctypes.sizeof(cls)}; reinstall kdkernels")
-        lib.kd_divergences.restype = lib.kd_isa.restype = c_char_p
-        names = lib.kd_divergences().decode()
-        if names != ",".join(math_of.REGISTRY):
-            raise OSError(f"{path.name}: its divergences are {names}, this package's {','.join(math_of.REGISTRY)}; reinstall kdkernels")
+        lib.kd_families.restype = lib.kd_isa.restype = c_char_p
+        names = lib.kd_families().decode()
+        if names != ",".join(math_of.FAMILIES):
+            raise OSError(f"{path.name}: its families are {names}, this package's {','.join(math_of.FAMILIES)}; reinstall kdkernels")
         self.isa, self.openmp = lib.kd_isa().decode(), bool(lib.kd_openmp())
         self.loss, self.log_softmax = lib.kd_loss, lib.kd_log_softmax
         self.loss.argtypes, self.log_softmax.argtypes = [c_void_p], [c_void_p]
@@ -88,10 +90,19 @@ def build_record() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _divergence(text: str) -> tuple[int, float]:
-    """(index in the library's list, order) of a text form."""
-    which = math_of.parse(text)
-    return list(math_of.REGISTRY).index(which.name), which.order
+def _divergence(text: str) -> dict[str, int | float]:
+    """What a call says of a divergence."""
+    form = math_of.parse(text).form
+    return dict(
+        family=math_of.FAMILIES.index(form.family),
+        reverse=form.reverse,
+        order=form.order,
+        factor=form.factor,
+        mix=form.mix,
+        teacher_part=form.teacher,
+        student_part=form.student,
+        limit=form.limit or 0.0,
+    )
 
 
 def _layout(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
@@ -120,6 +131,7 @@ def loss_call(
     hard_grad_scale,
     vocab,
     *,
+    stats=None,
     threads=1,
     device=0,
     stream=None,
@@ -133,39 +145,35 @@ def loss_call(
     grad_pointer, grad_stride = None, (0, 0)
     if grad is not None:
         grad_pointer, (_, _, grad_stride) = grad.data_ptr(), _layout(grad)
-    index, order = _divergence(divergence)
     labels = labels if labels is None else labels.contiguous()
     weight = weight if weight is None else weight.contiguous()
     call = Call(
-        student.data_ptr(),
-        teacher.data_ptr(),
-        grad_pointer,
-        None if labels is None else labels.data_ptr(),
-        None if weight is None else weight.data_ptr(),
-        out.data_ptr(),
-        rows,
-        inner,
-        vocab,
-        width,
-        student_stride,
-        teacher_stride,
-        grad_stride,
-        DTYPES[student.dtype],
-        DTYPES[teacher.dtype],
-        index,
-        threads,
-        grad_pointer is not None and grad_pointer != student.data_ptr() and grad.is_contiguous(),
-        device,
-        order,
-        temperature,
-        value_scale,
-        grad_scale,
-        hard_scale,
-        hard_grad_scale,
-        0,
-        stream,
-        None,
-        0,
+        student=student.data_ptr(),
+        teacher=teacher.data_ptr(),
+        grad=grad_pointer,
+        labels=None if labels is None else labels.data_ptr(),
+        weight=None if weight is None else weight.data_ptr(),
+        loss=out.data_ptr(),
+        rows=rows,
+        inner=inner,
+        vocab=vocab,
+        grad_width=width,
+        student_stride=student_stride,
+        teacher_stride=teacher_stride,
+        grad_stride=grad_stride,
+        student_dtype=DTYPES[student.dtype],
+        teacher_dtype=DTYPES[teacher.dtype],
+        threads=threads,
+        fresh=grad_pointer is not None and grad_pointer != student.data_ptr() and grad.is_contiguous(),
+        device=device,
+        temperature=temperature,
+        value_scale=value_scale,
+        grad_scale=grad_scale,
+        hard_scale=hard_scale,
+        hard_grad_scale=hard_grad_scale,
+        stats=None if stats is None else stats.data_ptr(),
+        stream=stream,
+        **_divergence(divergence),
     )
     return call, out, (student, teacher, labels, weight)
 

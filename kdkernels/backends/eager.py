@@ -35,7 +35,7 @@ def rows(
     hard_scale: float,
 ) -> Tensor:
     """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0 are not looked at."""
-    z, v = student.double(), teacher.detach().double()
+    z, v = student.double(), teacher.double()
     clean_z, clean_v, labels, broken = _clean(z, v, labels, weight)
     row = _Row(clean_z, clean_v, temperature)
     loss = value_scale * row.divergence(math_of.parse(divergence)) if value_scale else clean_z.new_zeros(z.shape[0])
@@ -111,7 +111,7 @@ class _Row:
         self.no_z, self.no_v = no_z, no_v
         self.z, self.v = torch.where(no_z, 0.0, z), torch.where(no_v, 0.0, v)
         self.top_z = torch.where(no_z, -math.inf, z.detach()).amax(-1, keepdim=True)
-        self.top_v = torch.where(no_v, -math.inf, v).amax(-1, keepdim=True)
+        self.top_v = torch.where(no_v, -math.inf, v.detach()).amax(-1, keepdim=True)
 
     def _exp(self, x: Tensor, top: Tensor, masked: Tensor, temperature: float) -> Tensor:
         return torch.where(masked, 0.0, ((x - top) / temperature).exp())
@@ -129,8 +129,8 @@ class _Row:
         c = torch.where(near, torch.log1p(torch.where(near, away, 0.0)), sz.log() - sv.log())
         return ev / sv, ez / sz, y - c, y, c
 
-    def tilted(self, order: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(w, log R, disjoint): w = softmax of order v + (1 - order) z over T, R = sum p^order q^(1 - order)."""
+    def tilted(self, order: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(w, log R, F, disjoint): w = softmax of order v + (1 - order) z over T, R = sum p^order q^(1 - order), F where R is near 1."""
         p, q, d, y, c = self.soft
         b, T = 1 - order, self.temperature
         a = torch.where(self.no_v, 0.0, (self.v - self.top_v) / T)
@@ -144,63 +144,122 @@ class _Row:
         near = (log_r.abs() < 0.5) & ~disjoint
         w = eu / su
         t = w * torch.where(near, log_r, 0.0).exp()
-        term = math_of.power_terms(p, q, t, d, b, 1 / b, _psi, torch.abs, torch.where, False)[2] / (1 - b)
-        term = torch.where(self.no_v, q / (1 - b), torch.where(self.no_z, p / b, term))
+        if order <= 0.5:  # from the side of the smaller tilt, which loses the least
+            term = math_of.power_terms(q, p, t, -d, order, 1 / order, _psi, torch.abs, torch.where, False)[2] / b
+        else:
+            term = math_of.power_terms(p, q, t, d, b, 1 / b, _psi, torch.abs, torch.where, False)[2] / order
+        term = torch.where(self.no_v, q / order, torch.where(self.no_z, p / b, term))
         F = torch.where(self.no_z & self.no_v, 0.0, term).sum(-1, keepdim=True)
-        return w, torch.where(near, torch.log1p(torch.where(near, -b * (1 - b) * F, 0.0)), log_r), disjoint
+        log_r = torch.where(near, torch.log1p(torch.where(near, -b * order * F, 0.0)), log_r)
+        F = torch.where(near, F, torch.expm1(torch.where(near, 0.0, log_r)) / (-b * order))
+        return w, log_r, torch.where(disjoint, 1 / (b * order), F), disjoint
+
+    def mixture(self, form: math_of.Form) -> tuple[Tensor, Tensor]:
+        """(D, G = q xi) of the mixture family: T dD/dz = G - q sum G."""
+        p, q, d, _, _ = self.soft
+        sides = form.sides
+        b, o, x, only_b, only_o = (q, p, -d, self.only_z, self.only_v) if sides.student_base else (p, q, d, self.only_v, self.only_z)
+        l = sides.mix  # noqa: E741
+        x = x.clamp_max(700) if l else x  # beyond, log m is log o + log(l), whatever x
+        m1 = torch.expm1(x.clamp_max(700))
+        u = torch.log1p(l * m1)
+        chi = torch.where(u.abs() < 0.5, _psi(u), l * m1 - u)
+        b_in, o_in = torch.where(self.masked, 1.0, b), torch.where(self.masked, 1.0, o)
+        small = torch.where(x.abs() < 0.5, m1, 0.0)  # its square must not be inf where it is not asked for
+        term = math_of.mixture_term(
+            b_in, o_in, x, small, _psi(x), u, chi, x - u, l, sides.base, sides.other, torch.abs, torch.where, sides.shares
+        )
+        xi = math_of.mixture_slope(m1, u, chi, x - u, l, sides.base, sides.other, sides.student_base, sides.shares)
+        term, G = (torch.where(self.masked, 0.0, t) for t in (term, (b_in if sides.student_base else o_in) * xi))
+        moves = _alone(b, only_b, sides.b_moves) if sides.student_base else _alone(o, only_o, sides.o_moves)
+        return (term + _alone(b, only_b, sides.b_alone) + _alone(o, only_o, sides.o_alone)).sum(-1), G + moves
 
     def divergence(self, divergence: math_of.Divergence) -> Tensor:
         """D, (rows,); the limit of T^2 D at T = inf."""
+        form = divergence.form
         if math.isinf(self.temperature):
-            return self._limit(divergence)
+            return self._limit(form)
         p, q, d, y, c = self.soft
-        order, lone = divergence.order, self.only_v.any(-1)
+        lone_p, lone_q = self.only_v.any(-1), self.only_z.any(-1)
+        if form.family == "mixture":
+            D = self.mixture(form)[0]
+            return torch.where(D == math.inf, self._lost(D == math.inf), D)
+        if form.family == "tvd":
+            return self._gap(p, q, d).abs().sum(-1) / 2
         term = math_of.kl_terms(p, q, d, _psi, torch.abs, torch.where)[1]
         kl = torch.where(self.only_z, q, torch.where(self.no_z, 0.0, term)).sum(-1)
         # rows whose D is +inf have KL's gradient q - p at the classes the student has
-        infinite = kl + (p * self.only_v).sum(-1) * (c - c.detach()).squeeze(-1) + math.inf
-        if order == 1:
-            value = torch.where(lone, infinite, kl)
-            if isinstance(divergence, math_of.CrossEntropy):
+        infinite = form.factor * (kl + (p * self.only_v).sum(-1) * (c - c.detach()).squeeze(-1)) + math.inf
+        if form.family in ("kl", "cross_entropy") or form.order == 1 and form.family == "renyi":  # alpha below 1e-16, reversed
+            value = torch.where(lone_p, infinite, form.factor * kl)
+            if form.family == "cross_entropy":
                 T = self.temperature
                 total = _log_total(self._exp(self.v, self.top_v, self.no_v, T), self.v, self.top_v, self.no_v)
                 value = value - (p * torch.where(self.no_v, 0.0, (self.v - self.top_v) / T - total)).sum(-1)
             return value
-        if order == 0:
-            inside, outside = torch.where(self.no_v, 0.0, q).sum(-1), torch.where(self.no_v, q, 0.0).sum(-1)
+        if form.family == "support":
+            lone, x = (self.no_z, p) if form.reverse else (self.no_v, q)
+            inside, outside = torch.where(lone, 0.0, x).sum(-1), torch.where(lone, x, 0.0).sum(-1)
             return torch.where(inside == 0, infinite, torch.log1p(outside / torch.where(inside == 0, 1.0, inside)))
-        if math.isinf(order):
-            least, share, _ = self._least()
-            value = (c.squeeze(-1) - (share * y).sum(-1)).clamp_min(0.0)
-            value = torch.where((least | self.no_z).all(-1), 0.0, value)  # p = q
-            return torch.where(lone, (c - c.detach()).squeeze(-1) + math.inf, value)
-        _, log_r, disjoint = self.tilted(order)
-        return torch.where(lone if order > 1 else disjoint.squeeze(-1), infinite, log_r.squeeze(-1) / (order - 1))
+        if form.family == "extreme":
+            sign = -1 if form.reverse else 1
+            least, share, _ = self._least(sign)
+            value = (sign * (c.squeeze(-1) - (share * y).sum(-1))).clamp_min(0.0)
+            value = torch.where((least | (self.no_v if form.reverse else self.no_z)).all(-1), 0.0, value)  # p = q
+            return torch.where(lone_q if form.reverse else lone_p, sign * (c - c.detach()).squeeze(-1) + math.inf, value)
+        _, log_r, F, disjoint = self.tilted(form.order)
+        lost = lone_p if form.order > 1 else lone_q if form.order < 0 else disjoint.squeeze(-1) & (form.family == "renyi")
+        value = form.factor * log_r.squeeze(-1) / (form.order - 1) if form.family == "renyi" else F.squeeze(-1)
+        return torch.where(lost, infinite if form.family == "renyi" else self._lost(lost), value)
 
     def gradient(self, divergence: math_of.Divergence) -> Tensor:
-        """T dD/dz = q - w, (rows, vocab), from the table of formulas; the limit's own gradient at T = inf."""
-        order = divergence.order
+        """T dD/dz, (rows, vocab), from the table of formulas; the limit's own gradient at T = inf."""
+        form = divergence.form
         if math.isinf(self.temperature):
-            n, x = self._differences(divergence)
-            return order * x / n
+            n, x = self._differences(form)
+            return form.limit * x / n
         p, q, d, _, _ = self.soft
-        if order == 0:
+        if form.family in ("mixture", "tvd"):
+            D, G = self.mixture(form) if form.family == "mixture" else (q, q * self._gap(p, q, d).sign() / 2)
+            g = G - q * G.sum(-1, keepdim=True)
+            g = torch.where((D == math.inf).unsqueeze(-1), math.nan, g) if form.family == "mixture" else g
+            return torch.where(self.no_z, 0.0, g)
+        if form.family == "support":
+            if form.reverse:
+                return torch.zeros_like(q)
             inside, outside = torch.where(self.no_v, 0.0, q).sum(-1, keepdim=True), torch.where(self.no_v, q, 0.0).sum(-1, keepdim=True)
             return torch.where(self.no_v, q, -q * torch.where(inside == 0, 0.0, outside / torch.where(inside == 0, 1.0, inside)))
-        if math.isinf(order):
-            least, share, rest = self._least()
-            return torch.where(least, -share * rest, q)
-        w, x = p, torch.zeros_like(d)
-        if order != 1:
-            tilted, log_r, disjoint = self.tilted(order)
-            lost = self.only_v.any(-1, keepdim=True) if order > 1 else disjoint
-            w, x = torch.where(lost, p, tilted), torch.where(lost, 0.0, (1 - order) * d - log_r)
+        if form.family == "extreme":
+            sign = -1 if form.reverse else 1
+            least, share, rest = self._least(sign)
+            return sign * torch.where(least, -share * rest, q)
+        w, x, unit = p, torch.zeros_like(d), form.factor
+        if form.family in ("renyi", "alpha") and form.order != 1:
+            tilted, log_r, F, disjoint = self.tilted(form.order)
+            lost = (self.only_v if form.order > 1 else self.only_z).any(-1, keepdim=True) if not 0 < form.order < 1 else disjoint
+            w, x = torch.where(lost, p, tilted), torch.where(lost, 0.0, (1 - form.order) * d - log_r)
+            unit = form.factor
+            if form.family == "alpha":
+                unit = torch.where(lost, 0.0 if 0 < form.order < 1 else math.nan, log_r.exp() / form.order)
         near = (d.abs() < 0.5) & (x.abs() < 0.5) & ~self.masked
-        return torch.where(near, p * (torch.expm1(d) - torch.expm1(x)), torch.where(self.no_z, 0.0, q - w))
+        return torch.where(self.no_z, 0.0, unit * torch.where(near, p * (torch.expm1(d) - torch.expm1(x)), q - w))
 
-    def _least(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The classes where d is smallest, as far as the logits as given can tell them apart; q restricted to them; q of the others."""
-        gap = torch.where(self.no_v, math.inf, torch.where(self.no_z, -math.inf, (self.z - self.v).detach()))
+    def _lost(self, rows: Tensor) -> Tensor:
+        """+inf, with nan for its gradient in the rows that are asked for, where the formula has an infinite moment."""
+        u = torch.where(rows.unsqueeze(-1) & ~self.no_z, self.z - self.z.detach(), 1.0).sqrt()
+        return (u - u * 1.0).sum(-1) + math.inf
+
+    def _gap(self, p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+        """q - p to its own digits."""
+        near = (d.abs() < 0.5) & ~self.masked
+        return torch.where(near, p * torch.expm1(torch.where(near, d, 0.0)), q - p)
+
+    def _least(self, sign: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The classes where sign d is smallest, as far as the logits as given tell them apart; q restricted to them; q of the others."""
+        if sign > 0:
+            gap = torch.where(self.no_v, math.inf, torch.where(self.no_z, -math.inf, (self.z - self.v).detach()))
+        else:
+            gap = torch.where(self.no_z, math.inf, torch.where(self.no_v, -math.inf, (self.v - self.z).detach()))
         least = (gap == gap.amin(-1, keepdim=True)) & ~self.masked
         top = torch.where(least, self.z.detach(), -math.inf).amax(-1, keepdim=True)
         share = torch.where(least, ((self.z.detach() - torch.where(top > -math.inf, top, 0.0)) / self.temperature).exp(), 0.0)
@@ -232,20 +291,27 @@ class _Row:
         at_label = torch.where(r == label, -others / (1 + others), q.gather(-1, label) - 1)
         return torch.where(label == labels.unsqueeze(-1), q.scatter(-1, label, at_label), math.nan)
 
-    def _differences(self, divergence: math_of.Divergence) -> tuple[Tensor, Tensor]:
+    def _differences(self, form: math_of.Form) -> tuple[Tensor, Tensor]:
         """T = inf: the classes both have, and z - v over them, centred but for logit matching."""
         n = (~self.masked).sum(-1, keepdim=True).clamp_min(1)
         x = torch.where(self.masked, 0.0, self.z - self.v)
-        if not isinstance(divergence, math_of.LogitMatching):
+        if form.family != "logit_matching":
             x = torch.where(self.masked, 0.0, x - x.sum(-1, keepdim=True) / n)
         return n, x
 
-    def _limit(self, divergence: math_of.Divergence) -> Tensor:
-        """(k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching."""
-        n, x = self._differences(divergence)
-        value = divergence.order / 2 * (x * x).sum(-1) / n.squeeze(-1)
-        differ = self.only_z.any(-1) if divergence.order == 0 else (self.only_z | self.only_v).any(-1)
-        return value + torch.where(differ, math.inf, 0.0)
+    def _limit(self, form: math_of.Form) -> Tensor:
+        """(k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching; +inf for masks that differ, where k = 0 for those that matter."""
+        n, x = self._differences(form)
+        value = form.limit / 2 * (x * x).sum(-1) / n.squeeze(-1)
+        differ = self.only_z | self.only_v
+        if form.family == "support":
+            differ = self.only_v if form.reverse else self.only_z
+        return value + torch.where(differ.any(-1), math.inf, 0.0)
+
+
+def _alone(x: Tensor, only: Tensor, factor: float) -> Tensor:
+    """factor x where only one of the two has the class; +inf for a factor of inf, also where x underflows."""
+    return torch.where(only, torch.where(only, x, 1.0).clamp_min(1e-300) * factor, 0.0)
 
 
 def _psi(x: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> s
     return found if isinstance(found, str) else None
 
 
-def loss(student, teacher, labels, weight, grad, *options) -> Tensor:
+def loss(student, teacher, labels, weight, grad, *options, stats=None) -> Tensor:
     """The operator's contract (ops.py)."""
-    call, out, alive = abi.loss_call(student, teacher, labels, weight, grad, *options, threads=torch.get_num_threads())
+    call, out, alive = abi.loss_call(student, teacher, labels, weight, grad, *options, stats=stats, threads=torch.get_num_threads())
     status = library().loss(ctypes.byref(call))
     if status == _BAD_LABEL:
         label = alive[2].view(-1)[call.bad_row].item()

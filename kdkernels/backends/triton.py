@@ -11,20 +11,41 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import divergence as math_of
-from .triton_plan import AGAIN, BOTH, EVEN, FAMILIES, FINISH, PUBLISH, SCALAR, SLOTS, WINDOW, Device, plan, run
+from .triton_plan import (
+    AGAIN,
+    BOTH,
+    EVEN,
+    FAMILIES,
+    FINISH,
+    MIX,
+    PUBLISH,
+    REGISTERS_WHOLE,
+    SCALAR,
+    SLOTS,
+    STEEP,
+    STUDENT,
+    TEACHER,
+    WINDOW,
+    Device,
+    plan,
+    run,
+)
 
 name = "triton"
 
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
 MOST_REGISTERS = 128  # of a thread, with 512 of them on a multiprocessor
-HEAVY_REGISTERS = 168  # with 384, for orders and hard labels, where a program has no more
+HEAVY_REGISTERS = 168  # with 384, for mixtures, orders and hard labels, where a program has no more
+HEAVIEST_REGISTERS = 176  # for mixtures with hard labels, which spill with fewer on sm_100
 FILE_REGISTERS = 64 << 10  # of a multiprocessor
 SOFTMAX_BLOCK = 2048
 SCALE_BLOCK = 8192
@@ -65,24 +86,62 @@ def single(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
+class Numbers(NamedTuple):
+    """What a call asks for, each number rounded once."""
+
+    family: str
+    base: int  # the side a row is seen from; for what has no sum of terms, whether p and q are exchanged
+    c: float = 0.0  # log2(e) / T
+    k: float = 1.0  # 1 / T
+    tilt: float = 0.0  # the power family's, a mixture's l; at T = inf, whether there is a limit but 0
+    inverse_tilt: float = 1.0
+    base_share: float = 0.0  # a mixture's weights of KL(b, m) and KL(o, m)
+    other_share: float = 0.0
+    value: float = 1.0  # factors of the loss and of its gradient
+    grad: float = 1.0
+    centered: bool = True  # logit matching compares the logits themselves
+
+
+# of a tilt or a mixture's l, for a float's range to hold what is made of them; beyond, D is proportional to it or no longer changes
+SMALLEST, LARGEST = 1e-25, 1e36
+
+
 @functools.lru_cache(maxsize=256)
-def numbers(text: str, temperature: float) -> tuple[str, bool, bool, float, float, float, float, float]:
-    """(family, student base, centered, c, k, tilt, 1 / tilt, correction): what a call asks for, each number rounded once."""
-    which = math_of.parse(text)
-    order = which.order
+def numbers(text: str, temperature: float) -> Numbers:
+    form = math_of.parse(text).form
     if math.isinf(temperature):
-        return "MOMENTS", False, not isinstance(which, math_of.LogitMatching), 0.0, 1.0, order, 1.0, 1.0
+        limit = form.limit or 0.0
+        return Numbers(
+            "MOMENTS", int(form.reverse), tilt=float(limit != 0), value=limit or 1.0, grad=limit, centered=form.family != "logit_matching"
+        )
     k = single(1 / temperature)
     # a row is computed at one temperature, 1 / k; where D is proportional to 1 / T^2, what that lacks is a factor
-    correction = 1 / (k * temperature) if temperature >= 64 else 1.0
-    c = single(k * math.log2(math.e))
-    if order == 0 or math.isinf(order):
-        return "INFINITY" if order else "ZERO", False, True, c, k, 0.0, 1.0, correction
-    if order == 1:
-        return "ENTROPY" if isinstance(which, math_of.CrossEntropy) else "KL", False, True, c, k, 0.0, 1.0, correction
-    student_base = order <= 0.5
-    tilt = single(order if student_base else 1 - order)
-    return "POWER", student_base, True, c, k, tilt, single(1 / tilt), correction
+    correction = 1 / (k * temperature) if temperature >= 64 and form.family not in ("tvd", "support", "extreme") else 1.0
+    call = functools.partial(Numbers, c=single(k * math.log2(math.e)), k=k)
+    simple = functools.partial(call, value=form.factor * correction**2, grad=form.factor * correction)
+    if form.family in ("support", "extreme"):
+        return call(form.family.upper(), int(form.reverse))
+    if form.family == "tvd":
+        return call("TVD", TEACHER)
+    if form.family == "mixture":
+        return _mixture(form.sides, simple)
+    if form.family in ("renyi", "alpha") and form.order != 1:
+        side = TEACHER if form.order > 0.5 else STUDENT if form.order >= -1 else STEEP
+        exact = max(-LARGEST, min(form.order if side else 1 - form.order, LARGEST))
+        tilt = single(exact) if abs(exact) >= SMALLEST else SMALLEST
+        found = simple("ALPHA" if form.family == "alpha" else "POWER", side, tilt=tilt, inverse_tilt=single(1 / tilt))
+        less = exact / SMALLEST if tilt == SMALLEST and form.family == "renyi" else 1.0
+        return found._replace(value=found.value * less, grad=found.grad * less)
+    return simple("ENTROPY" if form.family == "cross_entropy" else "KL", TEACHER)
+
+
+def _mixture(sides: math_of.Sides, simple: Callable[..., Numbers]) -> Numbers:
+    base = STUDENT if sides.student_base else TEACHER
+    if sides.mix == 0:  # KL(o, b), which KL is with b and o exchanged
+        found = simple("KL", TEACHER if base else STUDENT)
+        return found._replace(value=found.value * sides.other, grad=found.grad * sides.other)
+    shares = dict(base_share=single(sides.base), other_share=single(sides.other))
+    return simple("SKEWED" if sides.shares else "MIXTURE", base, tilt=single(max(sides.mix, SMALLEST)), **shares)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
@@ -155,14 +214,17 @@ def launches(
     device,
 ) -> list[Launch]:
     """What `loss` launches, in its order, on a device of such figures; `out` receives the rows' losses."""
-    family, student_base, centered, c, k, tilt, inverse_tilt, correction = numbers(divergence, temperature)
+    n = numbers(divergence, temperature)
     hard = labels is not None and (hard_scale != 0 or hard_grad_scale != 0)
     rows = out.numel()
     sizes = student.element_size(), teacher.element_size()
     tensors = [student, teacher, student if grad is None else grad]
     inner, access, strides = _layout(tensors, run(*sizes), vocab)
-    chosen = plan(rows, vocab, *sizes, access == WINDOW, device)
+    mixture = n.family in ("MIXTURE", "SKEWED", "TVD")
+    # a mixture's three sweeps with labels leave a whole row half of the registers
+    chosen = plan(rows, vocab, *sizes, access == WINDOW, device, REGISTERS_WHOLE // (2 if mixture and hard else 1))
     # the value's factor, T^2 in it, as two numbers that a float holds
+    value_scale *= n.value
     value_unit = 2.0 ** (math.frexp(value_scale)[1] // 2) if math.isfinite(value_scale) else 1.0
     arguments = dict(
         Z=student,
@@ -176,33 +238,36 @@ def launches(
         **dict(zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides, strict=True)),
         vocab=vocab,
         width=student.shape[-1],
-        k=k,
-        tilt=tilt,
-        value_scale=value_scale * correction**2 / value_unit,
+        k=n.k,
+        tilt=n.tilt,
+        base_share=n.base_share,
+        other_share=n.other_share,
+        value_scale=value_scale / value_unit,
         value_unit=value_unit,
-        grad_scale=grad_scale * correction,
+        grad_scale=grad_scale * n.grad,
         hard_scale=hard_scale,
         hard_grad_scale=hard_grad_scale,
-        FAMILY=FAMILIES.index(family),
-        BASE_Z=student_base,
-        CENTERED=centered,
+        FAMILY=FAMILIES.index(n.family),
+        BASE_Z=n.base,
+        CENTERED=n.centered,
         HARD=hard,
         WEIGHTED=weight is not None,
         GRAD=grad is not None,
     )
-    if family in ("ZERO", "INFINITY"):  # no sum of terms: every row is one for fp64
-        return [Launch("careful_rows", rows, arguments | dict(ALL=True, ROWS=1, BLOCK=CAREFUL_BLOCK), CAREFUL_WARPS, MOST_REGISTERS)]
+    registers = HEAVY_REGISTERS if mixture else MOST_REGISTERS
+    if n.family in ("SUPPORT", "EXTREME"):  # no sum of terms: every row is one for fp64
+        return [Launch("careful_rows", rows, arguments | dict(ALL=True, ROWS=1, BLOCK=CAREFUL_BLOCK), CAREFUL_WARPS, registers)]
     rest = Launch(
         "careful_rows",
         -(-rows // CAREFUL_ROWS),
         arguments | dict(ALL=False, ROWS=CAREFUL_ROWS, BLOCK=CAREFUL_BLOCK),
         CAREFUL_WARPS,
-        MOST_REGISTERS,
+        registers,
     )
     carry = torch.float32 in (student.dtype, teacher.dtype)
-    heavy = (hard or family == "POWER") and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
-    registers = HEAVY_REGISTERS if heavy else MOST_REGISTERS
-    arguments = arguments | dict(c=c, inverse_tilt=inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
+    heavy = (hard or n.family not in ("KL", "ENTROPY", "MOMENTS")) and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
+    registers = HEAVIEST_REGISTERS if heavy and mixture and hard else HEAVY_REGISTERS if heavy else MOST_REGISTERS
+    arguments = arguments | dict(c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
     if chosen.parts == 1:
         return [Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), rest]
     arguments |= dict(
@@ -213,7 +278,8 @@ def launches(
     if not interpreting():
         return [Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers), rest]
     # programs that run one after another cannot wait for each other
-    return [*(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in (PUBLISH, AGAIN, FINISH)), rest]
+    phases = (PUBLISH, AGAIN, MIX, FINISH) if mixture else (PUBLISH, AGAIN, FINISH)
+    return [*(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in phases), rest]
 
 
 def loss(student, teacher, labels, weight, grad, *options):

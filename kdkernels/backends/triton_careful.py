@@ -1,4 +1,4 @@
-"""Rows out of a float's range, and orders 0 and inf: the textbook's order of operations, in fp64. The twin of csrc/careful.h."""
+"""Rows out of a float's range, and what has no sum of terms: the textbook's order of operations, in fp64. The twin of csrc/careful.h."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import (
+    ALPHA,
     ENTROPY,
+    EXTREME,
     INF,
     MOMENTS,
     NUMBERS,
     POWER,
-    ZERO,
+    SKEWED,
+    SUPPORT,
+    TVD,
+    expm164,
     finite,
     is_lost,
     kl_terms,
@@ -19,20 +24,26 @@ from .triton_kernels import (
     log1p64,
     long,
     magnitude,
+    mixes,
+    mixture_slope,
+    mixture_term,
     power_terms,
     psi_series,
+    reverses,
     select,
     weighted,
     wide,
     write_zeros,
 )
 
+REACH64 = tl.constexpr(700.0)
+
 
 @triton.jit(do_not_specialize=NUMBERS)
 def careful_rows(
     Z, V, G, LABELS, WEIGHTS, LOSS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
-    k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    k, tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
     ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +69,8 @@ def careful_rows(
             elif lost > 0:
                 careful_row(
                     Z + (row // inner * z_outer + row % inner * z_inner), V + (row // inner * v_outer + row % inner * v_inner), G + g_at,
-                    LABELS, LOSS, row, weight, vocab, wide(k), wide(tilt), value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                    LABELS, LOSS, row, weight, vocab, wide(k), wide(tilt), wide(base_share), wide(other_share),
+                    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
                     FAMILY, BASE_Z, CENTERED, HARD, GRAD, BLOCK,
                 )  # fmt: skip
 
@@ -78,20 +90,46 @@ def near_expm1(p, x):
 
 
 @triton.jit
-def chosen_classes(z, v, least, FAMILY: tl.constexpr):
-    """The classes that w is q restricted to: order 0, the teacher's support; order inf, where z - v is least, as the logits are given."""
-    if FAMILY == ZERO:
-        return v > -INF
+def chosen_classes(z, v, least, FAMILY: tl.constexpr, REVERSE: tl.constexpr):
+    """The classes that w is q restricted to: p's support (reversed: q's), or where d is least (greatest), as the logits are given."""
+    if FAMILY == SUPPORT:
+        return z > -INF if REVERSE else v > -INF
     else:
-        return (z - v == least) & (z > -INF)
+        return (difference(z, v, REVERSE) == least) & (z > -INF) & (v > -INF)
+
+
+@triton.jit
+def difference(z, v, REVERSE: tl.constexpr):
+    return v - z if REVERSE else z - v
+
+
+@triton.jit
+def mixed64(p, q, d, both, mix, base, other, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
+    """(the term of D, xi) of the mixture family; see triton_kernels.mixed_terms."""
+    b, o, x = p, q, d
+    if BASE_Z:
+        b, o, x = q, p, -d
+    if FAMILY == TVD:
+        near = both & (tl.abs(d) < 0.5)
+        gap = tl.where(near, near_expm1(p, tl.where(near, d, 0.0)), q - p)
+        return 0.5 * tl.abs(gap), tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, 0.0))
+    else:
+        x = tl.where(both, tl.minimum(tl.maximum(x, -REACH64), REACH64), tl.where(o > 0.0, REACH64, -REACH64))
+        m1 = expm164(x)
+        u = log1p64(mix * m1)
+        psi_u = tl.where(tl.abs(u) < 0.5, psi_series(u), mix * m1 - u)
+        term = mixture_term(b, o, x, m1, psi_series(x), u, psi_u, x - u, mix, base, other, magnitude, select, FAMILY == SKEWED)
+        return term, mixture_slope(m1, u, psi_u, x - u, mix, base, other, BASE_Z, FAMILY == SKEWED)
 
 
 @triton.jit
 def careful_row(
-    Z, V, G, LABELS, LOSS, row, weight, vocab, k, tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    Z, V, G, LABELS, LOSS, row, weight, vocab, k, tilt, base_share, other_share,
+    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = 1.0 - tilt if BASE_Z else tilt
+    order = tilt if BASE_Z else 1.0 - tilt
     zero = tl.zeros([BLOCK], tl.float64)
     top_z, top_v, least = zero - INF, zero - INF, zero + INF
     bad = tl.zeros([BLOCK], tl.int32)
@@ -102,7 +140,8 @@ def careful_row(
         bad |= ((z != z) | (v != v)).to(tl.int32)
         lone_p |= ((z == -INF) & (v > -INF)).to(tl.int32)
         lone_q |= ((v == -INF) & (z > -INF)).to(tl.int32)
-        least = tl.minimum(least, tl.where(v > -INF, z - v, INF))
+        if FAMILY == EXTREME:
+            least = tl.minimum(least, tl.where((z if BASE_Z else v) > -INF, difference(z, v, BASE_Z), INF))
     mz, mv, least = tl.max(top_z, 0), tl.max(top_v, 0), tl.min(least, 0)
     broken = (tl.max(bad, 0) > 0) | (finite(mz) == 0) | (finite(mv) == 0)
     has_lone_p, has_lone_q = tl.max(lone_p, 0) > 0, tl.max(lone_q, 0) > 0
@@ -123,12 +162,12 @@ def careful_row(
             sz += ez
             sv += ev
             sd += tl.where(both & (tl.abs(y) < 0.5), near_expm1(ev, y), ez - ev)
-            if FAMILY == POWER:
+            if FAMILY == POWER or FAMILY == ALPHA:
                 top_u = tl.maximum(top_u, tl.where(both, (v - mv) * k + b * y, -INF))
-            if FAMILY >= ZERO:
-                chosen = chosen_classes(z, v, least, FAMILY)
-                rest += tl.where(chosen, 0.0, ez)
-                top_set = tl.maximum(top_set, tl.where(chosen, z, -INF))
+            if FAMILY >= SUPPORT:
+                chosen = chosen_classes(z, v, least, FAMILY, BASE_Z)
+                rest += tl.where(chosen, 0.0, ev if FAMILY == SUPPORT and BASE_Z else ez)
+                top_set = tl.maximum(top_set, tl.where(chosen, v if FAMILY == SUPPORT and BASE_Z else z, -INF))
     sum_z, sum_v, sum_d = tl.sum(sz, 0), tl.sum(sv, 0), tl.sum(sd, 0)
     if FAMILY == MOMENTS:
         count = tl.maximum(sum_v, 1.0)
@@ -137,12 +176,15 @@ def careful_row(
         near = tl.abs(sum_d) < 0.5 * sum_v
         shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
 
-    infinite = has_lone_p
+    infinite = has_lone_q if reverses(FAMILY, BASE_Z) else has_lone_p
+    most = wide(INF)  # what an infinite value is; the factor of a negative order's is negative
     log_r, mu, sum_u, set_top, sum_set, outside = shift * 0.0, shift * 0.0, shift * 0.0 + 1.0, mz, shift * 0.0, shift * 0.0
-    if FAMILY == POWER:
+    moved, gain = shift * 0.0, shift * 0.0 + 1.0
+    if FAMILY == POWER or FAMILY == ALPHA:
         mu = tl.max(top_u, 0)
-        infinite = tl.where(b < 0.0, has_lone_p, mu == -INF)
-        mu = tl.where(mu == -INF, 0.0, mu)
+        disjoint = mu == -INF
+        infinite = tl.where(order > 1.0, has_lone_p, tl.where(order < 0.0, has_lone_q, disjoint))
+        mu = tl.where(disjoint, 0.0, mu)
         su = zero
         for at in tl.range(0, vocab, BLOCK):
             z, v, _ = block64(Z, V, at, vocab, BLOCK)
@@ -151,24 +193,27 @@ def careful_row(
             su += tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0)
         sum_u = tl.where(infinite, 1.0, tl.sum(su, 0))
         log_r = tl.where(infinite, 0.0, mu + tl.log(sum_u) - tl.log(sum_v) - b * shift)
-    if FAMILY >= ZERO:
+    if FAMILY >= SUPPORT:
         outside, set_top = tl.sum(rest, 0), tl.max(top_set, 0)
         empty = set_top == -INF
         set_top = tl.where(empty, 0.0, set_top)
         inside = zero
         for at in tl.range(0, vocab, BLOCK):
             z, v, _ = block64(Z, V, at, vocab, BLOCK)
-            inside += tl.where(chosen_classes(z, v, least, FAMILY), tl.exp((z - set_top) * k), 0.0)
+            own = v if FAMILY == SUPPORT and BASE_Z else z
+            inside += tl.where(chosen_classes(z, v, least, FAMILY, BASE_Z), tl.exp((own - set_top) * k), 0.0)
         sum_set = tl.where(empty, 1.0, tl.sum(inside, 0))
-        infinite = empty if FAMILY == ZERO else has_lone_p
-        if FAMILY == ZERO:
-            value = log1p64(outside / (sum_set * tl.exp((set_top - mz) * k)))
+        if FAMILY == SUPPORT:
+            infinite = empty
+            value = log1p64(outside / (sum_set * tl.exp((set_top - (mv if BASE_Z else mz)) * k)))
         else:
-            value = tl.where(outside == 0.0, 0.0, tl.maximum(shift - (least - gap) * k, 0.0))
+            infinite = has_lone_q if BASE_Z else has_lone_p
+            value = difference(shift, 0.0, BASE_Z) - (least - difference(gap, 0.0, BASE_Z)) * k
+            value = tl.where(outside == 0.0, 0.0, tl.maximum(value, 0.0))
         outside = tl.where(infinite, 0.0, outside)
     else:
         value = shift * 0.0
-        f, own = zero, zero
+        f, own, slopes = zero, zero, zero
         R = tl.exp(log_r)
         for at in tl.range(0, vocab, BLOCK):
             z, v, _ = block64(Z, V, at, vocab, BLOCK)
@@ -179,27 +224,51 @@ def careful_row(
                 f += 0.5 * x * x
             else:
                 p, q, d = tl.exp((v - mv) * k) / sum_v, tl.exp((z - mz) * k) / sum_z, t * k - shift
-                if FAMILY == POWER:
+                if FAMILY >= POWER:
                     w = tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u
-                    _, _, term = power_terms(p, q, w * R, d, b, 1.0 / b, psi_series, magnitude, select, False)
-                    term = tl.where(both, term, tl.where(v == -INF, q, p * (1.0 / b - 1.0))) / (1.0 - b)
+                    if BASE_Z:
+                        _, _, term = power_terms(q, p, w * R, -d, tilt, 1.0 / tilt, psi_series, magnitude, select, False)
+                    else:
+                        _, _, term = power_terms(p, q, w * R, d, tilt, 1.0 / tilt, psi_series, magnitude, select, False)
+                    term = tl.where(both, term / (1.0 - tilt), tl.where(v == -INF, q / order, p / b))
+                elif mixes(FAMILY):
+                    term, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
+                    slopes += q * xi
+                elif reverses(FAMILY, BASE_Z):
+                    _, term = kl_terms(q, p, -d, psi_series, magnitude, select)
+                    term = tl.where(both, term, p)
+                    slopes += tl.where(both, q * d, 0.0)
                 else:
                     _, term = kl_terms(p, q, d, psi_series, magnitude, select)
                     term = tl.where(both, term, q)
                 f += term
                 own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
         F = tl.maximum(tl.sum(f, 0), 0.0)
+        moved = tl.sum(slopes, 0)
+        if reverses(FAMILY, BASE_Z):
+            gain = tl.where(infinite, float("nan"), gain)
         if FAMILY == MOMENTS:
-            infinite = tl.where(tilt == 0.0, has_lone_q, has_lone_p | has_lone_q)
+            infinite = tl.where(tilt == 0.0, has_lone_p if BASE_Z else has_lone_q, has_lone_p | has_lone_q)
             value = tilt * F / count
-        elif FAMILY == POWER:
-            log_r = tl.where(tl.abs(log_r) < 0.4, log1p64(tl.where(tl.abs(log_r) < 0.4, -b * (1.0 - b) * F, 0.0)), log_r)
-            value = -log_r / b
+        elif FAMILY >= POWER:
+            near = tl.abs(log_r) < 0.4
+            if FAMILY == ALPHA:
+                value = tl.where(near, F, expm164(log_r) / (-b * order))
+                between = (order > 0.0) & (order < 1.0)
+                value = tl.where(infinite & between, 1.0 / (b * order), value)
+                gain = tl.where(infinite, tl.where(between, 0.0, float("nan")), tl.exp(log_r) / order)
+                most = tl.where(infinite & between, value, most)
+            else:
+                log_r = tl.where(near, log1p64(tl.where(near, -b * order * F, 0.0)), log_r)
+                value = -log_r / b
+                most = tl.where(order < 0.0, -INF, most)
         else:
             value = F
+            if mixes(FAMILY):
+                infinite = broken
             if FAMILY == ENTROPY:
                 value += tl.sum(own, 0)
-    value = tl.where(broken, float("nan"), tl.where(infinite, INF, value))
+    value = tl.where(broken, float("nan"), tl.where(infinite, most, value))
 
     hard_value, hard_factor, hard_label, label = value * 0.0, value * 0.0, value * 0.0, -1
     if HARD:
@@ -225,18 +294,26 @@ def careful_row(
                 g = tl.where(both, (z - v) - shift, 0.0) * (tilt / count)
             else:
                 q = tl.exp((z - mz) * k) / sum_z
-                if FAMILY >= ZERO:
+                if FAMILY >= SUPPORT:
                     in_set = tl.exp((z - set_top) * k) * (outside / sum_z / sum_set)
-                    g = tl.where(chosen_classes(z, v, least, FAMILY), -in_set, q)
+                    g = tl.where(chosen_classes(z, v, least, FAMILY, BASE_Z), -in_set, q)
+                    if BASE_Z:
+                        g = zero if FAMILY == SUPPORT else -g
                 else:
                     p, d = tl.exp((v - mv) * k) / sum_v, t * k - shift
-                    x, w = zero, p
-                    if FAMILY == POWER:
-                        x = tl.where(infinite, 0.0, b * d - log_r)
-                        w = tl.where(infinite, p, tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u)
-                    alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
-                    g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)
-                g = tl.where(z == -INF, 0.0, g)
+                    if mixes(FAMILY):
+                        _, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
+                        g = q * (xi - moved)
+                    elif reverses(FAMILY, BASE_Z):
+                        g = q * (d - moved)
+                    else:
+                        x, w = zero, p
+                        if FAMILY >= POWER:
+                            x = tl.where(infinite, 0.0, b * d - log_r)
+                            w = tl.where(infinite, p, tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u)
+                        alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
+                        g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)
+                g = tl.where(z == -INF, 0.0, gain * g)
             g = soft * g
             if HARD:
                 g += tl.where(cols == label, hard_label, hard_factor * tl.exp(z - mz))

@@ -12,6 +12,10 @@ is, has K + h for a reference, so that y = log o - log b; it sums the terms of F
 in em, et and e. Without a gradient the first sweep sums the terms of F as well, and the second runs only where they would cancel. A row
 of few classes whose K was far from the mark, or whose R is far from 1, has its first sweep repeated with K + h (`poor`).
 
+Reverse KL is KL seen from the student: the first sweep sums its terms, and e y too, and the gradient e (A y + C) is the second's. The
+mixture family and TVD are not linear in what K lacks: with h from a first sweep, a second sums D and the mean of xi, and a third writes
+the gradient q (xi - mean). The weights and l of a mixture are numbers of the call; `tilt` is l there.
+
 A class at -inf has e or eo = 0 and needs no test; tails are such classes. What is out of a float's range (differences of 88 nats, nan,
 +inf) shows as a sum that is not finite: the row's loss is left `lost`, and triton_careful.py computes it.
 
@@ -35,9 +39,10 @@ def _jit(f):
     return triton.jit(types.FunctionType(f.__code__, {"tl": tl, "__name__": __name__}, f.__name__))
 
 
-kl_terms, power_terms, psi_short, psi_series = (
-    _jit(f) for f in (math_of.kl_terms, math_of.power_terms, math_of.psi_short, math_of.psi_series)
+kl_terms, power_terms, mixture_term, mixture_slope = (
+    _jit(f) for f in (math_of.kl_terms, math_of.power_terms, math_of.mixture_term, math_of.mixture_slope)
 )
+psi_short, psi_series, log_short = (_jit(f) for f in (math_of.psi_short, math_of.psi_series, math_of.log_short))
 
 
 @triton.jit
@@ -50,18 +55,22 @@ def select(condition, x, y):
     return tl.where(condition, x, y)
 
 
-KL, ENTROPY, POWER, MOMENTS, ZERO, INFINITY = (tl.constexpr(i) for i in range(len(triton_plan.FAMILIES)))
+KL, ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (tl.constexpr(i) for i in range(len(triton_plan.FAMILIES)))
+STUDENT = tl.constexpr(triton_plan.STUDENT)
 EVEN, WINDOW, SCALAR = (tl.constexpr(x) for x in (triton_plan.EVEN, triton_plan.WINDOW, triton_plan.SCALAR))
-FINISH, BOTH = tl.constexpr(triton_plan.FINISH), tl.constexpr(triton_plan.BOTH)
+AGAIN, MIX, FINISH, BOTH = (tl.constexpr(x) for x in (triton_plan.AGAIN, triton_plan.MIX, triton_plan.FINISH, triton_plan.BOTH))
 SUM_SLOTS, SLOTS = tl.constexpr(triton_plan.SUM_SLOTS), tl.constexpr(triton_plan.SLOTS)
 NUMBERS = ["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"]  # compiled for any value
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LOG2E_SINGLE = tl.constexpr(1.4426950216293335)  # as fp32 has it
 MOST = tl.constexpr(8e6)  # integers up to here, and their sums, are floats
 INF = tl.constexpr(float("inf"))
 LOW = tl.constexpr(-1e30)  # a finite top of what has no class yet
 BIG = tl.constexpr(1e36)
+REACH = tl.constexpr(80.0)  # of an exponent whose exponential still has company in a float
+ROOT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
 LOST = tl.constexpr(0x7FF8_10_57_0000_0000)
 
 
@@ -108,6 +117,33 @@ def expm164(x):
 @triton.jit
 def total(lanes):
     return tl.sum(lanes.to(tl.float64), 0)
+
+
+# ---------------------------------------------------------------- families, when compiled
+
+
+@triton.constexpr_function
+def mixes(FAMILY):
+    """Whether D is not made of sums that are linear in what K lacks: three sweeps."""
+    return MIXTURE.value <= FAMILY <= TVD.value
+
+
+@triton.constexpr_function
+def reverses(FAMILY, BASE_Z):
+    """Reverse KL: its value is KL's with the two exchanged, its gradient q (D - y)."""
+    return FAMILY == KL.value and bool(BASE_Z)
+
+
+@triton.constexpr_function
+def splits(FAMILY, BASE_Z):
+    """Whether what K rounds off counts in every sweep, as nothing later is linear in it."""
+    return MIXTURE.value <= FAMILY <= TVD.value or FAMILY == KL.value and bool(BASE_Z)
+
+
+@triton.constexpr_function
+def first_has_terms(FAMILY, BASE_Z, GRAD):
+    """Whether the first sweep sums the terms of F: a value alone, or one that the gradient asks for."""
+    return reverses(FAMILY, BASE_Z) or not (GRAD or mixes(FAMILY))
 
 
 # ---------------------------------------------------------------- a tile of a row
@@ -165,13 +201,18 @@ def pair(
 
 
 @triton.jit
-def scaled_difference(b, o, k, K, K_low, CARRY: tl.constexpr):
-    """(o - b) k - K; fp32 logits carry the rounding of o - b, which a common offset would make larger than what is left."""
+def scaled_difference(b, o, k, K, K_low, CARRY: tl.constexpr, WHOLLY: tl.constexpr):
+    """(o - b) k - K; fp32 logits carry the rounding of o - b, which a common offset would make larger than what is left.
+
+    K_low counts then, and where what is left is not linear in the gradient: WHOLLY.
+    """
     hi = o - b
     if CARRY:
         back = hi - o
         lo = (o - (hi - back)) - (b + back)
         return tl.fma(tl.where(lo == lo, lo, 0.0), k, tl.fma(hi, k, -K) - K_low)
+    elif WHOLLY:
+        return tl.fma(hi, k, -K) - K_low
     else:
         return tl.fma(hi, k, -K)
 
@@ -181,8 +222,11 @@ def terms(
     b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term only where VALUE."""
-    y = scaled_difference(b, o, k, K, K_low, CARRY)
+    """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term only where VALUE.
+
+    For reverse KL et is e y.
+    """
+    y = scaled_difference(b, o, k, K, K_low, CARRY, splits(FAMILY, BASE_Z))
     if FAMILY == MOMENTS:
         both = finite(y)
         y = tl.where(both, y, 0.0)
@@ -191,15 +235,15 @@ def terms(
         e = tl.where(both, 1.0, 0.0)
         return e, y, y, e, tl.where(lone, INF, 0.5 * y * y)
     else:
-        if VALUE or FAMILY == POWER:
+        if VALUE or FAMILY >= POWER:
             y = tl.minimum(y, BIG)  # +inf, and the nan of a class that neither has; e is 0 there
-        if FAMILY == POWER:
+        if FAMILY >= POWER:
             eu = tl.math.exp2(tl.fma(y, tilt * LOG2E, a))
-            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, magnitude, select, BASE_Z)
+            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, magnitude, select, BASE_Z == STUDENT)
             return e, em, et, eu, term
         else:
             em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
-            return e, em, em, e, term
+            return e, em, e * y if reverses(FAMILY, BASE_Z) else em, e, term
 
 
 @triton.jit
@@ -251,7 +295,8 @@ def interior(first, last, final, ACCESS: tl.constexpr, WHOLE: tl.constexpr, TILE
 
 @triton.jit
 def first_tile(
-    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt, inverse_tilt,
+    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k, tilt,
+    inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -269,11 +314,14 @@ def first_tile(
         e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -M_o[:, None]))
         so = so * scale_o + tl.sum(eo, 1)
         eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
-    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, 0.0, tilt, inverse_tilt, FAMILY, BASE_Z, VALUE, CARRY)
+    e, em, et, eu, term = terms(
+        b, o, a, e, eo, k, K, K_low if splits(FAMILY, BASE_Z) else 0.0, tilt, inverse_tilt, FAMILY, BASE_Z, VALUE, CARRY
+    )
     s += tl.sum(e, 1)
     d += tl.sum(em, 1)
-    if FAMILY == POWER:
+    if FAMILY >= POWER or reverses(FAMILY, BASE_Z):
         p += tl.sum(et, 1)
+    if FAMILY >= POWER:
         u += tl.sum(eu, 1)
     if VALUE:
         f += tl.sum(term, 1)
@@ -286,7 +334,7 @@ def first_tile(
 
 @triton.jit
 def first_sweep(
-    BASE, OTHER, b0, o0, first, last, edge, vocab, label, top0, top_o0, K, hard_M, c, k, tilt, inverse_tilt,
+    BASE, OTHER, b0, o0, first, last, edge, vocab, label, top0, top_o0, K, K_low, hard_M, c, k, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +342,7 @@ def first_sweep(
 
     All but the hard one are over 2^M of the largest b.
     """
-    N, w = exponent_shift(K, 0.0, c, k)
+    N, w = exponent_shift(K, K_low, c, k)
     top = tl.full([RB], 0.0, tl.float32) + top0
     top_o = tl.full([RB], 0.0, tl.float32) + top_o0
     M, M_o = tl.ceil(top * c), tl.ceil(top_o * c)
@@ -304,14 +352,14 @@ def first_sweep(
     inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
     for at in tl.range(inner, end, RB * R):
         top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
-            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt,
+            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k, tilt,
             inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
-                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, N, w, hard_M, c, k, tilt,
-                inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, WHOLE, RB, R,
+                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k,
+                tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     largest, largest_o = tl.max(top, 0), tl.max(top_o, 0)
     unit = tl.full([RB], 1.0, tl.float32)
@@ -335,21 +383,26 @@ def second_tile(
     """The lanes' sums with the tile at `at` added; writes its gradient."""
     b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
     a = tl.fma(b, c, -M)
-    e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -(M + N))) * w
-    e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, BASE_Z, True, CARRY)
-    d += tl.sum(et if FAMILY == POWER and BASE_Z else em, 1)
-    f += tl.sum(term, 1)
+    e = tl.math.exp2(a)
+    if reverses(FAMILY, BASE_Z) and GRAD:
+        y = tl.minimum(scaled_difference(b, o, k, K, K_low, CARRY, True), BIG)
+        em, et, eu = e * y, e, e
+    else:
+        eo = tl.math.exp2(tl.fma(o, c, -(M + N))) * w
+        e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, BASE_Z, True, CARRY)
+        d += tl.sum(et if FAMILY >= POWER and BASE_Z else em, 1)
+        f += tl.sum(term, 1)
     if FAMILY == ENTROPY:
         others += tl.sum(tl.where(b == top, 0.0, e), 1)
         ties += tl.sum(tl.where(b == top, 1.0, 0.0), 1)
         own -= tl.sum(tl.where(e > 0.0, e * ((b - top) * c), 0.0), 1)
     if GRAD:
         z = b if BASE_Z else o
-        if FAMILY == POWER and BASE_Z:
+        if FAMILY >= POWER and BASE_Z:
             g = P * tl.where(direct, eu, et) + C * e  # 0 at once for a class that the student masks
         else:
             g = A * em + C * e
-            if FAMILY == POWER:
+            if FAMILY >= POWER:
                 g += P * tl.where(direct, eu, et)
             g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
         if HARD:
@@ -368,7 +421,8 @@ def second_sweep(
 ):  # fmt: skip
     """Sums of em and of the terms of F; for the base's entropy: of e but the largest, how many are largest, of -e log2(e / the largest).
 
-    Writes the gradient A em + P et + C e, or A em + P eu + C e, and hard_factor 2^{z log2(e) - hard_M}, or hard_label at the label.
+    Writes the gradient A em + P et + C e, or A em + P eu + C e (reverse KL: e y for em), and hard_factor 2^{z log2(e) - hard_M}, or
+    hard_label at the label.
     """
     N, w = exponent_shift(K, K_low, c, k)
     M = tl.ceil(top * c)
@@ -390,9 +444,138 @@ def second_sweep(
                 hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     sum_d, sum_f = total(d), total(f)
-    if FAMILY == POWER and BASE_Z:
+    if FAMILY >= POWER and BASE_Z:
         sum_d = sum_f + sum_d * inverse_tilt  # of et so far; a term is em - et / tilt, and em is asked for nowhere else
     return sum_d, sum_f, total(others), total(ties), total(own)
+
+
+# ---------------------------------------------------------------- the mixture family: a sweep for its sums, and one for the gradient
+
+
+@triton.jit
+def log1p_psi(r):
+    """(u, psi(u)) of u = log(1 + r), r >= -1/2, each to its own digits: 1 + r is a power of 2 times what `log_short` takes."""
+    bits = (r + 1.0).to(tl.int32, bitcast=True)
+    power = (bits - ROOT_HALF) >> 23
+    f = tl.where(power == 0, r, (bits - (power << 23)).to(tl.float32, bitcast=True) - 1.0)
+    short = log_short(f)
+    u = tl.fma(power.to(tl.float32), LN2, f - short)
+    return u, tl.where(power == 0, short, r - u)
+
+
+@triton.jit
+def mixed_terms(
+    b, o, M, K, K_low, N, w, c, k, mix, base, other,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, SUMS: tl.constexpr, CARRY: tl.constexpr,
+):  # fmt: skip
+    """(q, xi, the term of D, what b has more, b where o has more) of a tile, the last three only for SUMS, the last two for TVD.
+
+    The gradient is q (xi - sum q xi). y is cut off where e^y would be beyond reach: e and eo hold the rest, also of a class that only one
+    has, and are 0 for one that neither has.
+    """
+    y = scaled_difference(b, o, k, K, K_low, CARRY, True)
+    e, eo = b, o
+    if SUMS or BASE_Z:
+        e = tl.math.exp2(tl.fma(b, c, -M))
+    if SUMS or not BASE_Z:
+        eo = tl.math.exp2(tl.fma(o, c, -(M + N))) * w
+    if FAMILY == TVD:
+        xi = tl.where(y > 0.0, 0.5, tl.where(y < 0.0, -0.5, 0.0))
+        gap = eo
+        if SUMS:
+            gap, _ = kl_terms(e, eo, y, psi_short, magnitude, select)
+        more = tl.maximum(gap, 0.0)
+        return eo, xi, more, more - gap, tl.where(gap > 0.0, e, 0.0)
+    else:
+        x = tl.minimum(tl.maximum(y, -REACH), REACH)
+        s = psi_short(x)
+        m1 = tl.where(tl.abs(x) < 0.5, x + s, tl.math.exp2(x * LOG2E) - 1.0)
+        u, psi_u = log1p_psi(mix * m1)
+        # where o has nearly all of m, log(o / m) is the difference of large numbers
+        most = -tl.log(tl.full([], 0.0, tl.float32) + mix)
+        ahead = tl.where(x > most + 17.0, most, x - u)
+        xi = mixture_slope(m1, u, psi_u, ahead, mix, base, other, BASE_Z, FAMILY == SKEWED)
+        term = u
+        if SUMS:
+            term = mixture_term(e, eo, x, m1, s, u, psi_u, ahead, mix, base, other, magnitude, select, FAMILY == SKEWED)
+        if BASE_Z:
+            return e, xi, term, term, term
+        else:
+            return eo, xi, term, term, term
+
+
+@triton.jit
+def mixed_tile(
+    at, f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, A, C,
+    hard_M, hard_factor, hard_label, c, k, mix, base, other,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums with the tile at `at` added; or, for GRAD, its gradient written."""
+    b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first" if GRAD else "evict_last", WHOLE, RB, R)
+    q, xi, term, more_b, less_b = mixed_terms(b, o, M, K, K_low, N, w, c, k, mix, base, other, FAMILY, BASE_Z, not GRAD, CARRY)
+    if GRAD:
+        g = q * tl.fma(xi, A, C)
+        if HARD:
+            cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
+            z = b if BASE_Z else o
+            g += tl.where(cols == edge + label, hard_label, hard_factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M)))
+        store(G, at, edge, vocab, g, ACCESS, RB, R)
+    else:
+        f += tl.sum(term, 1)
+        mass += tl.sum(q, 1)
+        moved += tl.sum(q * xi, 1)
+        if FAMILY == TVD:
+            lack += tl.sum(more_b, 1)
+            less += tl.sum(less_b, 1)
+    return f, mass, moved, lack, less
+
+
+@triton.jit
+def mixed_sweep(
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, C, hard_M, hard_factor, hard_label,
+    c, k, mix, base, other,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Sums of the terms of D, of q, of q xi, of what b has more and of b where o has more; or, for GRAD, the gradient q (A xi + C).
+
+    The sums are taken backwards, as the end of the row is what the first sweep has just seen, and the gradient forwards again.
+    """
+    N, w = exponent_shift(K, K_low, c, k)
+    M = tl.ceil(top * c)
+    f = tl.zeros([RB], tl.float32)
+    mass, moved, lack, less = f, f, f, f
+    final = last_tile(first, last, RB * R)
+    inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
+    from_end = last_tile(inner, end, RB * R)
+    for forward in tl.range(inner, end, RB * R):
+        f, mass, moved, lack, less = mixed_tile(
+            forward if GRAD else from_end - (forward - inner), f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label,
+            M, K, K_low, N, w, A, C, hard_M, hard_factor, hard_label, c, k, mix, base, other,
+            FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
+        )  # fmt: skip
+    if ACCESS != EVEN and not WHOLE:
+        for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
+            f, mass, moved, lack, less = mixed_tile(
+                at, f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, A, C,
+                hard_M, hard_factor, hard_label, c, k, mix, base, other, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
+            )  # fmt: skip
+    return total(f), total(mass), total(moved), total(lack), total(less)
+
+
+@triton.jit
+def mixed_value(s, f, lack, less, FAMILY: tl.constexpr):
+    """D. TVD is what one of the two has more, or the other; of the two sums the one over less of b, which has less of its error."""
+    if FAMILY == TVD:
+        f = tl.where(less > 0.5 * s, lack, f)
+    return tl.maximum(f, 0.0) / s
+
+
+@triton.jit
+def mixed_coefficients(s, mass, moved, scale):
+    """(A, C): scale T dD/dz = q (A xi + C), q summing to `mass`, near s."""
+    return (scale / s).to(tl.float32), (-scale / s * (moved / mass)).to(tl.float32)
 
 
 @triton.jit
@@ -411,7 +594,7 @@ def settled(s, so, d, u, hard, top, K, c, tilt, FAMILY: tl.constexpr):
     ok = finite(d) & finite(hard) & (s > 0.0)
     if FAMILY != MOMENTS:
         ok = ok & finite(s) & finite(so) & (so > 0.0) & (tl.abs(top * c) < MOST) & (tl.abs(K) < MOST)
-    if FAMILY == POWER:
+    if FAMILY >= POWER:
         # log R = log(u/s) - tilt log(so/s): exponents of 40 nats are within a float's range, and their rounding (see `poor`) within bounds
         ok = ok & (u > 0.0) & (tl.abs(tl.log(u / s) - tilt * tl.log(so / s)) < 40.0)
     return ok
@@ -429,12 +612,23 @@ def is_lost(loss):
 
 
 @triton.jit
-def judged(s, so, d, p, u, hard, top, top_o, K, c, k, tilt, FAMILY: tl.constexpr, CENTERED: tl.constexpr):
+def judged(
+    s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
     """(settled, h, log R, poor) of the sums of a first sweep."""
     ok = settled(s, so, d, u, hard, top, K, c, tilt, FAMILY)
     h = missing(s, so, d, FAMILY, CENTERED)
-    log_r = log_power_sum(s, p, u, h, tilt) if FAMILY == POWER else h * 0.0
-    return ok, h, log_r, ok & poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY)
+    log_r = log_power_sum(s, p, u, h, tilt) if FAMILY >= POWER else h * 0.0
+    if not reverses(FAMILY, BASE_Z):
+        again = poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY)
+        if mixes(FAMILY):
+            again |= (s - tl.math.exp2(tl.fma(top, c, -tl.ceil(top * c))) < 1e-5 * s) & (h != 0.0)
+    elif GRAD:
+        again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)[1]  # the second sweep does not mend it
+    else:
+        again = ok != ok
+    return ok, h, log_r, ok & again
 
 
 @triton.jit
@@ -472,7 +666,7 @@ def poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY: tl.constexpr):
 
 @triton.jit
 def divergence(s, d, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr):
-    """(D, whether its sum cancels) from sums whose y still has h to lose. f is (1 - tilt) F s where FAMILY is POWER."""
+    """(D, whether its sum cancels) from sums whose y still has h to lose. f is (1 - tilt) F s for other orders than 1."""
     if FAMILY == MOMENTS:
         F = tl.maximum(f / s - 0.5 * h * h, 0.0) if CENTERED else f / s
         F = tl.where(f < INF, F, INF)  # masks that differ
@@ -481,7 +675,7 @@ def divergence(s, d, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constex
     else:
         b = wide(tilt)
         x = expm164(-h)
-        if FAMILY == POWER:
+        if FAMILY >= POWER:
             xt = expm164(-b * h)
             own = (1.0 + xt) * f / (1.0 - b)
             still = s * (psi64(-h) - psi64(-b * h) / b) / (1.0 - b)
@@ -492,12 +686,27 @@ def divergence(s, d, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constex
             cross = d * x
         F = tl.where(finite(f), tl.maximum(own + still + cross, 0.0) / s, INF)
         cancels = own + still + tl.abs(cross) > 16.0 * s * F
-        if FAMILY == POWER:
+        if FAMILY == ALPHA:
+            near = tl.abs(log_r) < 0.4
+            return tl.where(near, F, expm164(tl.where(near, 0.0, log_r)) / (b * (b - 1.0))), cancels & near
+        elif FAMILY == POWER:
             near = tl.abs(log_r) < 0.4
             log_r = tl.where(near, log1p64(tl.where(near, -b * (1.0 - b) * F, 0.0)), log_r)
             return log_r / (b - 1.0 if BASE_Z else -b), cancels & near
         else:
             return F, cancels
+
+
+@triton.jit
+def first_value(s, d, p, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr):
+    """`divergence` of a first sweep's sums; reverse KL is also h - sum e y / s, which holds its digits where it is large."""
+    value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+    if reverses(FAMILY, BASE_Z):
+        whole = h - p / s
+        direct = finite(whole) & (whole > 0.5)
+        return tl.where(direct, whole, value), again & (direct == 0)
+    else:
+        return value, again
 
 
 @triton.jit
@@ -508,7 +717,9 @@ def coefficients(s, left, log_r, direct, scale, tilt, FAMILY: tl.constexpr, BASE
         return (unit * tilt).to(tl.float32), 0.0, (-unit * tilt * left).to(tl.float32)
     else:
         x = expm164(-left)
-        if FAMILY == POWER:
+        if FAMILY == ALPHA:
+            unit *= tl.exp(log_r) / (tilt if BASE_Z else 1.0 - wide(tilt))
+        if FAMILY >= POWER:
             P = (-unit * tl.exp(-tilt * left - log_r)).to(tl.float32)
             less = tl.where(direct, -1.0, expm164(-tilt * left - log_r))
             if BASE_Z:
@@ -520,21 +731,35 @@ def coefficients(s, left, log_r, direct, scale, tilt, FAMILY: tl.constexpr, BASE
 
 
 @triton.jit
+def reverse_coefficients(s, p, value, scale):
+    """(A, C): scale T dD/dz = e (A y + C) for reverse KL, p the sum of e y, whatever y is relative to; nan where D is infinite."""
+    unit = tl.where(finite(value), scale / s, float("nan"))
+    return (-unit).to(tl.float32), (unit * (p / s)).to(tl.float32)
+
+
+@triton.jit
 def far(log_r):
     """Whether R is so far from 1 that q - w is subtracted as it stands, and D is a logarithm."""
     return tl.abs(log_r) > 1.0
 
 
 @triton.jit
-def shifted(K, h, stay, c, k, FAMILY: tl.constexpr, CARRY: tl.constexpr):
-    """(K, K_low, left): K + h as the second sweep takes it, and what that leaves of it; K where it is to `stay`.
+def repeated(K, K_low, h, again, c, k, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CARRY: tl.constexpr):
+    """(K, K_low) of the next first sweep. What K + h rounds off matters where one class has nearly everything."""
+    high, low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
+    return tl.where(again, high, K), tl.where(again, low, K_low) if splits(FAMILY, BASE_Z) else K_low
+
+
+@triton.jit
+def shifted(K, K_low, h, stay, c, k, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CARRY: tl.constexpr):
+    """(K, K_low, left): K + K_low + h as the second sweep takes it, and what that leaves of it; K where it is to `stay`.
 
     h is c's, which k is a rounding away from.
     """
-    exact = wide(K) + (h if FAMILY == MOMENTS else h * (wide(k) * LOG2E / c))
+    exact = wide(K) + K_low + (h if FAMILY == MOMENTS else h * (wide(k) * LOG2E / c))
     high = tl.where(stay, K, exact.to(tl.float32))
     low = (exact - high).to(tl.float32)
-    if not CARRY:
+    if not (CARRY or splits(FAMILY, BASE_Z)):
         low = low * 0.0
     low = tl.where(stay, 0.0, low)
     return high, low, exact - high - low
@@ -598,7 +823,7 @@ def label_of(LABELS, Z, row, edge, vocab):
 def loss_rows(
     Z, V, G, LABELS, WEIGHTS, LOSS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
-    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -616,7 +841,7 @@ def loss_rows(
         else:
             one_row(
                 Z + z_at, V + v_at, G + g_at, LABELS, LOSS, row, weight, edge, vocab,
-                c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
                 FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
 
@@ -624,7 +849,7 @@ def loss_rows(
 @triton.jit
 def one_row(
     Z, V, G, LABELS, LOSS, row, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -642,35 +867,80 @@ def one_row(
     hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
     s = wide(0.0)
     so, d, p, u, hard, f, h, log_r = s, s, s, s, s, s, s, s
+    K_low = K * 0.0
     ok, going = label == -2, label != -2
     # unrolled, the compiler keeps what all threads have in common in one place, which saves 1.6 instructions a logit; whole rows,
     # which are short of registers, are better off with a loop
     for turn in tl.range(2, loop_unroll_factor=1 if WHOLE else 2):
         if going:
             top, top_o, s, so, d, p, u, hard, f = first_sweep(
-                BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
-                FAMILY, BASE_Z, HARD, not GRAD, CARRY, ACCESS, WHOLE, RB, R,
+                BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
+                FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
-            ok, h, log_r, going = judged(s, so, d, p, u, hard, top, top_o, K, c, k, tilt, FAMILY, CENTERED)
-            K = tl.where(going & (turn == 0), shifted(K, h, False, c, k, FAMILY, CARRY)[0], K)
+            ok, h, log_r, going = judged(s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt, FAMILY, BASE_Z, CENTERED, GRAD)
+            K, K_low = repeated(K, K_low, h, going & (turn == 0), c, k, FAMILY, BASE_Z, CARRY)
     loss = lost_row()
     if ok:
         hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
-        value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
-        if again | GRAD | (FAMILY == ENTROPY):
-            direct = far(log_r)
-            K, K_low, left = shifted(K, h, direct, c, k, FAMILY, CARRY)
-            A, P, C = coefficients(s, left, log_r, direct, weight * grad_scale, tilt, FAMILY, BASE_Z)
+        value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+        if mixes(FAMILY):
+            K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
+            value = mixed_row(
+                BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, weight * grad_scale, hard_M, hard_factor, hard_label,
+                c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
+            )  # fmt: skip
+        elif again | GRAD | (FAMILY == ENTROPY):
+            K, K_low, A, P, C, direct = plan_second(
+                s, p, h, log_r, value, K, K_low, weight * grad_scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
+            )  # fmt: skip
             d, f, others, ties, own = second_sweep(
                 BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, P, C, direct,
                 hard_M, hard_factor, hard_label,
                 c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
-            value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
+            if not (reverses(FAMILY, BASE_Z) and GRAD):
+                value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
             if FAMILY == ENTROPY:
                 value += entropy(others, ties, own, top, c)
         loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
     tl.store(LOSS + row, loss)
+
+
+@triton.jit
+def mixed_row(
+    BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scale, hard_M, hard_factor, hard_label, c, k, mix, base, other,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """D of a row of the mixture family, whose first sweep has found K; writes its gradient."""
+    f, mass, moved, lack, less = mixed_sweep(
+        BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, 0.0, 0.0, 0.0, 0.0, 0.0,
+        c, k, mix, base, other, FAMILY, BASE_Z, False, False, CARRY, ACCESS, WHOLE, RB, R,
+    )  # fmt: skip
+    value = mixed_value(s, f, lack, less, FAMILY)
+    if GRAD:
+        A, C = mixed_coefficients(s, mass, moved, scale)
+        mixed_sweep(
+            BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, C, hard_M, hard_factor, hard_label,
+            c, k, mix, base, other, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, WHOLE, RB, R,
+        )  # fmt: skip
+    return value
+
+
+@triton.jit
+def plan_second(
+    s, p, h, log_r, value, K, K_low, scale, c, k, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr
+):
+    """(K, K_low, A, P, C, direct): what a second sweep refers to, and the gradient's coefficients there."""
+    direct = far(log_r)
+    if reverses(FAMILY, BASE_Z) and GRAD:
+        # y as it was summed: near its mean, K, where its rounding is least, and the same in the gradient as in the mean
+        A, C = reverse_coefficients(s, p, value, scale)
+        return K, K_low, A, 0.0, C, direct
+    else:
+        K, K_low, left = shifted(K, K_low, h, direct, c, k, FAMILY, BASE_Z, CARRY)
+        A, P, C = coefficients(s, left, log_r, direct, scale, tilt, FAMILY, BASE_Z)
+        return K, K_low, A, P, C, direct
 
 
 @triton.jit
@@ -691,7 +961,7 @@ def hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD: tl.constex
 def loss_parts(
     Z, V, G, LABELS, WEIGHTS, LOSS, STATE, COUNTERS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
-    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -721,7 +991,7 @@ def loss_parts(
         else:
             one_part(
                 Z + z_at, V + v_at, G + g_at, LABELS, LOSS, STATE + row * (PARTS * SLOTS), COUNTERS + 1 + 2 * row, row, part, weight, edge,
-                vocab, c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                vocab, c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
                 FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         if PHASE == BOTH:
@@ -733,7 +1003,7 @@ def loss_parts(
 @triton.jit
 def one_part(
     Z, V, G, LABELS, LOSS, STATE, COUNTERS, row, part, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -752,35 +1022,36 @@ def one_part(
     hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
     s = wide(0.0)
     so, d, p, u, hard, f, h, log_r = s, s, s, s, s, s, s, s
+    K_low = K * 0.0
     ok, going = label == -2, label != -2
     for turn in tl.static_range(2):
         SUMS = STATE + turn * SUM_SLOTS
         if going:
             if (PHASE == BOTH) | (turn == PHASE):
                 publish(
-                    BASE, OTHER, SUMS + part * SLOTS, first, last, edge, vocab, label, label_logit, top, top_o, K, hard_M,
-                    c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, not GRAD, CARRY, ACCESS, RB, R,
+                    BASE, OTHER, SUMS + part * SLOTS, first, last, edge, vocab, label, label_logit, top, top_o, K, K_low, hard_M,
+                    c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), CARRY, ACCESS, RB, R,
                 )  # fmt: skip
             if PHASE == BOTH:
                 tl.debug_barrier()
                 arrived = tl.atomic_add(COUNTERS, 1, sem="acq_rel") + 1
                 while arrived < (turn + 1) * PARTS:
                     arrived = tl.atomic_add(COUNTERS, 0, sem="acquire")
-            if (PHASE >= FINISH) | (turn < PHASE):
-                top, top_o, K, s, so, d, p, u, hard, f = merged_sums(SUMS, part, c, FAMILY, PARTS)
+            if (PHASE >= MIX) | (turn < PHASE):
+                top, top_o, K, K_low, s, so, d, p, u, hard, f = merged_sums(SUMS, part, c, FAMILY, PARTS)
                 # in later phases the gradient may have taken the logits' place
                 hard_M = tl.load(SUMS + part * SLOTS + 10).to(tl.float32)
                 label_logit = tl.load(SUMS + part * SLOTS + 11).to(tl.float32)
-                ok, h, log_r, going = judged(s, so, d, p, u, hard, top, top_o, K, c, k, tilt, FAMILY, CENTERED)
+                ok, h, log_r, going = judged(s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt, FAMILY, BASE_Z, CENTERED, GRAD)
                 if turn == 0:
-                    K = tl.where(going, shifted(K, h, False, c, k, FAMILY, CARRY)[0], K)
-    if PHASE >= FINISH:
+                    K, K_low = repeated(K, K_low, h, going, c, k, FAMILY, BASE_Z, CARRY)
+    if PHASE >= MIX:
         if ok:
             finish(
                 BASE, OTHER, G, LOSS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
-                label, label_logit, top, K, s, d, f, hard, h, log_r, hard_M,
-                c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, RB, R,
+                label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         else:
             tl.store(LOSS + row, lost_row())
@@ -788,13 +1059,13 @@ def one_part(
 
 @triton.jit
 def publish(
-    BASE, OTHER, SLOT, first, last, edge, vocab, label, label_logit, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
+    BASE, OTHER, SLOT, first, last, edge, vocab, label, label_logit, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The first sweep of a part."""
     top, top_o, s, so, d, p, u, hard, f = first_sweep(
-        BASE, OTHER, 0.0, 0.0, first, last, edge, vocab, label, top, top_o, K, hard_M, c, k, tilt, inverse_tilt,
+        BASE, OTHER, 0.0, 0.0, first, last, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
         FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, False, RB, R,
     )  # fmt: skip
     tl.store(SLOT, wide(top))
@@ -809,6 +1080,7 @@ def publish(
     tl.store(SLOT + 9, f)
     tl.store(SLOT + 10, wide(hard_M))
     tl.store(SLOT + 11, wide(label_logit))
+    tl.store(SLOT + 12, wide(K_low))
 
 
 @triton.jit
@@ -819,7 +1091,7 @@ def merged(STATE, slot: tl.constexpr, unit, PARTS: tl.constexpr):
 
 @triton.jit
 def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, PARTS: tl.constexpr):
-    """What `first_sweep` returns, of all parts together, and K."""
+    """What `first_sweep` returns, of all parts together, and (K, K_low)."""
     tops = tl.load(SUMS + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
     tops_o = tl.load(SUMS + 1 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
     top, top_o = tl.max(tops, 0).to(tl.float32), tl.max(tops_o, 0).to(tl.float32)
@@ -828,7 +1100,7 @@ def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, PARTS: tl.constexpr):
     if FAMILY != MOMENTS:
         unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
     return (
-        top, top_o, tl.load(SUMS + part * SLOTS + 2).to(tl.float32),
+        top, top_o, tl.load(SUMS + part * SLOTS + 2).to(tl.float32), tl.load(SUMS + part * SLOTS + 12).to(tl.float32),
         merged(SUMS, 3, unit, PARTS), merged(SUMS, 4, unit, PARTS), merged(SUMS, 5, unit, PARTS), merged(SUMS, 6, unit, PARTS),
         merged(SUMS, 7, unit, PARTS), merged(SUMS, 8, one, PARTS), merged(SUMS, 9, unit, PARTS),
     )  # fmt: skip
@@ -837,39 +1109,82 @@ def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def finish(
     BASE, OTHER, G, LOSS, STATE, DONE, row, part, first, last, weight, edge, vocab,
-    label, label_logit, top, K, s, d, f, hard, h, log_r, hard_M,
-    c, k, tilt, inverse_tilt, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
-    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The second sweep of a part; whoever is last adds the parts up."""
+    """The other sweeps of a part; whoever is last adds the parts up."""
     hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
-    value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
-    last_one = part == 0
-    if again | GRAD | (FAMILY == ENTROPY):
-        direct = far(log_r)
-        K, K_low, left = shifted(K, h, direct, c, k, FAMILY, CARRY)
-        A, P, C = coefficients(s, left, log_r, direct, weight * grad_scale, tilt, FAMILY, BASE_Z)
-        d, f, others, ties, own = second_sweep(
-            BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
-            c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
-        )  # fmt: skip
-        SLOT = STATE + part * SLOTS
-        tl.store(SLOT, d)
-        tl.store(SLOT + 1, f)
-        tl.store(SLOT + 2, others)
-        tl.store(SLOT + 3, ties)
-        tl.store(SLOT + 4, own)
-        tl.debug_barrier()
-        last_one = tl.atomic_add(DONE, 1, sem="acq_rel") == PARTS - 1
+    if mixes(FAMILY):
+        K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
+        last_one = part == 0
+        if PHASE != FINISH:
+            f, mass, moved, lack, less = mixed_sweep(
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, 0.0, 0.0, 0.0, 0.0, 0.0,
+                c, k, tilt, base_share, other_share, FAMILY, BASE_Z, False, False, CARRY, ACCESS, False, RB, R,
+            )  # fmt: skip
+            publish_second(STATE + part * SLOTS, f, mass, moved, lack, less)
+        if PHASE == BOTH:
+            tl.debug_barrier()
+            arrived = tl.atomic_add(DONE, 1, sem="acq_rel") + 1
+            if GRAD:
+                while arrived < PARTS:
+                    arrived = tl.atomic_add(DONE, 0, sem="acquire")
+            else:
+                last_one = arrived == PARTS
+        if PHASE >= FINISH:
+            f, mass, moved, lack, less = merged_second(STATE, PARTS)
+            value = mixed_value(s, f, lack, less, FAMILY)
+            if GRAD:
+                A, C = mixed_coefficients(s, mass, moved, weight * grad_scale)
+                mixed_sweep(
+                    BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, C, hard_M, hard_factor, hard_label,
+                    c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, False, RB, R,
+                )  # fmt: skip
+            if last_one:
+                tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+    elif PHASE >= FINISH:
+        value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+        last_one = part == 0
+        if again | GRAD | (FAMILY == ENTROPY):
+            K, K_low, A, P, C, direct = plan_second(
+                s, p, h, log_r, value, K, K_low, weight * grad_scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
+            )  # fmt: skip
+            d, f, others, ties, own = second_sweep(
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
+                c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
+            )  # fmt: skip
+            if not (reverses(FAMILY, BASE_Z) and GRAD):
+                publish_second(STATE + part * SLOTS, d, f, others, ties, own)
+                tl.debug_barrier()
+                last_one = tl.atomic_add(DONE, 1, sem="acq_rel") == PARTS - 1
+                if last_one:
+                    d, f, others, ties, own = merged_second(STATE, PARTS)
+                    value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
+                    if FAMILY == ENTROPY:
+                        value += entropy(others, ties, own, top, c)
         if last_one:
-            one = tl.full([PARTS], 1.0, tl.float64)
-            d, f = merged(STATE, 0, one, PARTS), merged(STATE, 1, one, PARTS)
-            value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
-            if FAMILY == ENTROPY:
-                value += entropy(merged(STATE, 2, one, PARTS), merged(STATE, 3, one, PARTS), merged(STATE, 4, one, PARTS), top, c)
-    if last_one:
-        tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+            tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+
+
+@triton.jit
+def publish_second(SLOT, x0, x1, x2, x3, x4):
+    tl.store(SLOT, x0)
+    tl.store(SLOT + 1, x1)
+    tl.store(SLOT + 2, x2)
+    tl.store(SLOT + 3, x3)
+    tl.store(SLOT + 4, x4)
+
+
+@triton.jit
+def merged_second(STATE, PARTS: tl.constexpr):
+    """What the second sweep returns, of all parts together."""
+    one = tl.full([PARTS], 1.0, tl.float64)
+    return (
+        merged(STATE, 0, one, PARTS), merged(STATE, 1, one, PARTS), merged(STATE, 2, one, PARTS), merged(STATE, 3, one, PARTS),
+        merged(STATE, 4, one, PARTS),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- log-softmax, and a factor

@@ -18,14 +18,17 @@ WHOLE_CLASSES_PER_THREAD = 8
 TILE_WARPS = 4  # with a run of R classes of each row to a thread: twice as many classes take 40 registers more
 
 # what the launcher and the kernels say to each other
-# orders 1, 1 with the teacher's entropy, others; T = inf, where tilt is the limit's factor; order 0; order inf
-FAMILIES = ("KL", "ENTROPY", "POWER", "MOMENTS", "ZERO", "INFINITY")
+# KL (from the student's side: reverse KL); with the teacher's entropy; T = inf; JSD and the skewed; TVD; other orders, and their F itself;
+# what has no sum of terms
+FAMILIES = ("KL", "ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME")
+# whose side a row is seen from: the teacher's, the student's, and the student's with a tilt below -1
+TEACHER, STUDENT, STEEP = range(3)
 # every row starts and ends on 16 bytes; the rows of all tensors are off by the same number of classes; they are not: a class an access
 EVEN, WINDOW, SCALAR = range(3)
-# phases of a row that several programs share: the sums, once and again, and the rest; or all of it
-PUBLISH, AGAIN, FINISH, BOTH = range(4)
-SUM_SLOTS = 12  # fp64 numbers that a part publishes each time
-SLOTS = 32  # of its state: twice those, and what the second sweep sums
+# phases of a row that several programs share: the sums, once and again, those of a mixture, and the rest; or all of it
+PUBLISH, AGAIN, MIX, FINISH, BOTH = range(5)
+SUM_SLOTS = 13  # fp64 numbers that a part publishes each time
+SLOTS = 32  # of its state: twice those, and what the second sweep sums, at most 5
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ def run(student_size: int, teacher_size: int) -> int:
     return ACCESS // min(student_size, teacher_size)
 
 
-def plan(rows: int, vocab: int, student_size: int, teacher_size: int, window: bool, device: Device) -> Plan:
-    """The plan for rows of `vocab` classes whose logits take so many bytes each; window: rows begin anywhere in an access."""
+def plan(rows: int, vocab: int, student_size: int, teacher_size: int, window: bool, device: Device, whole: int = REGISTERS_WHOLE) -> Plan:
+    """The plan for rows of `vocab` classes whose logits take so many bytes each; window: rows begin anywhere in an access.
+
+    whole: bytes of the longest row pair that a program keeps in registers.
+    """
     R = run(student_size, teacher_size)
     row_bytes = vocab * (student_size + teacher_size)
     classes = max(64 * R, 1 << (vocab - 1 + (R - 1 if window else 0)).bit_length())
-    if classes * (student_size + teacher_size) <= REGISTERS_WHOLE:
+    if classes * (student_size + teacher_size) <= whole:
         # one read of the row, nothing to remember; as many programs as rows
         return Plan(True, 1, classes // R, R, max(1, classes // (device.warp * WHOLE_CLASSES_PER_THREAD)), rows)
     programs = device.processors * THREADS_PER_PROCESSOR // (32 * TILE_WARPS)

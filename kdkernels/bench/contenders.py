@@ -28,7 +28,7 @@ def fused(divergence: Divergence, T: float) -> Loss:
 
 def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
     """The eager ways to write the loss, by name; the best one, which is also the best when compiled, comes last."""
-    order, scale = divergence.order, T * T
+    form, scale = divergence.form, T * T
 
     def kl(z, v):
         return scale * F.kl_div(F.log_softmax(z / T, -1), F.softmax(v / T, -1), reduction="batchmean")
@@ -36,29 +36,53 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
     def kl_of_logs(z, v):
         return scale * F.kl_div(F.log_softmax(z / T, -1), F.log_softmax(v / T, -1), reduction="batchmean", log_target=True)
 
+    def reverse_kl(z, v):
+        return scale * F.kl_div(F.log_softmax(v / T, -1), F.log_softmax(z / T, -1), reduction="batchmean", log_target=True)
+
     def cross_entropy(z, v):
         return scale * F.cross_entropy(z / T, F.softmax(v / T, -1))
 
+    def log_power_sum(z, v):
+        return (form.order * F.log_softmax(v / T, -1) + (1 - form.order) * F.log_softmax(z / T, -1)).logsumexp(-1)
+
     def renyi(z, v):
-        mixed = order * F.log_softmax(v / T, -1) + (1 - order) * F.log_softmax(z / T, -1)
-        return scale * (mixed.logsumexp(-1) / (order - 1)).mean()
+        return scale * form.factor * (log_power_sum(z, v) / (form.order - 1)).mean()
+
+    def alpha(z, v):
+        return scale * (log_power_sum(z, v).expm1() / (form.order * (form.order - 1))).mean()
+
+    def mixture(z, v):
+        log_q, log_p = F.log_softmax(z / T, -1), F.log_softmax(v / T, -1)
+        log_m = torch.logaddexp(log_p + math.log(1 - form.mix), log_q + math.log(form.mix))
+        sides = ((form.teacher, log_p), (form.student, log_q))
+        return scale * sum(c * F.kl_div(log_m, x, reduction="batchmean", log_target=True) for c, x in sides if c)
+
+    def tvd(z, v):
+        return scale * (F.softmax(z / T, -1) - F.softmax(v / T, -1)).abs().sum(-1).mean() / 2
 
     def half_variance(z, v):
-        return order / 2 * (z - v).var(-1, correction=0).mean()
+        return form.limit / 2 * (z - v).var(-1, correction=0).mean()
 
     if math.isinf(T):
         return {"(z - v).var(-1) / 2": half_variance}
-    if divergence.name == "cross_entropy":
-        return {"cross_entropy(z, softmax)": cross_entropy}
-    if order == 1:
+    if form.family == "kl":
         return {"kl_div(log_softmax, softmax)": kl, "kl_div(log_target=True)": kl_of_logs}
-    return {"logsumexp of log_softmaxes": renyi}
+    if form.family == "mixture" and form.mix == 0:
+        return {"kl_div(log_target=True)": reverse_kl}
+    names = {
+        "cross_entropy": ("cross_entropy(z, softmax)", cross_entropy),
+        "renyi": ("logsumexp of log_softmaxes", renyi),
+        "alpha": ("logsumexp of log_softmaxes", alpha),
+        "mixture": ("kl_div from logaddexp", mixture),
+        "tvd": ("abs of softmaxes", tvd),
+    }
+    return dict([names[form.family]])
 
 
 def libraries(divergence: Divergence, T: float) -> dict[str, Loss]:
     """Kernels of others that take logits or what PyTorch makes of them, where they are installed. For GPUs: they are written in Triton."""
     found: dict[str, Loss] = {}
-    if importlib.util.find_spec("liger_kernel") and divergence.order == 1 and divergence.name == "kl" and math.isfinite(T):
+    if importlib.util.find_spec("liger_kernel") and divergence.form.family == "kl" and math.isfinite(T):
         from liger_kernel.ops.kl_div import LigerKLDivLossFunction
 
         def liger(z, v):

@@ -18,7 +18,7 @@ from .. import __version__, divergence, functional, recycle
 from ..backends import native
 from . import contenders
 from .contenders import COMPILED, FUSED, Loss
-from .reference import check_order, reference
+from .reference import check, reference
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what the fused loss must reach before its time counts, relative, (loss, gradient): its bound, and one rounding of a 16-bit gradient
@@ -38,7 +38,7 @@ class Case:
     def __post_init__(self) -> None:
         """ValueError for what the fused loss or the reference has not, before anything runs."""
         functional.options(divergence=self.divergence, temperature=self.temperature, t_squared=True)
-        check_order(divergence.parse(self.divergence))
+        check(divergence.parse(self.divergence))
 
     def __str__(self) -> str:
         return f"{self.divergence}, T = {self.temperature:g}, {self.rows} x {self.vocab} {self.dtype}"

@@ -43,7 +43,7 @@ def _run(*command) -> None:
 
 def library() -> Path:
     def build(folder: Path) -> None:
-        pieces = [(s, b, o) for s in ("kPlain", "kTilted") for b in (2, 4) for o in (2, 4)]
+        pieces = [(s, b, o) for s in ("kPlain", "kTilted", "kMixed") for b in (2, 4) for o in (2, 4)]
         jobs = [[f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}", "-o", folder / f"{s}{b}{o}.o"] for s, b, o in pieces]
         jobs.append(["-o", folder / "api.o"])
         with ThreadPoolExecutor(2) as pool:

@@ -147,6 +147,7 @@ inline float exp2(float x) {
   std::memcpy(&y, &v, 4);
   return y;
 }
+inline float reciprocal(float x) { return 1 / x; }
 inline float largest(float a, float b) { return std::fmax(a, b); }
 inline float from_bf16(uint32_t u) { u <<= 16; float x; std::memcpy(&x, &u, 4); return x; }
 inline float from_f16(uint32_t u) { _Float16 h; const uint16_t s = uint16_t(u); std::memcpy(&h, &s, 2); return float(h); }

@@ -41,7 +41,11 @@ double value(const void *p, int32_t dtype, int64_t i) {
   return dtype == KD_F32 ? ((const float *)p)[i] : gpu::from_bf16(((const uint16_t *)p)[i]);
 }
 
-void run(const Case &k, int32_t dtype, int32_t divergence, double order, double temperature, bool in_place, bool masked) {
+// A divergence: its family and numbers, as Form has them.
+struct Member { int32_t family; double order = 1, mix = 0, teacher = 0, student = 0; };
+const Member kKl{0}, kCe{1}, kJsd{4, 1, .5, .5, .5}, kReverseKl{4, 1, 0, 0, 1}, kSkewReverse{4, 1, .9, 0, 1}, kTvdMember{5};
+
+void run(const Case &k, int32_t dtype, const Member &d, double temperature, bool in_place, bool masked) {
   gpu::device = {k.capability, k.processors, k.shared_per_block, k.shared_per_processor, k.clusters};
   const int size = dtype == KD_F32 ? 4 : 2;
   const int64_t n = int64_t(k.rows) * k.vocab;
@@ -60,8 +64,9 @@ void run(const Case &k, int32_t dtype, int32_t divergence, double order, double 
   c.student = z; c.teacher = v; c.grad = g; c.labels = labels; c.weight = weight; c.loss = loss;
   c.rows = k.rows; c.inner = k.rows; c.vocab = c.grad_width = k.vocab;
   c.student_stride[1] = c.teacher_stride[1] = c.grad_stride[1] = k.vocab;
-  c.student_dtype = c.teacher_dtype = dtype; c.divergence = divergence;
-  c.order = order; c.temperature = temperature; c.value_scale = c.grad_scale = 1;
+  c.student_dtype = c.teacher_dtype = dtype;
+  c.family = d.family; c.order = d.order; c.mix = d.mix; c.teacher_part = d.teacher; c.student_part = d.student; c.factor = c.limit = 1;
+  c.temperature = temperature; c.value_scale = c.grad_scale = 1;
   c.hard_scale = c.hard_grad_scale = .1;
   const kd_figures f{k.capability, k.processors, k.shared_per_block, k.shared_per_processor};
   kd_geometry geometry{};
@@ -84,19 +89,23 @@ void run(const Case &k, int32_t dtype, int32_t divergence, double order, double 
 int main(int argc, char **argv) {
   if (argc > 1) {
     gpu::planted = argv[1][0] == 'r' ? gpu::kRace : gpu::kOverrun;
-    run(kCases[gpu::planted == gpu::kRace ? 1 : 8], KD_BF16, 0, 1, 1, false, false);
+    run(kCases[gpu::planted == gpu::kRace ? 1 : 8], KD_BF16, kKl, 1, false, false);
     return 0;
   }
   int i = 0;
   for (const Case &k : kCases) {
     const int32_t dtype = i % 2 ? KD_F32 : KD_BF16;
     const int room = k.shared_per_block >> 10;
-    run(k, room < 64 ? int32_t(KD_BF16) : dtype, i % 3 == 1, 1, 2, i % 2, false);                    // KL, cross entropy
-    run(k, room < 64 ? int32_t(KD_BF16) : dtype, 2, i % 2 ? .3 : 2, 1, false, i % 3 == 0);
+    const int32_t own = room < 64 ? int32_t(KD_BF16) : dtype;
+    const Member mixtures[] = {kJsd, kTvdMember, kReverseKl, kSkewReverse};
+    run(k, own, i % 3 == 1 ? kCe : kKl, 2, i % 2, false);
+    run(k, own, Member{i % 2 ? 2 : 3, i % 2 ? .3 : 2}, 1, false, i % 3 == 0);   // Renyi, Alpha
+    run(k, own, mixtures[i % 4], 1, i % 2 == 0, i % 3 == 1);
     i++;
   }
-  run(kCases[1], KD_F32, 2, 0, 1, true, true);         // in fp64 throughout
-  run(kCases[7], KD_BF16, 0, 1, INFINITY, false, false);
-  run(kCases[3], KD_F32, 0, 1, .01, true, false);      // lost to a float's range: left, and computed again
+  run(kCases[1], KD_F32, Member{6}, 1, true, true);    // order 0, in fp64 throughout
+  run(kCases[7], KD_BF16, kKl, INFINITY, false, false);
+  run(kCases[3], KD_F32, kKl, .01, true, false);       // lost to a float's range: left, and computed again
+  run(kCases[3], KD_F32, kReverseKl, .01, true, false);
   std::puts("walked");
 }

@@ -1,0 +1,63 @@
+"""Decoupled knowledge distillation: the target's and the other classes' share of the soft term, each with its own weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .transforms import wide
+
+
+def decoupled_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    target_weight: float = 1.0,
+    non_target_weight: float = 8.0,
+    temperature: float = 4.0,
+    t_squared: bool = True,
+    hard_weight: float = 1.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Decoupled KD: T^2 (target_weight TCKD + non_target_weight NCKD) + hard_weight CE. Zhao et al. (2022), eq. 7 to 9.
+
+    TCKD is the KL divergence between (p_t, 1 - p_t) and (q_t, 1 - q_t), p and q at the label t; NCKD that between p and q over the other
+    classes, each normalised there. Both weights 1 and 1 - p_t give KL (eq. 6), so that
+
+        target_weight TCKD + non_target_weight NCKD = target_weight KL + (non_target_weight - target_weight (1 - p_t)) NCKD
+
+    which is what is computed: two fused passes, the second over copies with the label masked. The defaults are the paper's for CIFAR-100.
+    Arguments, result and errors are otherwise those of `fused_kd_loss`; labels are required.
+    """
+    common = dict(temperature=temperature, t_squared=t_squared, vocab_size=vocab_size, backend=backend)
+    o = functional.options(hard_weight=hard_weight, ignore_index=ignore_index, reduction=reduction, **common)
+    for name, value in (("target_weight", target_weight), ("non_target_weight", non_target_weight)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name}: must be a finite number, got {value!r}")
+    if labels is None or math.isinf(temperature):
+        raise ValueError("decoupled_kd_loss: needs labels and a finite temperature")
+    whole = functional.fused_kd_loss(
+        student_logits, teacher_logits, labels, soft_weight=target_weight, hard_weight=hard_weight, ignore_index=ignore_index,
+        token_weight=token_weight, reduction=reduction, num_items=num_items, **common,
+    )  # fmt: skip
+    weight, denominator = functional._weights(student_logits, labels, o, token_weight, num_items)
+    at = labels.clamp_min(0).unsqueeze(-1)
+    with torch.no_grad():
+        vocab = vocab_size or teacher_logits.shape[-1]
+        log_p = functional.tempered_log_softmax(wide(teacher_logits[..., :vocab]), temperature, backend=backend)
+        rest = -torch.expm1(log_p.gather(-1, at).squeeze(-1).double())  # 1 - p_t
+        weight = weight * (non_target_weight - target_weight * rest)
+    others = functional.fused_kd_loss(
+        student_logits.scatter(-1, at, -math.inf), teacher_logits.scatter(-1, at, -math.inf), token_weight=weight,
+        reduction="none" if reduction == "none" else "sum", **common,
+    )  # fmt: skip
+    return whole + (others if reduction == "none" else (others / denominator).to(others.dtype))

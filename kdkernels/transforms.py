@@ -1,0 +1,69 @@
+"""What models and recipes do to logits before a softmax: scale, softcap, standardisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """softcap * tanh(scale * x / softcap), or scale * x without a softcap: from a head's output x to the logits of its model.
+
+    The scale is Cohere's `logit_scale` (or one over Granite's `logits_scaling`), the softcap Gemma 2's `final_logit_softcapping`. The
+    transform comes first, then the division by T; the hard term takes the transformed logits as well. Masked classes stay at -inf.
+
+    Raises ValueError for a scale or softcap that is not positive and finite.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("scale", self.scale), ("softcap", self.softcap)):
+            if name == "softcap" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"LogitTransform: {name} is a number, got {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"LogitTransform: {name} must be positive and finite, got {value!r}")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The transformed logits, by PyTorch: fp32 for 16-bit ones, whose rounding they would otherwise bring along."""
+        if self.softcap is None and self.scale == 1:
+            return logits
+        x = wide(logits)
+        if self.softcap is None:
+            return x * self.scale
+        masked = x == -math.inf
+        return torch.where(masked, -math.inf, (torch.where(masked, 0.0, x) * (self.scale / self.softcap)).tanh() * self.softcap)
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 for what is narrower."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
+    r"""(x - mean) / (std + eps) over the last dimension, classes at -inf left out: a temperature for each row, std * T.
+
+    Sun et al., Logit Standardization in Knowledge Distillation (2024), algorithm 1, where both student and teacher are standardised for the
+    soft term alone. Plain PyTorch, differentiable to any order; (..., V) in the logits' dtype, fp32 for 16-bit logits.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import fused_kd_loss, standardize_logits
+        >>> student, teacher = torch.randn(4, 100, requires_grad=True), torch.randn(4, 100)
+        >>> loss = fused_kd_loss(standardize_logits(student), standardize_logits(teacher), temperature=2.0, t_squared=True)
+    """
+    x = wide(logits)
+    masked = x == -math.inf
+    count = (~masked).sum(-1, keepdim=True).clamp_min(1)
+    x = torch.where(masked, 0.0, x)
+    centred = torch.where(masked, 0.0, x - x.sum(-1, keepdim=True) / count)
+    square = (centred * centred).sum(-1, keepdim=True) / count
+    std = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
+    return torch.where(masked, -math.inf, centred / (std + eps))

@@ -1,0 +1,267 @@
+"""Teacher gradients, logit transforms, label smoothing and the z-loss: against PyTorch in fp64, on every backend."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rows import BACKENDS, DOUBLE_BACKENDS, make_rows, with_masks
+
+from kdkernels import KDLoss, LogitTransform, decoupled_kd_loss, fused_kd_loss, logit_matching_loss, parse, standardize_logits
+
+SIDES = ["kl", "cross_entropy", "reverse_kl", "renyi(0.5)", "renyi(inf)", "reverse_renyi(3)", "alpha(-0.5)", "jsd(0.3)", "skew_kl(0.2)"]
+SIDES += ["skew_reverse_kl(0.2)", "tvd", "renyi(0)"]
+
+
+def softmaxes(z, v, T):
+    return F.softmax(v / T, -1), F.softmax(z / T, -1)
+
+
+def by_definition(z, v, name, T):
+    """A few divergences as PyTorch writes them, differentiable in both."""
+    p, q = softmaxes(z, v, T)
+    kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
+    return {
+        "kl": lambda: kl(p, q),
+        "cross_entropy": lambda: -(p * q.log()).sum(-1),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd(0.3)": lambda: 0.3 * kl(p, 0.3 * p + 0.7 * q) + 0.7 * kl(q, 0.3 * p + 0.7 * q),
+        "skew_kl(0.2)": lambda: kl(p, 0.2 * p + 0.8 * q),
+        "skew_reverse_kl(0.2)": lambda: kl(q, 0.8 * p + 0.2 * q),
+        "tvd": lambda: (p - q).abs().sum(-1) / 2,
+        "renyi(0.5)": lambda: -2 * (p * q).sqrt().sum(-1).log(),
+        "reverse_renyi(3)": lambda: (q**3 * p**-2).sum(-1).log() / 2,
+        "alpha(-0.5)": lambda: ((q**1.5 * p**-0.5).sum(-1) - 1) / 0.75,
+        "renyi(inf)": lambda: (p / q).amax(-1).log(),
+        "renyi(0)": lambda: 0 * z.sum(-1) + 0 * v.sum(-1),
+    }[name]()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_gradient(backend, name, reduction):
+    """Both sides' gradients, with weights, ignored rows and a vocabulary that is cut; the hard term has none in the teacher."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    z, v = (x.to(dtype).view(2, 3, 40) for x in make_rows("plain", 6, 40))
+    labels, weight = torch.tensor([[1, -100, 3], [4, 5, 6]]), torch.tensor([[1.0, 1.0, 0.5], [0.0, 2.0, 1.0]])
+    options = dict(divergence=name, temperature=2.0, t_squared=True, hard_weight=0.3, token_weight=weight, vocab_size=37)
+    a, b = z.clone().requires_grad_(), v.clone().requires_grad_()
+    loss = fused_kd_loss(a, b, labels, teacher_grad=True, reduction=reduction, backend=backend, **options)
+    upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    loss.backward(upstream)
+    c, d = z.double().requires_grad_(), v.double().requires_grad_()
+    counted = (weight * (labels != -100)).double()
+    rows = 4 * by_definition(c[..., :37], d[..., :37], name, 2.0)
+    rows = rows + 0.3 * F.cross_entropy(c[..., :37].flatten(0, 1), labels.flatten(), reduction="none").view(2, 3)
+    expected = counted * torch.where(counted > 0, rows, 0.0)
+    expected = expected if reduction == "none" else expected.sum() / (counted.sum() if reduction == "mean" else 1)
+    expected.backward(upstream.double())
+    rtol = 1e-9 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=1e-12)
+    for mine, right in ((a.grad, c.grad), (b.grad, d.grad)):
+        assert float((mine - right).norm()) <= rtol * float(right.norm()) + (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+def test_teacher_gradient_at_infinity(backend):
+    z, v = (x.double().requires_grad_() for x in make_rows("plain", 3, 50))
+    for f in (
+        lambda: fused_kd_loss(z, v, divergence="renyi(2)", temperature=math.inf, t_squared=True, teacher_grad=True, backend=backend),
+        lambda: logit_matching_loss(z, v, teacher_grad=True, backend=backend),
+    ):
+        a, b = torch.autograd.grad(f(), (z, v))
+        torch.testing.assert_close(a, -b)
+
+
+def test_teacher_gradient_is_asked_for():
+    z, v = (x.requires_grad_() for x in make_rows("plain", 2, 10))
+    with pytest.raises(ValueError, match="teacher_grad=True"):
+        fused_kd_loss(z, v)
+    with pytest.raises(ValueError, match="inplace: teacher_grad"):
+        fused_kd_loss(z * 1, v, teacher_grad=True, inplace=True, reduction="none")
+    loss = fused_kd_loss(z * 1, v, teacher_grad=True, inplace=True)
+    expected = fused_kd_loss(z, v, teacher_grad=True)
+    for a, b in zip(torch.autograd.grad(loss, (z, v)), torch.autograd.grad(expected, (z, v)), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert float(fused_kd_loss(z, v, teacher_grad=True)) == pytest.approx(float(expected), rel=1e-6)
+    assert parse("alpha(0.3)").reversed == parse("alpha(0.7)") and parse("jsd(0.25)").reversed == parse("jsd(0.75)")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transforms(backend, dtype):
+    """Scale, then softcap, then / T; the hard term takes the transformed logits too; the gradient has their derivative."""
+    z, v = make_rows("plain", 3, 60, dtype)
+    z[0, 5] = v[0, 5] = -math.inf
+    labels = torch.tensor([1, 2, 3])
+    student, teacher = LogitTransform(scale=0.5, softcap=4.0), LogitTransform(scale=2.0)
+    x = z.clone().requires_grad_()
+    options = dict(divergence="renyi(0.5)", temperature=2.0, t_squared=True, hard_weight=0.5)
+    loss = fused_kd_loss(x, v, labels, student_transform=student, teacher_transform=teacher, backend=backend, **options)
+    loss.backward()
+    y = z.double().requires_grad_()
+    masked = torch.where(z == -math.inf, -math.inf, 4 * torch.tanh(torch.where(z == -math.inf, 0.0, y) * 0.5 / 4))
+    expected = fused_kd_loss(masked, 2 * v.double(), labels, backend="eager", **options)
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    room = 1e-6 if dtype == torch.float32 else 0.5 * torch.finfo(dtype).eps
+    assert float((x.grad - y.grad).norm()) <= room * float(y.grad.norm()) and x.grad[0, 5] == 0
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        LogitTransform(softcap=0.0)
+    with pytest.raises(TypeError, match="scale is a number"):
+        LogitTransform(scale="2")
+    with pytest.raises(TypeError, match="student_transform"):
+        fused_kd_loss(z, v, student_transform=2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_label_smoothing_and_z_loss(backend, reduction):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    z, v = (x.to(dtype) for x in make_rows("plain", 5, 30))
+    labels, weight = torch.tensor([0, 29, -100, 4, 5]), torch.tensor([1.0, 2.0, 1.0, 0.0, 0.5])
+    x, y = z.clone().requires_grad_(), z.double().requires_grad_()
+    options = dict(soft_weight=0.7, hard_weight=0.3, token_weight=weight, reduction=reduction, backend=backend)
+    loss = fused_kd_loss(x, v, labels, label_smoothing=0.1, z_loss=1e-2, **options)
+    loss.sum().backward()
+    counted = weight.double() * (labels != -100)
+    hard = F.cross_entropy(y, labels, reduction="none", label_smoothing=0.1) + 1e-2 * y.logsumexp(-1) ** 2
+    rows = counted * (0.7 * by_definition(y, v.double(), "kl", 1.0) + 0.3 * hard)
+    expected = rows if reduction == "none" else rows.sum() / counted.sum()
+    expected.sum().backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-12)
+    assert float((x.grad - y.grad).norm()) <= (1e-6 if dtype == torch.float32 else 1e-12) * float(y.grad.norm())
+    for wrong, text in ((dict(label_smoothing=1.0), "label_smoothing: must be"), (dict(z_loss=0.1, hard_weight=0.0), "hard_weight is 0")):
+        with pytest.raises(ValueError, match=text):
+            fused_kd_loss(z, v, labels, **(dict(hard_weight=0.3) | wrong))
+    with pytest.raises(ValueError, match="inplace: label_smoothing"):
+        fused_kd_loss(x * 1, v, labels, hard_weight=0.3, label_smoothing=0.1, inplace=True)
+
+
+def test_standardized_logits():
+    x = make_rows("plain", 3, 50)[0]
+    x[1, 7] = -math.inf
+    y = standardize_logits(x)
+    rest = y[1][torch.arange(50) != 7]
+    torch.testing.assert_close(torch.stack([y[0].std(correction=0), rest.std(correction=0), rest.mean() + 1]), torch.ones(3))
+    assert y[1, 7] == -math.inf and not standardize_logits(torch.full((2, 5), 3.0)).any()
+    z = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(standardize_logits, (z,))
+    torch.testing.assert_close(standardize_logits(z), standardize_logits(7 * z + 3), rtol=1e-6, atol=1e-6)  # eps is a part of 1e-7 of std
+
+
+def test_options_in_a_module_and_compiled():
+    z, v = make_rows("plain", 4, 33)
+    labels = torch.tensor([1, 2, 3, 4])
+    options = dict(divergence="jsd(0.3)", temperature=2.0, hard_weight=0.5, label_smoothing=0.1, z_loss=1e-4, teacher_grad=True)
+    criterion = KDLoss(student_transform=LogitTransform(softcap=20.0), **options)
+    assert "softcap=20.0" in repr(criterion)
+    a, b, c, d = (x.clone().requires_grad_() for x in (z, v, z, v))
+    criterion(a, b, labels).backward()
+    torch.compile(criterion, fullgraph=True)(c, d, labels).backward()
+    torch.testing.assert_close(a.grad, c.grad)
+    torch.testing.assert_close(b.grad, d.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_decoupled(backend, reduction):
+    """Against the definition of its two parts; weights 1 and 1 - p_t give KL."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    z, v = (x.to(dtype) for x in make_rows("plain", 5, 20))
+    labels, T = torch.tensor([0, 19, -100, 4, 7]), 4.0
+    x, y = z.clone().requires_grad_(), z.double().requires_grad_()
+    options = dict(temperature=T, hard_weight=0.5, reduction=reduction, backend=backend)
+    loss = decoupled_kd_loss(x, v, labels, target_weight=0.7, non_target_weight=3.0, **options)
+    loss.sum().backward()
+    p, q = softmaxes(y, v.double(), T)
+    at = labels.clamp_min(0).unsqueeze(-1)
+    p_t, q_t = p.gather(-1, at), q.gather(-1, at)
+    target = (p_t * (p_t / q_t).log() + (1 - p_t) * ((1 - p_t) / (1 - q_t)).log()).squeeze(-1)
+    others = torch.ones_like(p).scatter(-1, at, 0.0)
+    p_, q_ = p / (1 - p_t), q / (1 - q_t)
+    rest = (others * p_ * (p_ / q_).log()).sum(-1)
+    rows = T * T * (0.7 * target + 3.0 * rest) + 0.5 * F.cross_entropy(y, labels, reduction="none")
+    rows = torch.where(labels == -100, 0.0, rows)
+    expected = rows if reduction == "none" else rows.sum() / (4 if reduction == "mean" else 1)
+    expected.sum().backward()
+    rtol = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=1e-12)
+    assert float((x.grad - y.grad).norm()) <= rtol * float(y.grad.norm())
+    with pytest.raises(ValueError, match="non_target_weight"):
+        decoupled_kd_loss(z, v, labels, non_target_weight=math.inf)
+    with pytest.raises(ValueError, match="finite temperature"):
+        decoupled_kd_loss(z, v, labels, temperature=math.inf)
+
+
+# other backends than the CPU's have theirs from PyTorch, whatever the divergence
+STATS_OF = [(b, d) for b in DOUBLE_BACKENDS for d in ("kl", "cross_entropy", "renyi(0.3)", "renyi(3)", "renyi(0)", "jsd(0.3)", "tvd")]
+
+
+@pytest.mark.parametrize("where", ["", "student", "teacher", "both"])
+@pytest.mark.parametrize(("backend", "divergence"), [*STATS_OF, ("triton", "kl")])
+def test_stats(backend, divergence, where):
+    """Every figure against its definition in fp64; ignored rows are nan and -1, broken rows too, and alone."""
+    for vocab, T in ((40, 2.0), (700 if backend == "triton" else 9000, 1.0)):
+        z, v = make_rows("plain", 4, vocab)
+        z, v = with_masks(z, v, where) if where else (z, v)
+        z[3, 0] = math.nan
+        labels = torch.tensor([3, int(z[1].argmax()), -100, 0])
+        options = dict(divergence=divergence, temperature=T, backend=backend, reduction="none")
+        loss, stats = fused_kd_loss(z, v, labels, return_stats=True, hard_weight=0.5, t_squared=True, **options)
+        expected = fused_kd_loss(z, v, labels, hard_weight=0.5, t_squared=True, **options)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
+        D = fused_kd_loss(z.double(), v.double(), divergence=divergence, temperature=T, backend="eager", reduction="none")
+        torch.testing.assert_close(stats.divergence[:2].double(), D[:2], rtol=1e-5, atol=1e-7)
+        x, y = z[:2].double(), v[:2].double()
+        torch.testing.assert_close(stats.cross_entropy[:2].double(), F.cross_entropy(x, labels[:2], reduction="none"), rtol=1e-5, atol=1e-7)
+        sides = (x, stats.student_logsumexp, stats.student_entropy, stats.student_top1)
+        for logits, log_sum, entropy, top in (sides, (y, stats.teacher_logsumexp, stats.teacher_entropy, stats.teacher_top1)):
+            torch.testing.assert_close(log_sum[:2].double(), (logits / T).logsumexp(-1), rtol=1e-5, atol=1e-6)
+            log_p = (logits / T).log_softmax(-1)
+            exact = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(-1)
+            torch.testing.assert_close(entropy[:2].double(), exact, rtol=3e-5, atol=1e-5)
+            assert torch.equal(top[:2], logits.argmax(-1)) and (top[2:] == -1).all() and log_sum[2:].isnan().all()
+        assert torch.equal(stats.agree[:2], x.argmax(-1) == y.argmax(-1)) and not stats.agree[2:].any()
+        assert stats.correct.tolist() == [bool(x[0].argmax() == 3), True, False, False] and int(stats.counted) == 3
+        assert stats.divergence[2].isnan() and not stats.divergence.requires_grad
+
+
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+def test_stats_of_other_calls(backend):
+    """Through the gradient, in place, without labels, at T = inf, orders in fp64 rows, one long row; the loss is what it was."""
+    z, v = (x.double() for x in make_rows("plain", 3, 4100))
+    for options in (
+        dict(),
+        dict(divergence="renyi(20)", temperature=0.05),
+        dict(temperature=math.inf, t_squared=True),
+        dict(divergence="tvd"),
+    ):
+        x = z.clone().requires_grad_()
+        loss, stats = fused_kd_loss(x, v, return_stats=True, backend=backend, **options)
+        (g,) = torch.autograd.grad(loss, x)
+        expected = fused_kd_loss(x, v, backend=backend, **options)
+        (h,) = torch.autograd.grad(expected, x)
+        torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(g, h, rtol=1e-12, atol=1e-18)
+        assert stats.cross_entropy is None and stats.correct is None
+        T = options.get("temperature", 1.0)
+        scaled = z / T if math.isfinite(T) else z * 0
+        torch.testing.assert_close(stats.student_logsumexp, scaled.logsumexp(-1))
+        p = (v / T if math.isfinite(T) else v * 0).softmax(-1)
+        torch.testing.assert_close(stats.teacher_entropy, -torch.xlogy(p, p).sum(-1), rtol=1e-9, atol=1e-12)
+        assert torch.equal(stats.student_top1, z.argmax(-1)) and int(stats.counted) == 3
+    x = z.clone().requires_grad_()
+    loss, stats = fused_kd_loss(x * 1, v, return_stats=True, inplace=True, backend=backend)
+    loss.backward()
+    assert torch.equal(stats.teacher_top1, v.argmax(-1)) and x.grad.abs().sum() > 0
+    long, other = (x.repeat(1, 20)[:1] for x in (z, v))  # a row that threads share
+    _, stats = fused_kd_loss(long, other, return_stats=True, backend=backend)
+    assert stats.student_top1.item() == z[0].argmax() and torch.allclose(stats.student_logsumexp, long.logsumexp(-1))
+    compiled = torch.compile(lambda a, b: fused_kd_loss(a, b, return_stats=True, backend=backend), fullgraph=True)
+    x = z.clone().requires_grad_()
+    loss, stats = compiled(x, v)
+    loss.backward()
+    torch.testing.assert_close(stats.student_entropy, fused_kd_loss(z, v, return_stats=True, backend=backend)[1].student_entropy)
