@@ -344,20 +344,20 @@ def _loss(
 
     weight, denominator = _weights(student, labels, o, token_weight, num_items)
     student, teacher = o.student_transform(student), o.teacher_transform(teacher)
+    autograd = o.backend == "eager" and not o.inplace and not torch.compiler.is_compiling()  # past the operator
     more = None
-    if o.teacher_grad and teacher.requires_grad and o.backend != "eager":
+    if o.teacher_grad and teacher.requires_grad and not autograd:
         # before the student's own pass, which may write over its logits
         more = _Silent.apply(_mirrored(student.detach(), teacher, weight, o, vocab, denominator))
     if o.label_smoothing or o.z_loss:
         extras = _hard_extras(student[..., :vocab], weight, o, denominator)
         more = extras if more is None else more + extras
     hard = labels if o.hard_weight else None
-    if o.backend == "eager" and not o.inplace and not torch.compiler.is_compiling():
+    if autograd:
         columns = None
         if o.return_stats:
-            _, columns = _rows_alone(
-                student, teacher.detach(), hard, weight, (o.text, float(o.temperature), 1.0, 0.0, 1.0, 0.0, vocab, "eager"), True
-            )
+            unweighted: Factors = (o.text, float(o.temperature), 1.0, 0.0, 1.0, 0.0, vocab, o.backend)
+            _, columns = _rows_alone(student, teacher.detach(), hard, weight, unweighted, True)
         loss = _differentiable(student, teacher, hard, weight, o, vocab, denominator)
     else:
         loss, columns = _fused(student, teacher.detach(), hard, weight, o, vocab, denominator)
