@@ -48,9 +48,8 @@ def main():
     )
     divergences += ("reverse_kl", "jsd(0.1)", "jsd(0.5)", "skew_kl(0.9)", "skew_reverse_kl(0.9)", "tvd")
     y = torch.tensor([0, -100, 2, 1])
-    for vocab, (divergence, kind) in zip(
-        itertools.cycle((1, 7, 16, 33, 130, 4096, 4099, 9001)), itertools.product(divergences, KINDS), strict=False
-    ):
+    every_other = list(itertools.product(divergences, KINDS))[::2]  # an odd number of kinds: all of them, with all divergences
+    for vocab, (divergence, kind) in zip(itertools.cycle((1, 7, 16, 33, 130, 4096, 4099, 9001)), every_other, strict=False):
         for T in (0.05, 2.0, math.inf):
             if math.isinf(T) and divergence in ("cross_entropy", "renyi(inf)", "reverse_renyi(inf)", "tvd"):
                 continue

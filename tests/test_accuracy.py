@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 from bounds import cast_bound, gradient_bound, gradient_bound_of, spread_of, value_bound, value_bound_of
-from rows import BACKENDS, DOUBLE_BACKENDS, KINDS, make_rows
+from rows import BACKENDS, DOUBLE_BACKENDS, KINDS, make_rows, with_masks
 
 from kdkernels import fused_kd_loss
 
@@ -129,6 +129,25 @@ def other_cases():
 )
 def test_bounds_of_the_others(backend, T, name, vocab, kind):
     check_other(T, name, vocab, kind, backend)
+
+
+@pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
+@pytest.mark.parametrize("where", ["both", "teacher", "student"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_masks_of_the_others(name, where, backend):
+    """Classes at -inf: what is +inf is, with its gradient by the convention, and the rest is as exact as without masks."""
+    for vocab, T in itertools.product((10, 5000), (1.0, 4.0)):
+        z, v = with_masks(*make_rows("plain", 1, vocab), where)
+        D, g = oracle.divergence_row(z[0].double().numpy(), v[0].double().numpy(), name, T)
+        x = z.clone().requires_grad_()
+        loss = fused_kd_loss(x, v, divergence=name, temperature=T, soft_weight=T, backend=backend)
+        loss.backward()
+        if math.isinf(D):
+            np.testing.assert_allclose(x.grad[0].numpy(), g.astype(float), atol=1e-6)
+            assert float(loss) == math.inf
+        else:
+            assert abs(float(loss) / T - float(D)) <= 2 * value_bound_of(name, vocab, T, spread_of(z[0], v[0], T), float(D))
+            assert float(np.linalg.norm(x.grad[0].numpy() - g)) <= gradient_bound_of(float(np.linalg.norm(g)), float(D))
 
 
 @pytest.mark.slow
