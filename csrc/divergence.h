@@ -172,16 +172,21 @@ template <class F, class Int, class Real> KD_HD MixedTerm<F> mixed_class(F x, F 
 
 // The coefficients c_j of the polynomial through n Chebyshev nodes of [-1, 1].
 template <class Real, class Of> void interpolate(int n, Of of, Real *c) {
-  double t[32] = {}, before[32] = {}, now[32] = {}, sum[32] = {}, y[32];
-  const double step = 3.14159265358979323846 / n;
-  for (int i = 0; i < n; i++) y[i] = of(std::cos((i + .5) * step));
-  now[0] = 1;                                        // T_k in powers of x
+  // T_k in powers of x and at the nodes, both by T_{k+1} = 2 x T_k - T_{k-1} from T_{-1} = x
+  double now[33] = {1}, before[33] = {0, 1}, sum[32] = {}, x[32], y[32], at[32], at_before[32];
+  for (int i = 0; i < n; i++) { x[i] = std::cos((i + .5) * 3.14159265358979323846 / n); y[i] = of(x[i]); at[i] = 1; at_before[i] = x[i]; }
   for (int k = 0; k < n; k++) {
     double a = 0;
-    for (int i = 0; i < n; i++) a += y[i] * std::cos(k * (i + .5) * step);
+    for (int i = 0; i < n; i++) {
+      const double next = 2 * x[i] * at[i] - at_before[i];
+      a += y[i] * at[i];
+      at_before[i] = at[i]; at[i] = next;
+    }
     for (int j = 0; j <= k; j++) sum[j] += a * (k ? 2 : 1) / n * now[j];
-    for (int j = 0; j <= k + 1; j++) t[j] = (j ? now[j - 1] * (k ? 2 : 1) : 0) - (k ? before[j] : 0);
-    for (int j = 0; j <= k + 1; j++) { before[j] = now[j]; now[j] = t[j]; }
+    for (int j = k + 1; j >= 0; j--) {
+      const double next = (j ? 2 * now[j - 1] : 0) - before[j];
+      before[j] = now[j]; now[j] = next;
+    }
   }
   for (int j = 0; j < n; j++) c[j] = Real(sum[j]);
 }
