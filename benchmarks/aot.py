@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 
 from kdkernels.backends import triton as backend
 from kdkernels.backends.triton_plan import FAMILIES, WINDOW, Device
+from kdkernels.stats import COLUMNS
+from kdkernels.transforms import Modifiers
 
 RESULTS = Path(__file__).parent / "results" / "triton_aot.csv"
 TABLE = Path(__file__).parent.parent / "docs" / "results" / "triton_aot.md"
@@ -73,10 +75,15 @@ class Case:
     hard: bool = False
     weighted: bool = False
     grad: bool = True
+    modifiers: Modifiers | None = None
+    stats: bool = False
 
     @property
     def text(self) -> str:
-        flags = "".join(f" {x}" for x, on in (("hard", self.hard), ("weighted", self.weighted), ("value only", not self.grad)) if on)
+        m = self.modifiers or Modifiers()
+        flags = [("hard", self.hard), ("smoothed", m.label_smoothing), ("weighted", self.weighted), ("value only", not self.grad)]
+        flags += [("stats", self.stats), ("capped", m.student_softcap), ("scaled", not m.student_softcap and m.student_scale != 1)]
+        flags = "".join(f" {x}" for x, on in flags if on)
         dtypes = self.student if self.student == self.teacher else f"{self.student}/{self.teacher}"
         return f"{self.divergence} T={self.temperature:g} {self.rows} x {self.vocab} {dtypes}{flags}"
 
@@ -93,12 +100,17 @@ class Case:
             self.temperature,
             *(1.0, 1.0, *((0.1, 0.1) if self.hard else (0.0, 0.0))),
             self.vocab,
+            self.modifiers or (),
             torch.empty(self.rows, dtype=torch.float64, device="meta"),
             device,
+            torch.empty(self.rows, COLUMNS, dtype=torch.float64, device="meta") if self.stats else None,
         )
 
 
 VOCABS = (2048, 4096, 32768, 50257, 128256, 151665, 262144)  # whole rows, two sweeps, windows, several programs to a row
+
+
+ALL = Modifiers(0.5, 30.0, 2.0, 0.0, 0.1, 1e-4)  # scales, a softcap, label smoothing and the z-loss
 
 
 def covering() -> list[Case]:
@@ -120,6 +132,8 @@ def covering() -> list[Case]:
         Case("skew_kl(0.1)", vocab=50257, hard=True),
         Case("skew_reverse_kl(0.1)", student="float32", teacher="float32", grad=False),
         Case("tvd"),
+        Case(hard=True, modifiers=ALL),
+        Case("renyi(0.5)", vocab=2048, hard=True, modifiers=ALL, stats=True),
     ]
 
 
@@ -290,9 +304,10 @@ def faults(found: Found) -> list[str]:
     name = found.case.split("(")[0].split()[0]
     light = name in ("kl", "cross_entropy") and "hard" not in found.case
     mixture, rows = name in ("jsd", "skew_kl", "skew_reverse_kl", "tvd"), found.kernel in ("loss_rows", "loss_parts")
-    heavy = not light if rows else mixture
+    modified = any(x in found.case for x in ("capped", "scaled", "stats"))
+    heavy = modified or (not light if rows else mixture)
     budget = target.most_registers if heavy else target.registers
-    if rows and mixture and "hard" in found.case:  # two programs to a multiprocessor
+    if rows and "hard" in found.case and (mixture or modified):  # two programs to a multiprocessor
         budget = max(budget, backend.HEAVIEST_REGISTERS)
     if found.registers > budget:
         out.append(f"{found.registers} registers, {budget} is the budget")

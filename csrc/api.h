@@ -35,7 +35,9 @@ struct kd_call {
   double grad_scale;                // factor of T dD/dz (of the limit's gradient at T = inf)
   double hard_scale;                // factor of CE in the value
   double hard_grad_scale;           // factor of dCE/dz
-  double *stats;                    // per row: kd_stats numbers, null for none; nan for a row of weight 0. The CPU's alone
+  double student_scale, student_softcap, teacher_scale, teacher_softcap;   // of logits: softcap tanh(scale x / softcap), or scale x where it is 0
+  double label_smoothing, z_loss;   // CE is (1 - label_smoothing) CE + label_smoothing (lse - mean z) + z_loss lse^2
+  double *stats;                    // per row: kd_stats numbers, null for none; nan for a row of weight 0
   int64_t bad_row;                  // out: the row of a bad label (on a GPU such a row is nan instead)
   void *stream, *workspace;         // CUDA's stream; kd_workspace() bytes on the device, aligned to 16
   int64_t workspace_size;

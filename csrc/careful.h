@@ -15,8 +15,6 @@ template <class F> KD_HD F exp2_flushed(F x) { return exp2_of_product(x, 1., Exp
 // expm1_psi for arguments in natural units, 0 outside |x| < 1/2 where it is not used
 template <class F, class Mask> KD_HD ExpM1<F> near_zero(F x, Mask near) { return expm1_psi(select(near, x, F{}) * kLog2e); }
 
-struct Shapes { double lse_z, lse_v, of_z, of_v; };    // log-sum-exps and entropies of a row's student and teacher
-
 template <class F, class Crew> class Careful {
  public:
   using Int = typename Element<F>::Int;

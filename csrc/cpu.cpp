@@ -5,7 +5,8 @@
 //     sweep   one read of both rows: sums of the block, and its e, em, et (row.h) into the workspace
 //     close   the blocks are merged in order: the value, and three coefficients for each block
 //     emit    the gradient as a linear combination of what was kept, written past the caches
-// Rows of the mixture family are swept twice, from the second-level cache, and the second sweep is what is kept.
+// Logits with a transform are transformed as a block is fetched; what a softcap and label smoothing do to a gradient class by class comes
+// between close and emit. Rows of the mixture family are swept twice, from the second-level cache, and the second sweep is what is kept.
 // The workspace is the tail of the gradient itself, whose rows are written last: no memory is asked for beyond the gradient. Blocks
 // that find no room are swept again before they are emitted, with the same bits. Threads take rows, or, where there are fewer rows
 // than threads, blocks of one row.
@@ -20,6 +21,7 @@
 #include <cstdlib>
 #include <type_traits>
 #include "careful.h"
+#include "modifiers.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -301,23 +303,28 @@ void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart
   if (off * off > 512 * own) sweep(kExact, b, o, n, plan, stats, keep, p, wide_b, wide_o);
 }
 
-template <class Real, class S> HardPart sweep_hard(const S *z, int64_t n, Real *e1) {
+template <bool kSmooth, class Real, class S> SmoothPart sweep_hard(const S *z, int64_t n, Real *e1) {
   using F = typename Vec<Real>::F;
   using D = typename Vec<Real>::D;
-  HardPart p;
+  SmoothPart p;
   const Real top = largest<Real>(z, n);
   p.top = top;
   if (!(std::fabs(p.top) < INFINITY)) {
     std::memset(e1, 0, round_up(n, Vec<Real>::W) * sizeof(Real));
     return p;
   }
-  D rest{}, ties{};
-  F r{}, t{};
-  const auto full = [&](int64_t i, F vz, F) __attribute__((always_inline)) { store(e1 + i, step_hard(vz, top, r, t)); };
+  D rest{}, ties{}, below{}, count{};
+  F r{}, t{}, b{}, c{};
+  const auto full = [&](int64_t i, F vz, F) __attribute__((always_inline)) {
+    store(e1 + i, step_hard(vz, top, r, t));
+    if (kSmooth) { const auto there = vz > Real(-INFINITY); b += select(there, top - vz, F{}); c += select(there, splat<F>(1), F{}); }
+  };
   each_vector<Real>(z, z, n, full, full, [&]() __attribute__((always_inline)) {
     rest += __builtin_convertvector(r, D); ties += __builtin_convertvector(t, D);
     r = F{}; t = F{};
+    if (kSmooth) { below += __builtin_convertvector(b, D); count += __builtin_convertvector(c, D); b = F{}; c = F{}; }
   });
+  p.below = sum_of<Real>(below); p.count = sum_of<Real>(count);
   p.rest = sum_of<Real>(rest) + (sum_of<Real>(ties) - 1);
   p.s = 1 + p.rest;
   return p;
@@ -364,25 +371,33 @@ KD_HD const char *at(const void *p, int32_t dtype, const int64_t *stride, const 
 
 // What one thread works with: room for a block, and its share of the workspace.
 template <class Real> struct Desk {
-  alignas(64) Real b[kSlot<Real>], o[kSlot<Real>], slot[4 * kSlot<Real>];
+  alignas(64) Real b[kSlot<Real>], o[kSlot<Real>], slot[4 * kSlot<Real>], g[kSlot<Real>];
   Real *workspace = nullptr;
   int64_t capacity = 0;                              // blocks that fit the workspace
 };
 
 template <class Real> class RowJob {
  public:
-  RowJob(const kd_call &c, const Plan &p) : c_(c), plan_(p), blocks_((c.vocab + kBlock<Real> - 1) / kBlock<Real>) {
+  RowJob(const kd_call &c, const Plan &p)
+      : c_(c), plan_(p), of_student_(c.student_scale, c.student_softcap), of_teacher_(c.teacher_scale, c.teacher_softcap),
+        blocks_((c.vocab + kBlock<Real> - 1) / kBlock<Real>) {
     if (p.mixed) mix_ = narrowed(p.mixture, Real());
     third_ = p.tilted && !p.student_base;
     arrays_ = 2 + third_ + hard();
     size_ = element_size(c.student_dtype);
+    const double unit = by_class() ? 1 : c.student_scale;
+    grad_scale_ = c.grad_scale * unit; hard_grad_scale_ = c.hard_grad_scale * unit;
   }
   int64_t blocks() const { return blocks_; }
   bool mixed() const { return plan_.mixed; }
   int64_t slot_bytes() const { return arrays_ * kSlot<Real> * sizeof(Real); }
   bool hard() const { return c_.labels && (c_.hard_scale != 0 || c_.hard_grad_scale != 0); }
 
-  struct State { Part *parts; HardPart *hard_parts; StatPart *stat_parts; Row row; HardPart hard; double weight, label; };   // label: its logit
+  // Whether each class of the gradient has a factor and a summand of its own.
+  bool by_class() const { return of_student_.softcap > 0 || smooth(); }
+  bool smooth() const { return hard() && c_.label_smoothing != 0; }
+
+  struct State { Part *parts; SmoothPart *hard_parts; StatPart *stat_parts; Row row; HardRow hard; double weight; };
 
   bool begin(State &s, int64_t row) const {          // false: the row counts for nothing
     s.weight = c_.weight ? c_.weight[row] : 1;
@@ -401,7 +416,7 @@ template <class Real> class RowJob {
       Real *keep[4];
       slots(desk, i, lo, keep);
       with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
-        if (hard()) s.hard_parts[i] = sweep_hard(z, n, keep[3]);
+        if (hard()) s.hard_parts[i] = hard_block(z, n, keep[3]);
         if (plan_.careful) return;
         measure_block(b, o, n, plan_, c_.stats ? s.stat_parts + i : nullptr, s.row.refine ? &ref : nullptr, keep, s.parts[i], desk.b, desk.o);
         lost = s.parts[i].care == kLost;
@@ -444,21 +459,21 @@ template <class Real> class RowJob {
       if (!kept_here || (hard() && !hard_kept)) {
         with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
           Part p = s.parts[i];
-          if (hard()) sweep_hard(z, n, keep[3]);
+          if (hard()) hard_block(z, n, keep[3]);
           if (kept_here) return;
           if (plan_.mixed) mix_block(s, p, i, false, z, b, o, keep, desk);
           else if (!p.empty()) sweep(p.care, b, o, n, plan_, nullptr, keep, p, desk.b, desk.o);
         });
       }
       if (s.parts[i].empty()) for (int j = 0; j < 3; j++) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
-      const Coefficients k = coefficients(s.parts[i], s.row, plan_, s.weight * c_.grad_scale);
+      const Coefficients k = coefficients(s.parts[i], s.row, plan_, s.weight * grad_scale_);
       if (plan_.student_base && plan_.tilted && s.parts[i].care == kMasked) separate_lone(keep[0], keep[2], n, k);
       const Real *kept[4] = {keep[0]};
       double factors[4] = {k.C};
       int m = 1;
       if (keep[1]) { kept[m] = keep[1]; factors[m++] = k.A; }
       if (keep[2]) { kept[m] = keep[2]; factors[m++] = k.B; }
-      write(s, row, i, n, m, kept, factors, keep[3], streaming);
+      write(s, row, i, n, m, kept, factors, keep[3], desk, streaming);
     }
   }
 
@@ -466,9 +481,12 @@ template <class Real> class RowJob {
   void careful_row(State &s, int64_t row, Desk<Real> &desk, bool streaming) const {
     constexpr int64_t N = kBlock<double>;
     alignas(64) double z[N], v[N], g[N];
+    const Transform<double> of_z(c_.student_scale, c_.student_softcap), of_v(c_.teacher_scale, c_.teacher_softcap);
     const auto fill = [&](int64_t i, int64_t n) {
       load_row(student(row), c_.student_dtype, i, n, z);
       load_row(teacher(row), c_.teacher_dtype, i, n, v);
+      if (of_z.any()) transform_row((const double *)z, n, of_z, z);
+      if (of_v.any()) transform_row((const double *)v, n, of_v, v);
       const int64_t padded = round_up(n, Vec<double>::W);
       for (int64_t j = n; j < padded; j++) z[j] = v[j] = -INFINITY;
       return padded;
@@ -485,18 +503,18 @@ template <class Real> class RowJob {
     const double value = careful.measure(classes);
     if (hard() && !plan_.careful) {                  // the sweep stopped where the row was lost
       for (int64_t i = 0; i < blocks_; i++) {
-        with_block(row, i, desk, [&](auto *z, auto *, auto *) { s.hard_parts[i] = sweep_hard(z, length(i), desk.slot); });
+        with_block(row, i, desk, [&](auto *z, auto *, auto *) { s.hard_parts[i] = hard_block(z, length(i), desk.slot); });
       }
     }
     Shapes shapes{};
     if (c_.stats) shapes = careful.shapes(classes);
     finish(s, row, value, desk, &shapes);
     if (!c_.grad) return;
-    const double scale = s.weight * c_.grad_scale;
+    const double scale = s.weight * grad_scale_;
     Real *soft = desk.slot, *e1 = desk.slot + kSlot<Real>;
     for (int64_t i = 0; i < blocks_; i++) {
       const int64_t n = length(i), i0 = i * kBlock<Real>;
-      if (hard()) with_block(row, i, desk, [&](auto *z, auto *, auto *) { sweep_hard(z, n, e1); });
+      if (hard()) with_block(row, i, desk, [&](auto *z, auto *, auto *) { hard_block(z, n, e1); });
       for (int64_t j = 0; j < n; j += N) {
         const int64_t m = smaller(N, n - j);
         const int64_t padded = fill(i0 + j, m);
@@ -505,7 +523,7 @@ template <class Real> class RowJob {
       }
       const Real *kept[4] = {soft};
       double factors[4] = {scale};
-      write(s, row, i, n, 1, kept, factors, e1, streaming);
+      write(s, row, i, n, 1, kept, factors, e1, desk, streaming);
     }
   }
 
@@ -518,6 +536,33 @@ template <class Real> class RowJob {
     sweep_mixed(b, o, length(i), plan_, mix_, s.row.shift, keep, p, desk.b, desk.o);
   }
 
+  template <class S> SmoothPart hard_block(const S *z, int64_t n, Real *e1) const { return smooth() ? sweep_hard<true>(z, n, e1) : sweep_hard<false>(z, n, e1); }
+
+  // S: R, or what widens to it.
+  template <class S, class R> static void transform_row(const S *x, int64_t n, const Transform<R> &t, R *out) {
+    using F = typename Vec<R>::F;
+    constexpr int W = Vec<R>::W;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      __builtin_prefetch(x + i + kBlock<R>);                                              // the next block
+      store(out + i, transformed(load_as<F>(x + i), t));
+    }
+    R rest[W] = {};
+    copy_row(x + i, n - i, rest);
+    store(rest, transformed(load<F>(rest), t));
+    std::memcpy(out + i, rest, (n - i) * sizeof(R));
+  }
+  // Classes of a row as Reals: where they lie, or in the buffer.
+  const Real *fetch(const char *row, int32_t dtype, const Transform<Real> &t, int64_t i, int64_t n, Real *buffer) const {
+    if (element_size(dtype) == sizeof(Real) && !t.any()) return (const Real *)row + i;
+    if (!t.any()) load_row(row, dtype, i, n, buffer);
+    else if (element_size(dtype) == sizeof(Real)) transform_row((const Real *)row + i, n, t, buffer);
+    else if constexpr (sizeof(Real) == 8) { load_row(row, dtype, i, n, buffer); transform_row((const Real *)buffer, n, t, buffer); }
+    else if (dtype == KD_BF16) transform_row((const bf16 *)row + i, n, t, buffer);
+    else transform_row((const f16 *)row + i, n, t, buffer);
+    return buffer;
+  }
+
   const char *student(int64_t row) const { return at(c_.student, c_.student_dtype, c_.student_stride, c_, row); }
   const char *teacher(int64_t row) const { return at(c_.teacher, c_.teacher_dtype, c_.teacher_stride, c_, row); }
   char *grad(int64_t row) const { return (char *)at(c_.grad, c_.student_dtype, c_.grad_stride, c_, row); }
@@ -525,20 +570,15 @@ template <class Real> class RowJob {
 
   // body(student, base, other): the block where it lies if both rows are stored alike, else as Reals on the desk.
   template <class Body> void with_block(int64_t row, int64_t block, Desk<Real> &desk, Body body) const {
-    const int64_t i = block * kBlock<Real>;
+    const int64_t i = block * kBlock<Real>, n = length(block);
     const char *z = student(row), *v = teacher(row);
     const auto with = [&](auto *z, auto *v) { body(z, plan_.student_base ? z : v, plan_.student_base ? v : z); };
-    if constexpr (sizeof(Real) == 4) if (c_.student_dtype == c_.teacher_dtype && !plan_.moments) {
+    if constexpr (sizeof(Real) == 4) if (c_.student_dtype == c_.teacher_dtype && !plan_.moments && !of_student_.any() && !of_teacher_.any()) {
       if (c_.student_dtype == KD_BF16) return with((const bf16 *)z + i, (const bf16 *)v + i);
       if (c_.student_dtype == KD_F16) return with((const f16 *)z + i, (const f16 *)v + i);
     }
-    const auto fetch = [&](const char *p, int32_t dtype, Real *buffer) {
-      if (element_size(dtype) == sizeof(Real)) return (const Real *)p + i;
-      load_row(p, dtype, i, length(block), buffer);
-      return (const Real *)buffer;
-    };
     Real *const first = plan_.student_base ? desk.b : desk.o, *const second = plan_.student_base ? desk.o : desk.b;
-    with(fetch(z, c_.student_dtype, first), fetch(v, c_.teacher_dtype, second));
+    with(fetch(z, c_.student_dtype, of_student_, i, n, first), fetch(v, c_.teacher_dtype, of_teacher_, i, n, second));
   }
 
   // Where block i keeps e, em, et and the hard term's e1; null for what the family does not need.
@@ -567,35 +607,24 @@ template <class Real> class RowJob {
   void finish(State &s, int64_t row, double value, Desk<Real> &desk, const Shapes *shapes) const {
     double loss = c_.value_scale != 0 ? c_.value_scale * value : 0, cross_entropy = NAN;
     if (hard()) {
-      s.hard = merge_hard(int(blocks_), [&](int i) { return s.hard_parts[i]; });
-      load_row(student(row), c_.student_dtype, c_.labels[row], 1, &s.label);
-      cross_entropy = std::log1p(s.hard.rest) + (s.hard.top - s.label);
-      loss += c_.hard_scale * cross_entropy;
+      Real label;
+      label = *fetch(student(row), c_.student_dtype, of_student_, c_.labels[row], 1, &label);
+      s.hard = close_hard(c_, int(blocks_), [&](int i) -> const SmoothPart & { return s.hard_parts[i]; }, label);
+      cross_entropy = cross_entropy_of(s.hard);
+      loss += c_.hard_scale * hard_value(c_, s.hard);
     }
     c_.loss[row] = s.weight * loss;
     if (c_.stats) put_stats(s, row, value, cross_entropy, desk, shapes);
   }
 
   void put_stats(const State &s, int64_t row, double value, double cross_entropy, Desk<Real> &desk, const Shapes *shapes) const {
-    Shapes found{};
-    if (shapes) {
-      found = *shapes;
-    } else if (plan_.moments) {                      // uniform over the classes that are there
-      double n = 0;
-      for (int64_t i = 0; i < blocks_; i++) n += s.parts[i].s;
-      found = {std::log(n), std::log(n), std::log(n), std::log(n)};
-    } else {
-      const Entropies h = entropies(s.parts, s.stat_parts, int(blocks_), s.row, plan_);
-      const double base = plan_.k * s.row.top + std::log(s.row.total), other = base + s.row.shift;
-      found = plan_.student_base ? Shapes{base, other, h.base, h.other} : Shapes{other, base, h.other, h.base};
-    }
-    const bool broken = !(found.lse_z - found.lse_z == 0) || !(found.lse_v - found.lse_v == 0);
+    const Shapes found = shapes ? *shapes : shapes_of(s.parts, s.stat_parts, int(blocks_), s.row, plan_);
     double *out = c_.stats + row * KD_STATS;
     out[KD_DIVERGENCE] = value; out[KD_CROSS_ENTROPY] = cross_entropy;
     out[KD_STUDENT_LSE] = found.lse_z; out[KD_TEACHER_LSE] = found.lse_v;
     out[KD_STUDENT_ENTROPY] = found.of_z; out[KD_TEACHER_ENTROPY] = found.of_v;
-    out[KD_STUDENT_TOP] = broken ? NAN : double(top_class(s, row, true, shapes, desk));
-    out[KD_TEACHER_TOP] = broken ? NAN : double(top_class(s, row, false, shapes, desk));
+    out[KD_STUDENT_TOP] = broken(found) ? NAN : double(top_class(s, row, true, shapes, desk));
+    out[KD_TEACHER_TOP] = broken(found) ? NAN : double(top_class(s, row, false, shapes, desk));
   }
 
   // The first class with the largest logit: of the block that has it, which a row that was lost has yet to look for.
@@ -612,31 +641,50 @@ template <class Real> class RowJob {
     return block * kBlock<Real> + at;
   }
 
-  void write(const State &s, int64_t row, int64_t block, int64_t n, int m, const Real **kept, double *factors, const Real *e1, bool streaming) const {
+  void write(const State &s, int64_t row, int64_t block, int64_t n, int m, const Real **kept, double *factors, const Real *e1, Desk<Real> &desk, bool streaming) const {
     const int64_t i0 = block * kBlock<Real>;
     const bool mixed = plan_.mixed && m == 2;        // careful rows come as one array
     char *out = grad(row);
     int64_t label = -1;
+    const double scale = s.weight * hard_grad_scale_;
     if (hard()) {
-      const double scale = s.weight * c_.hard_grad_scale;
       const bool any = s.hard_parts[block].s > 0;
-      kept[m] = e1; factors[m++] = any ? scale * std::exp(s.hard_parts[block].top - s.hard.top) / s.hard.s : 0;
+      kept[m] = e1; factors[m++] = any ? scale * (1 + s.hard.pull) * std::exp(s.hard_parts[block].top - s.hard.top) / s.hard.s : 0;
       label = c_.labels[row] - i0;
       if (label < 0 || label >= n) label = -1;
     }
-    emit(m, mixed, kept, factors, out, c_.student_dtype, i0, n, streaming && label < 0);
-    if (label >= 0) {                                // q - 1 from the other classes: exact where q rounds to 1
+    // by class: as Reals first
+    const bool apart = by_class();
+    if (apart) emit(m, mixed, kept, factors, desk.g, sizeof(Real) == 8 ? KD_F64 : KD_F32, 0, n, false);
+    else emit(m, mixed, kept, factors, out, c_.student_dtype, i0, n, streaming && label < 0);
+    if (label >= 0) {
       double g = mixed ? kept[0][label] * (double(Real(factors[1])) * kept[1][label] + double(Real(factors[0]))) : 0;
       for (int j = mixed ? 2 : 0; j + 1 < m; j++) g += double(Real(factors[j])) * kept[j][label];
-      const double below = std::expm1(s.label - s.hard.top);
-      const Real value = Real(g - s.weight * c_.hard_grad_scale * (s.hard.rest - below) / s.hard.s);
-      store_row(out, c_.student_dtype, label + i0, 1, false, Real(0), [=](int64_t) { return splat<typename Vec<Real>::F>(value); });
+      const Real value = Real(g + scale * label_gradient(c_, s.hard));
+      if (apart) desk.g[label] = value;
+      else store_row(out, c_.student_dtype, label + i0, 1, false, Real(0), [=](int64_t) { return splat<typename Vec<Real>::F>(value); });
     }
+    if (apart) put_by_class(row, i0, n, smooth() ? -scale * c_.label_smoothing / s.hard.count : 0, desk, streaming);
     if (block == blocks_ - 1 && c_.grad_width > c_.vocab) std::memset(out + c_.vocab * size_, 0, (c_.grad_width - c_.vocab) * size_);
+  }
+
+  // desk.g and what each class of it has besides
+  void put_by_class(int64_t row, int64_t i0, int64_t n, double each, Desk<Real> &desk, bool streaming) const {
+    using F = typename Vec<Real>::F;
+    const Real *z = desk.b, more = Real(each);       // a copy: the row may end where the last vector does not
+    const Transform<Real> t = of_student_;
+    if (t.any()) fetch(student(row), c_.student_dtype, t, i0, n, desk.b);
+    else load_row(student(row), c_.student_dtype, i0, n, desk.b);
+    store_row(grad(row), c_.student_dtype, i0, n, streaming, Real(0), [=, &desk](int64_t j) __attribute__((always_inline)) {
+      const F at = load<F>(z + j);
+      return F((load<F>(desk.g + j) + select(at > Real(-INFINITY), splat<F>(more), F{})) * slope(at, t));
+    });
   }
 
   const kd_call &c_;
   const Plan &plan_;
+  const Transform<Real> of_student_, of_teacher_;
+  double grad_scale_, hard_grad_scale_;
   Mixed<Real> mix_{};
   const int64_t blocks_;
   int64_t size_;
@@ -702,9 +750,9 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   const int64_t chunk = at_least(1, smaller(16, c.rows / (8 * threads)));
 
   Part *shared_parts = split ? allocate<Part>(blocks) : nullptr;
-  HardPart *shared_hard = split ? allocate<HardPart>(blocks) : nullptr;
+  SmoothPart *shared_hard = split ? allocate<SmoothPart>(blocks) : nullptr;
   StatPart *shared_stats = split && c.stats ? allocate<StatPart>(blocks) : nullptr;
-  typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardPart(), 1, 0};
+  typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardRow(), 1};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Desk<Real> desk;
@@ -743,9 +791,9 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
       }
     } else {
       Part *parts = allocate<Part>(blocks);
-      HardPart *hard_parts = allocate<HardPart>(blocks);
+      SmoothPart *hard_parts = allocate<SmoothPart>(blocks);
       StatPart *stat_parts = c.stats ? allocate<StatPart>(blocks) : nullptr;
-      typename RowJob<Real>::State s{parts, hard_parts, stat_parts, Row(), HardPart(), 1, 0};
+      typename RowJob<Real>::State s{parts, hard_parts, stat_parts, Row(), HardRow(), 1};
 #pragma omp for schedule(dynamic, chunk)
       for (int64_t row = 0; row < c.rows - tail; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
       desk.capacity = tail ? 0 : desk.capacity;

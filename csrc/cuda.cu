@@ -47,7 +47,7 @@ namespace KD_LEVEL {
 namespace {
 
 int launch_loss(const kd_geometry &g, const Job &job, void *stream, int *most = nullptr) {
-  const int zs = host_size(job.call.student_dtype), vs = host_size(job.call.teacher_dtype);
+  const int zs = kept_size(job.call, job.call.student_dtype), vs = kept_size(job.call, job.call.teacher_dtype);
   const int base = job.plan.student_base ? zs : vs, other = job.plan.student_base ? vs : zs;
 #define X(shape, b, o) if (shape_of(job.plan) == shape && base == b && other == o) return launch_piece<shape, b, o>(g, job, stream, most);
   KD_PIECES(kPlain) KD_PIECES(kTilted) KD_PIECES(kMixed)
@@ -64,18 +64,22 @@ Job make_job(const kd_call &c) {
   Job job{};
   job.call = c;
   job.plan = make_plan(c, false);
+  if (c.vocab <= 1024) job.plan.patience = 4;        // so few classes do not average their roundings out, and are swept again in no time
   if (job.plan.mixed) job.mix = narrowed(job.plan.mixture, float());
   job.c = float(job.plan.c); job.c_low = job.plan.exact ? float(job.plan.c_low) : 0;
   job.tilt = float(job.plan.tilt);
   job.reach = float(43 / (std::fabs(job.plan.tilt) > 1 ? std::fabs(job.plan.tilt) : 1));   // nothing within it over- or underflows: 2^43 2^-125
   job.hard = c.labels && (c.hard_scale != 0 || c.hard_grad_scale != 0);
+  job.smooth = job.hard && c.label_smoothing != 0;
+  job.transformed = has_transform(c);
+  job.student = Transform<float>(c.student_scale, c.student_softcap); job.teacher = Transform<float>(c.teacher_scale, c.teacher_softcap);
   return job;
 }
 
 int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 int64_t ticket_bytes(const kd_call &c) { return round16((1 + kCounters * c.rows) * 4); }
 int64_t workspace_of(const kd_call &c, const Job &job, const kd_geometry &g) {
-  return g.parts > 1 ? ticket_bytes(c) + c.rows * g.parts * g.tiles * (kWords + (job.plan.mixed ? kMixedWords : 0)) * 8 : 0;
+  return g.parts > 1 ? ticket_bytes(c) + c.rows * g.parts * g.tiles * (kWords + (job.plan.mixed ? kMixedWords : 0) + (c.stats ? kStatWords : 0)) * 8 : 0;
 }
 
 // The geometry on the call's device; clusters that the device does not hold are left for blocks.

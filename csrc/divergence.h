@@ -239,6 +239,7 @@ struct Plan {
   double order = 1, tilt = 0, factor = 1;
   Mixed<double> mixture{};
   bool exact = false;                   // high temperature: D is a small multiple of the squares of rounding errors' size
+  double patience = 64;                 // a row is swept again where the terms of its value are, without their signs, this much larger than it
   double k = 0;                         // 1 / T, as c ln 2, so that rows are computed at one temperature throughout
   double c = 0, c_low = 0;              // log2(e) / T, rounded to the Real of the rows, and what that left
 };

@@ -185,8 +185,13 @@ struct Part {
 
 // For the statistics of a row: sums of e log e and of (e + em) log(e + em), and the largest logit of the other.
 struct StatPart { double log_b = 0, log_o = 0, top_o = -INFINITY; };
+struct Shapes { double lse_z, lse_v, of_z, of_v; };    // log-sum-exps and entropies of a row's student and teacher
 
 struct HardPart { double top = -INFINITY, s = 0, rest = 0; };
+// With label smoothing also how far the classes that are there lie below the largest, and how many they are.
+struct SmoothPart : HardPart { double below = 0, count = 0; };
+// Of a row that is closed: the label's logit, the log-sum-exp, and of the z-loss's gradient, pull q.
+struct HardRow : SmoothPart { double label = NAN, log_sum = 0, pull = 0; };
 
 struct Row {
   double top = -INFINITY, total = 0;  // largest base logit, sum of e^{(b - top)/T}
@@ -272,7 +277,7 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   const bool finite = std::isfinite(r.shift) && std::isfinite(r.F) && std::isfinite(r.R);
   if (!finite || !(r.R > 0)) { r.lost = true; return r; }       // R = 0: no class in common
   r.F = larger(r.F, 0.);
-  r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && sums[1] > 64 * r.F;
+  r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && sums[1] > plan.patience * r.F;
   r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;
   r.gain = plan.alpha && plan.tilted ? exp_of(r.log_r) / plan.order : plan.factor;
   if (plan.alpha && plan.tilted) r.value = near_one(r.R) ? r.F : expm1_of(r.log_r) / (plan.order * (plan.order - 1));
@@ -316,19 +321,22 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
   return {A, B, C - less};
 }
 
-// The entropies of the base and of the other, of a row that is closed.
-struct Entropies { double base, other; };
-inline Entropies entropies(const Part *parts, const StatPart *logs, int n, const Row &r, const Plan &plan) {
-  Entropies sum{0, 0};
-  for (int i = 0; i < n; i++) {
+// Of a row that is closed. logs: of its parts, StatParts or what begins like them.
+template <class Logs, class Crew = Alone> KD_HD Shapes shapes_of(const Part *parts, const Logs *logs, int n, const Row &r, const Plan &plan, const Crew &crew = {}) {
+  double sums[2]{};                   // of p log p for the base and for the other
+  crew.sum(n, sums, [&](int i, double (&sum)[2]) {
     const Part &p = parts[i];
-    if (p.empty()) continue;
+    if (plan.moments) sum[0] += p.s;  // uniform over the classes that are there
+    if (plan.moments || p.empty()) return;
     const double h = r.shift - p.offset, log_unit = plan.k * (p.top - r.top) - log_of(r.total);
-    sum.base -= p.unit * (log_unit * p.s + logs[i].log_b);
-    sum.other -= p.unit * exp_of(-h) * ((log_unit - h) * (p.s + p.d) + logs[i].log_o);
-  }
-  return sum;
+    sum[0] += p.unit * (log_unit * p.s + logs[i].log_b);
+    sum[1] += p.unit * exp_of(-h) * ((log_unit - h) * (p.s + p.d) + logs[i].log_o);
+  });
+  if (plan.moments) { const double all = log_of(sums[0]); return {all, all, all, all}; }
+  const double base = plan.k * r.top + log_of(r.total), other = base + r.shift, of_b = 0 - sums[0], of_o = 0 - sums[1];
+  return plan.student_base ? Shapes{base, other, of_b, of_o} : Shapes{other, base, of_o, of_b};
 }
+KD_HD bool broken(const Shapes &s) { return !(s.lse_z - s.lse_z == 0) || !(s.lse_v - s.lse_v == 0); }
 
 template <class Of, class Crew = Alone> KD_HD HardPart merge_hard(int n, Of of, const Crew &crew = {}) {
   HardPart r;
@@ -340,6 +348,35 @@ template <class Of, class Crew = Alone> KD_HD HardPart merge_hard(int n, Of of, 
   r.rest = rest[0];
   r.s = 1 + r.rest;
   return r;
+}
+
+// The hard term of kd_call, from the parts of a row.
+template <class Of, class Crew = Alone> KD_HD HardRow close_hard(const kd_call &c, int n, Of of, double label, const Crew &crew = {}) {
+  HardRow r;
+  (HardPart &)r = merge_hard(n, of, crew);
+  r.label = label;
+  r.log_sum = r.top + log1p_of(r.rest);
+  r.pull = c.z_loss != 0 ? 2 * c.z_loss * r.log_sum : 0;
+  if (c.label_smoothing == 0) return r;
+  double sums[2]{};
+  crew.sum(n, sums, [&](int i, double (&sum)[2]) {
+    const SmoothPart &p = of(i);
+    if (p.count > 0) sum[0] += p.below + p.count * (r.top - p.top);
+    sum[1] += p.count;
+  });
+  r.below = sums[0]; r.count = sums[1];
+  return r;
+}
+KD_HD double cross_entropy_of(const HardRow &h) { return log1p_of(h.rest) + (h.top - h.label); }
+KD_HD double hard_value(const kd_call &c, const HardRow &h) {
+  double value = cross_entropy_of(h);
+  if (c.label_smoothing != 0) value = (1 - c.label_smoothing) * value + c.label_smoothing * (log1p_of(h.rest) + h.below / h.count);
+  return value + (c.z_loss != 0 ? c.z_loss * h.log_sum * h.log_sum : 0);
+}
+// The gradient at the label, but for what label smoothing takes off every class: q - 1 from the other classes, exact where q rounds to 1.
+KD_HD double label_gradient(const kd_call &c, const HardRow &h) {
+  const double below = expm1_of(h.label - h.top);
+  return (below - h.rest) / h.s + c.label_smoothing + h.pull * (1 + below) / h.s;
 }
 
 }  // namespace KD_LEVEL

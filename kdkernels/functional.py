@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import backends, ops, recycle
 from .divergence import KL, CrossEntropy, Divergence, LogitMatching, parse
 from .stats import KDStats, from_columns
-from .transforms import LogitTransform, wide
+from .transforms import LogitTransform, Modifiers, wide
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -51,6 +51,7 @@ class Options:
     backend: str
     value_scale: float = field(init=False)  # factor of D
     grad_scale: float = field(init=False)  # factor of T dD/dz, or of the limit's gradient at T = inf
+    modifiers: list[float] = field(init=False)  # `Modifiers`, as the operator takes them
 
     def __post_init__(self) -> None:
         # comparisons with inf rather than math.isfinite: this is traced by torch.compile
@@ -80,8 +81,6 @@ class Options:
             raise ValueError(f"vocab_size: must be a positive integer or None, got {self.vocab_size!r}")
         if self.inplace and self.teacher_grad and self.reduction == "none":
             raise ValueError('inplace: teacher_grad needs the student\'s logits in the backward of reduction="none"')
-        if self.inplace and (self.label_smoothing or self.z_loss):
-            raise ValueError("inplace: label_smoothing and z_loss need the logits in the backward")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: must be in [0, 1), got {self.label_smoothing!r}")
         if (self.label_smoothing or self.z_loss) and not self.hard_weight:
@@ -93,6 +92,8 @@ class Options:
         scale = self.soft_weight * (T**2 if self.t_squared and T != math.inf else 1.0)
         object.__setattr__(self, "value_scale", scale)
         object.__setattr__(self, "grad_scale", scale / T if T != math.inf else scale)
+        mixed = self.student_transform, self.teacher_transform, self.label_smoothing, self.z_loss
+        object.__setattr__(self, "modifiers", Modifiers.of(*mixed))
 
 
 def options(
@@ -145,26 +146,8 @@ def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None, toke
         )
     if student.device != teacher.device:
         raise ValueError(f"teacher_logits: must be on the student's device {student.device}, got {teacher.device}")
-    vocab = student.shape[-1]
-    if o.vocab_size is None:
-        if teacher.shape[-1] != vocab:
-            sizes = f"the student's is {vocab}, the teacher's {teacher.shape[-1]}"
-            raise ValueError(f"vocab_size: required when the vocabularies differ; {sizes}")
-        if vocab == 0:
-            raise ValueError("student_logits: the last dimension, the vocabulary, is empty")
-    elif o.vocab_size > min(vocab, teacher.shape[-1]):
-        raise ValueError(f"vocab_size: {o.vocab_size} is more than the student's {vocab} or the teacher's {teacher.shape[-1]} classes")
-    else:
-        vocab = o.vocab_size
-    if labels is not None:
-        _check_per_row("labels", labels, student, "an int64 tensor", isinstance(labels, Tensor) and labels.dtype == torch.int64)
-    elif o.hard_weight:
-        raise ValueError(f"hard_weight: {o.hard_weight} needs labels")
-    if token_weight is not None:
-        is_float = isinstance(token_weight, Tensor) and token_weight.dtype.is_floating_point
-        _check_per_row("token_weight", token_weight, student, "a floating-point tensor", is_float)
-        if token_weight.requires_grad:
-            raise ValueError("token_weight: receives no gradient; pass token_weight.detach()")
+    vocab = _common_vocab(student.shape[-1], teacher.shape[-1], o)
+    _check_rows(labels, token_weight, student, o)
     if teacher.requires_grad and not o.teacher_grad:
         raise ValueError("teacher_logits: receive a gradient only with teacher_grad=True; pass that, or teacher_logits.detach()")
     if o.inplace:
@@ -177,13 +160,51 @@ def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None, toke
     return vocab
 
 
-def _check_per_row(name: str, x: Tensor, student: Tensor, kind: str, is_kind: bool) -> None:
+def _common_vocab(student: int, teacher: int, o: Options) -> int:
+    """The number of classes that count, of vocabularies of these sizes."""
+    if o.vocab_size is None:
+        if teacher != student:
+            raise ValueError(f"vocab_size: required when the vocabularies differ; the student's is {student}, the teacher's {teacher}")
+        if student == 0:
+            raise ValueError("student_logits: the last dimension, the vocabulary, is empty")
+        return student
+    if o.vocab_size > min(student, teacher):
+        raise ValueError(f"vocab_size: {o.vocab_size} is more than the student's {student} or the teacher's {teacher} classes")
+    return o.vocab_size
+
+
+def _check_rows(labels: Tensor | None, token_weight: Tensor | None, student: Tensor, o: Options, of: str = "logits") -> None:
+    """What belongs to the rows of `student`, which the caller knows as `of`."""
+    if labels is not None:
+        _check_per_row("labels", labels, student, "an int64 tensor", isinstance(labels, Tensor) and labels.dtype == torch.int64, of)
+    elif o.hard_weight:
+        raise ValueError(f"hard_weight: {o.hard_weight} needs labels")
+    if token_weight is not None:
+        is_float = isinstance(token_weight, Tensor) and token_weight.dtype.is_floating_point
+        _check_per_row("token_weight", token_weight, student, "a floating-point tensor", is_float, of)
+        if token_weight.requires_grad:
+            raise ValueError("token_weight: receives no gradient; pass token_weight.detach()")
+
+
+def _check_per_row(name: str, x: Tensor, student: Tensor, kind: str, is_kind: bool, of: str) -> None:
     if not is_kind:
         raise TypeError(f"{name}: must be {kind}, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.shape != student.shape[:-1]:
-        raise ValueError(f"{name}: must be {tuple(student.shape[:-1])}, the logits' leading shape; got {tuple(x.shape)}")
+        raise ValueError(f"{name}: must be {tuple(student.shape[:-1])}, the {of}' leading shape; got {tuple(x.shape)}")
     if x.device != student.device:
-        raise ValueError(f"{name}: must be on the logits' device {student.device}, got {x.device}")
+        raise ValueError(f"{name}: must be on the {of}' device {student.device}, got {x.device}")
+
+
+def _check_num_items(num_items: float | Tensor | None, o: Options) -> None:
+    if num_items is None:
+        return
+    if o.reduction != "mean":
+        raise ValueError(f'num_items: replaces the denominator of reduction="mean"; reduction is {o.reduction!r}')
+    if isinstance(num_items, Tensor):
+        if num_items.dim():
+            raise ValueError(f"num_items: must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)) or not num_items > 0:
+        raise ValueError(f"num_items: must be positive, got {num_items!r}")
 
 
 def _in_place_layout(x: Tensor) -> bool:
@@ -199,7 +220,7 @@ def _rows_addressable(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- autograd
 
-Factors = tuple[str, float, float, float, float, float, int, str]  # the operator's arguments after the tensors
+Factors = tuple[str, float, float, float, float, float, int, list[float], str]  # the operator's arguments after the tensors
 
 
 class _Total(torch.autograd.Function):
@@ -219,17 +240,7 @@ class _Total(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if ctx.inplace and ctx.spent:
             raise RuntimeError("fused_kd_loss(inplace=True): a second backward through the same loss; its logits are gone")
-        (grad,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():  # a graph that plans its own memory
-            grad = grad * (upstream / ctx.applied)
-        elif torch.is_grad_enabled():  # create_graph
-            grad = _OnceDifferentiable.apply(_anchor(), grad, upstream / ctx.applied)
-        elif not ctx.spent:
-            _multiply_(grad, upstream / ctx.applied)
-            ctx.applied = upstream
-        else:  # retain_graph: what the first backward returned may be somebody's by now
-            grad = grad * (upstream / ctx.applied)
-        ctx.spent = True
+        (grad,) = _times_upstream(ctx, ctx.saved_tensors, upstream)
         return grad, None, None, None, None, None, None, None
 
 
@@ -312,6 +323,23 @@ def _anchor() -> Tensor:
     return torch.zeros((), requires_grad=True)
 
 
+def _times_upstream(ctx, grads: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor]:
+    """What the forward has left, times upstream / ctx.applied; in place the first time."""
+    factor = upstream / ctx.applied
+    if torch.compiler.is_compiling():  # a graph that plans its own memory
+        grads = [grad * factor for grad in grads]
+    elif torch.is_grad_enabled():  # create_graph
+        grads = [_OnceDifferentiable.apply(_anchor(), grad, factor) for grad in grads]
+    elif not ctx.spent:
+        for grad in grads:
+            _multiply_(grad, factor)
+        ctx.applied = upstream
+    else:  # retain_graph: what the first backward returned may be somebody's by now
+        grads = [grad * factor for grad in grads]
+    ctx.spent = True
+    return list(grads)
+
+
 def _multiply_(grad: Tensor, factor: Tensor) -> None:
     """In place by a 0-d factor; not at all when it is 1, where it can be looked at without waiting for a device."""
     if factor.device.type != "cpu" or factor.item() != 1.0:
@@ -333,30 +361,18 @@ def _loss(
     vocab = _check_tensors(student, teacher, labels, token_weight, o)
     if o.backend != "eager" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError('fused_kd_loss: torch.func transforms need backend="eager"')
-    if num_items is not None:
-        if o.reduction != "mean":
-            raise ValueError(f'num_items: replaces the denominator of reduction="mean"; reduction is {o.reduction!r}')
-        if isinstance(num_items, Tensor):
-            if num_items.dim():
-                raise ValueError(f"num_items: must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-        elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)) or not num_items > 0:
-            raise ValueError(f"num_items: must be positive, got {num_items!r}")
-
+    _check_num_items(num_items, o)
     weight, denominator = _weights(student, labels, o, token_weight, num_items)
-    student, teacher = o.student_transform(student), o.teacher_transform(teacher)
     autograd = o.backend == "eager" and not o.inplace and not torch.compiler.is_compiling()  # past the operator
     more = None
     if o.teacher_grad and teacher.requires_grad and not autograd:
         # before the student's own pass, which may write over its logits
         more = _Silent.apply(_mirrored(student.detach(), teacher, weight, o, vocab, denominator))
-    if o.label_smoothing or o.z_loss:
-        extras = _hard_extras(student[..., :vocab], weight, o, denominator)
-        more = extras if more is None else more + extras
     hard = labels if o.hard_weight else None
     if autograd:
         columns = None
         if o.return_stats:
-            unweighted: Factors = (o.text, float(o.temperature), 1.0, 0.0, 1.0, 0.0, vocab, o.backend)
+            unweighted: Factors = (o.text, float(o.temperature), 1.0, 0.0, 1.0, 0.0, vocab, o.modifiers, o.backend)
             _, columns = _rows_alone(student, teacher.detach(), hard, weight, unweighted, True)
         loss = _differentiable(student, teacher, hard, weight, o, vocab, denominator)
     else:
@@ -371,32 +387,8 @@ def _fused(
     student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
     """The loss by the operator, into which every factor goes that is known, and its statistics."""
-    value, grad, hard = o.value_scale, o.grad_scale, float(o.hard_weight) * (1.0 - o.label_smoothing)
-    hard_grad = hard
     needs_grad = torch.is_grad_enabled() and student.requires_grad
-    post, boost = None, 1.0
-    if o.reduction == "none":
-        pass
-    elif student.dtype == torch.float16 and needs_grad:
-        # Divided by the number of rows before the upstream gradient (a loss scale, often 65536) has multiplied it, an fp16 gradient
-        # would underflow. It is kept near 1 instead, and the backward applies upstream and denominator together.
-        if weight is not None:
-            most = weight.abs().amax() if weight.numel() else weight.new_ones(())
-            most = torch.where(most > 0, most, 1.0)
-            weight = weight / most
-            post = most / denominator
-        elif denominator != 1.0:
-            post = 1.0 / denominator
-        boost = 2.0 ** math.floor(math.log2(16384.0 / max(abs(grad) + abs(hard), 1e-300)))
-        grad, hard_grad = grad * boost, hard_grad * boost
-    elif torch.compiler.is_compiling() or isinstance(denominator, torch.SymInt):
-        post = 1.0 / denominator  # the number of rows may be a symbol, which a factor of the operator must not become
-    elif isinstance(denominator, Tensor):
-        weight = weight / denominator if weight is not None else (1.0 / denominator).expand(student.shape[:-1])
-    else:
-        value, grad, hard, hard_grad = (x / denominator for x in (value, grad, hard, hard_grad))
-
-    factors: Factors = (o.text, float(o.temperature), value, grad, hard, hard_grad, vocab, o.backend)
+    factors, weight, post, boost = _folded(student.dtype, student.shape[:-1], weight, o, vocab, denominator, needs_grad)
     x, y = _rows_addressable(student), _rows_addressable(teacher)
     if o.reduction == "none":
         return _PerRow.apply(x, y, labels, weight, factors, o.inplace, o.return_stats)
@@ -406,6 +398,43 @@ def _fused(
         total, columns = _rows_alone(x, y, labels, weight, factors, o.return_stats)
         total = total.sum().to(_value_dtype(student))
     return total if post is None else (total * post).to(total.dtype), columns
+
+
+def _folded(dtype, leading, weight: Tensor | None, o: Options, vocab: int, denominator, needs_grad: bool):
+    """(operator's arguments, weights, post, boost): value and gradient lack the factor post, and the gradient has one too much, boost."""
+    value, grad, hard = o.value_scale, o.grad_scale, float(o.hard_weight)
+    hard_grad = hard
+    post, boosted = None, False
+    if o.reduction == "none":
+        pass
+    elif dtype == torch.float16 and needs_grad:
+        # Divided by the number of rows before the upstream gradient (a loss scale, often 65536) has multiplied it, an fp16 gradient
+        # would underflow. It is kept near 1 instead, and the backward applies upstream and denominator together.
+        if weight is not None:
+            most = weight.abs().amax() if weight.numel() else weight.new_ones(())
+            most = torch.where(most > 0, most, 1.0)
+            weight = weight / most
+            post = most / denominator
+        elif denominator != 1.0:
+            post = 1.0 / denominator
+        boosted = True
+    elif torch.compiler.is_compiling() or isinstance(denominator, torch.SymInt):
+        post = 1.0 / denominator  # the number of rows may be a symbol, which a factor of the operator must not become
+    elif isinstance(denominator, Tensor):
+        weight = weight / denominator if weight is not None else (1.0 / denominator).expand(leading)
+    else:
+        value, grad, hard, hard_grad = (x / denominator for x in (value, grad, hard, hard_grad))
+
+    factors: Factors = (o.text, float(o.temperature), value, grad, hard, hard_grad, vocab, o.modifiers, o.backend)
+    factors, boost = _boosted(factors) if boosted else (factors, 1.0)
+    return factors, weight, post, boost
+
+
+def _boosted(factors: Factors) -> tuple[Factors, float]:
+    """The gradient's factors times a power of 2 that takes an fp16 gradient far from underflow, and that power."""
+    *before, grad, hard, hard_grad, vocab, modifiers, backend = factors
+    boost = 2.0 ** math.floor(math.log2(16384.0 / max(abs(grad) + abs(hard_grad), 1e-300)))
+    return (*before, grad * boost, hard, hard_grad * boost, vocab, modifiers, backend), boost
 
 
 def _weights(student, labels, o: Options, token_weight, num_items) -> tuple[Tensor | None, float | Tensor]:
@@ -430,29 +459,23 @@ def _reduced(rows: Tensor, weight: Tensor | None, o: Options, denominator) -> Te
     return (rows if o.reduction == "none" else rows.sum() / denominator).to(_value_dtype(rows))
 
 
+def _mirror(o: Options) -> Options:
+    """The soft term, of student and teacher exchanged; KL's for the cross entropy, whose entropy of the teacher is not in it."""
+    divergence = (KL() if isinstance(o.divergence, CrossEntropy) else o.divergence).reversed
+    soft = dict(hard_weight=0.0, label_smoothing=0.0, z_loss=0.0, inplace=False, return_stats=False)
+    transforms = dict(student_transform=o.teacher_transform, teacher_transform=o.student_transform)
+    return dataclasses.replace(o, divergence=divergence, text=divergence.text, **soft, **transforms)
+
+
 def _mirrored(student, teacher, weight: Tensor | None, o: Options, vocab: int, denominator) -> Tensor:
     """The soft term once more, with its gradient in the teacher's logits: the student's, of the divergence the other way round."""
-    divergence = KL() if isinstance(o.divergence, CrossEntropy) else o.divergence
-    text = divergence.reversed.text
-    soft = dict(hard_weight=0.0, label_smoothing=0.0, z_loss=0.0, inplace=False, return_stats=False)
-    mirror = dataclasses.replace(o, divergence=divergence.reversed, text=text, **soft)
-    loss, _ = _fused(teacher, student, None, weight, mirror, vocab, denominator)
+    loss, _ = _fused(teacher, student, None, weight, _mirror(o), vocab, denominator)
     if isinstance(o.divergence, CrossEntropy):  # KL and the teacher's entropy
-        log_p = _TemperedLogSoftmax.apply(wide(teacher[..., :vocab]), float(o.temperature), o.backend)
+        log_p = _TemperedLogSoftmax.apply(wide(o.teacher_transform(teacher[..., :vocab])), float(o.temperature), o.backend)
         log_p = torch.where(log_p > -math.inf, log_p, 0.0), log_p > -math.inf
         entropy = -torch.where(log_p[1], log_p[0].exp() * log_p[0], 0.0).sum(-1, dtype=torch.float64)
         loss = loss + _reduced(o.value_scale * entropy, weight, o, denominator).to(loss.dtype)
     return loss
-
-
-def _hard_extras(student, weight: Tensor | None, o: Options, denominator) -> Tensor:
-    """What label smoothing and the z-loss add to (1 - label_smoothing) CE, by PyTorch."""
-    z = wide(student)
-    masked = z == -math.inf
-    log_sum = z.logsumexp(-1).double()
-    mean = torch.where(masked, 0.0, z).sum(-1, dtype=torch.float64) / (~masked).sum(-1)
-    rows = o.hard_weight * (o.label_smoothing * (log_sum - mean) + o.z_loss * log_sum**2)
-    return _reduced(rows, weight, o, denominator).to(_value_dtype(student))
 
 
 def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, denominator) -> Tensor:
@@ -465,8 +488,7 @@ def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, de
     if labels is not None and student.device.type == "cpu":
         ops.check_labels(labels, weight, vocab)
     v = v if o.teacher_grad else v.detach()
-    hard_weight = float(o.hard_weight) * (1.0 - o.label_smoothing)
-    rows = eager.rows(z, v, labels, weight, o.text, float(o.temperature), o.value_scale, hard_weight)
+    rows = eager.rows(z, v, labels, weight, o.text, float(o.temperature), o.value_scale, float(o.hard_weight), Modifiers(*o.modifiers))
     dtype = _value_dtype(student)
     return rows.view(leading).to(dtype) if o.reduction == "none" else (rows.sum() / denominator).to(dtype)
 
@@ -522,11 +544,11 @@ def fused_kd_loss(
         teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. It takes a
             second pass of the same cost, and leaves the hard term alone.
         student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the logits of the model, for
-            both terms; PyTorch applies it first, which takes two more fp32 tensors.
+            both terms; the gradient is in what is given.
         label_smoothing: eps in [0, 1): the hard term is (1 - eps) CE + eps times the mean of -log q over the classes (at T = 1), as in
-            `torch.nn.functional.cross_entropy`. Szegedy et al. (2016), section 7. By PyTorch, like
+            `torch.nn.functional.cross_entropy`. Szegedy et al. (2016), section 7.
         z_loss: adds hard_weight * z_loss * logsumexp(student)^2, which keeps logits from drifting: Chowdhery et al. (2022), section 5.
-        return_stats: also a `KDStats` of per-row figures: from the same sweeps on the CPU, elsewhere by PyTorch from a second read.
+        return_stats: also a `KDStats` of per-row figures, from the same sweeps.
         backend: "auto", "cpu", "cuda", "triton" or "eager". "eager" is differentiable to any order, the others once.
 
     Returns:

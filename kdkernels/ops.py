@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .stats import COLUMNS, by_torch
+from .stats import COLUMNS
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -21,16 +21,18 @@ _library = torch.library.Library("kdkernels", "DEF")
 # labels            (...) int64 or None. Checked on the CPU where weight is not 0
 # weight            (...) float64 or None; a row of weight 0 is not read
 # grad              the buffer of the gradient, in the student's shape and dtype; may be the student's own storage
+# modifiers         transforms.Modifiers, or empty: what is done to the logits before all else, and CE is with label smoothing and z-loss
+#                   (1 - label_smoothing) CE + label_smoothing (lse - mean z) + z_loss lse^2, lse and the mean over the classes not at -inf
 # returns           (rows,) float64: weight * (value_scale * D + hard_scale * CE), D the limit of T^2 D at T = inf
 #                   grad = weight * (grad_scale * T dD/dz + hard_grad_scale * dCE/dz)
 _OPTIONS = ", ".join(
     ["str divergence", *(f"float {x}" for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale"))]
-    + ["int vocab", "str backend"]
+    + ["int vocab", "float[] modifiers", "str backend"]
 )
 _library.define(f"loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> Tensor")
 _library.define(f"loss_and_grad(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor(a!) grad, {_OPTIONS}) -> Tensor")
 # the same with a gradient of its own: what a compiler that plans memory takes, whose buffers nobody else may write to; and with statistics
-# of the rows (stats.py), [rows, COLUMNS] float64, from the same pass where the backend has them
+# of the rows (stats.py), [rows, COLUMNS] float64, from the same pass
 _library.define(f"loss_and_new_grad(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
     f"loss_and_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor(a!)? grad, {_OPTIONS}) -> (Tensor, Tensor)"
@@ -43,18 +45,15 @@ _library.define("log_softmax(Tensor logits, Tensor? upstream, float temperature,
 
 
 def _run(student, teacher, labels, weight, grad, divergence, temperature, *rest, stats: bool = False) -> tuple[Tensor, Tensor | None]:
-    *factors, vocab, backend = rest
+    *factors, vocab, modifiers, backend = rest
     run = backends.resolve(backend, student.device, student.dtype, teacher.dtype)
     if run.name != "cpu" and labels is not None and student.device.type == "cpu":
         check_labels(labels, weight, vocab)
-    call = student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab
+    call = student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab, modifiers
     if not stats:
         return run.loss(*call), None
-    if run.name == "cpu":
-        columns = torch.empty(math.prod(student.shape[:-1]), COLUMNS, dtype=torch.float64)
-        return run.loss(*call, stats=columns), columns
-    columns = by_torch(run.loss, student, teacher, labels, weight, divergence, temperature, vocab)  # before a gradient takes their place
-    return run.loss(*call), columns
+    columns = torch.empty(math.prod(student.shape[:-1]), COLUMNS, dtype=torch.float64, device=student.device)
+    return run.loss(*call, stats=columns), columns
 
 
 @torch.library.impl(_library, "loss_and_grad", "CompositeExplicitAutograd")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 # the columns of a backend's statistics, as csrc/api.h has them
 COLUMNS = 8
-CHUNK_BYTES = 64 << 20  # of a temporary in `by_torch`
 
 
 @dataclass(frozen=True)
@@ -45,28 +44,3 @@ def from_columns(columns: Tensor, leading: tuple[int, ...], labels: Tensor | Non
     floats = [x.to(dtype) for x in numbers[:6]]
     floats[1] = floats[1] if hard else None
     return KDStats(*floats, *tops, None if labels is None else tops[0] == labels, counted)
-
-
-def by_torch(loss, student, teacher, labels, weight, divergence: str, temperature: float, vocab: int) -> Tensor:
-    """The columns by PyTorch and a backend's `loss`, for backends that do not have them from their own sweeps: reads the logits again."""
-    rows = math.prod(student.shape[:-1])
-    flat = student.reshape(rows, -1)[:, :vocab], teacher.reshape(rows, -1)[:, :vocab]
-    out = torch.full((rows, COLUMNS), math.nan, dtype=torch.float64, device=student.device)
-    ones = None if weight is None else (weight != 0).double()
-    out[:, 0] = loss(student, teacher, None, ones, None, divergence, temperature, 1.0, 0.0, 0.0, 0.0, vocab)
-    if labels is not None:
-        out[:, 1] = loss(student, teacher, labels, ones, None, divergence, temperature, 0.0, 0.0, 1.0, 0.0, vocab)
-    step = max(1, CHUNK_BYTES // (4 * max(vocab, 1)))
-    for at in range(0, rows, step):
-        for i, x in enumerate(flat):
-            x = x[at : at + step]
-            wide = x.double() if x.dtype == torch.float64 else x.float()
-            scaled = wide / temperature if math.isfinite(temperature) else torch.where(wide > -math.inf, wide * 0, wide)
-            log_sum = scaled.logsumexp(-1)
-            softmax = (scaled - log_sum.unsqueeze(-1)).exp()
-            out[at : at + step, 2 + i] = log_sum
-            out[at : at + step, 4 + i] = log_sum - torch.where(softmax > 0, softmax * scaled, 0.0).sum(-1)
-            out[at : at + step, 6 + i] = wide.argmax(-1).double()
-    lost = ~(out[:, 2] + out[:, 3]).isfinite()  # a broken row
-    out[:, 2:] = torch.where(lost.unsqueeze(-1), math.nan, out[:, 2:])
-    return out if weight is None else torch.where((weight.reshape(-1) != 0).unsqueeze(-1), out, math.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ class LogitTransform:
     """softcap * tanh(scale * x / softcap), or scale * x without a softcap: from a head's output x to the logits of its model.
 
     The scale is Cohere's `logit_scale` (or one over Granite's `logits_scaling`), the softcap Gemma 2's `final_logit_softcapping`. The
-    transform comes first, then the division by T; the hard term takes the transformed logits as well. Masked classes stay at -inf.
+    transform comes first, then the division by T; the hard term takes the transformed logits as well. Logits at -inf or +inf stay there:
+    a masked class, and a broken row.
 
     Raises ValueError for a scale or softcap that is not positive and finite.
     """
@@ -38,8 +40,36 @@ class LogitTransform:
         x = wide(logits)
         if self.softcap is None:
             return x * self.scale
-        masked = x == -math.inf
-        return torch.where(masked, -math.inf, (torch.where(masked, 0.0, x) * (self.scale / self.softcap)).tanh() * self.softcap)
+        infinite = x.abs() == math.inf
+        return torch.where(infinite, x, (torch.where(infinite, 0.0, x) * (self.scale / self.softcap)).tanh() * self.softcap)
+
+    def slope(self, transformed: Tensor) -> Tensor:
+        """The derivative, from what the transform has given: scale * (1 - (y / softcap)^2)."""
+        if self.softcap is None:
+            return torch.full_like(transformed, self.scale)
+        share = torch.where(transformed.abs() == math.inf, 1.0, transformed / self.softcap)
+        return self.scale * ((1 - share) * (1 + share))
+
+
+class Modifiers(NamedTuple):
+    """What the operator is told besides the divergence: both transforms, and what joins the cross entropy. An empty list is none of it."""
+
+    student_scale: float = 1.0
+    student_softcap: float = 0.0  # 0: none
+    teacher_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    @staticmethod
+    def of(student: LogitTransform, teacher: LogitTransform, label_smoothing: float, z_loss: float) -> list[float]:
+        found = Modifiers(student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0, label_smoothing, z_loss)
+        return [] if found == Modifiers() else [float(x) for x in found]
+
+    @property
+    def transforms(self) -> tuple[LogitTransform, LogitTransform]:
+        student, teacher = (self.student_scale, self.student_softcap), (self.teacher_scale, self.teacher_softcap)
+        return tuple(LogitTransform(scale, softcap or None) for scale, softcap in (student, teacher))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rows import KINDS, make_rows, with_masks
 
-from kdkernels import fused_kd_loss, tempered_log_softmax
+from kdkernels import LogitTransform, fused_kd_loss, tempered_log_softmax
 from kdkernels.backends import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -64,6 +64,12 @@ def main():
             compare(z, v, y.clamp(max=4), temperature=2.0)
             compare(z, v, y.clamp(max=4), divergence="renyi(0.7)", inplace=True)
             compare(z, v, y.clamp(max=2), vocab_size=vocab - 1, reduction="none")
+    modifiers = dict(student_transform=LogitTransform(0.5, 5.0), teacher_transform=LogitTransform(2.0), label_smoothing=0.1, z_loss=1e-3)
+    for dtype, vocab, divergence in itertools.product(DTYPES, (5, 4100), ("kl", "renyi(0)", "jsd(0.3)")):
+        z, v = make_rows("plain", 4, vocab, dtype)
+        compare(z, v, y.clamp(max=4), divergence=divergence, **modifiers)
+        compare(z, v, y.clamp(max=4), divergence=divergence, label_smoothing=0.1)
+        fused_kd_loss(z, v, divergence=divergence, return_stats=True, backend="cpu")
     for where in ("both", "teacher", "student"):
         for divergence in divergences:
             z, v = with_masks(*make_rows("plain", 4, 4100), where)

@@ -26,15 +26,21 @@ def run(*command, env=None, cwd=ROOT, check=True):
     return done
 
 
+def compiler_without(path, *flags):
+    """A compiler that does not know some flags; what it builds is what counts, not how fast that is."""
+    refuse = " || ".join(f'[ "$x" = {flag} ]' for flag in flags)
+    path.write_text(f'#!/bin/sh\nfor x in "$@"; do if {refuse}; then exit 1; fi; done\nexec c++ "$@" -O1\n')
+    path.chmod(0o755)
+    return path
+
+
 def build(tmp_path, env=None):
-    """setup.py build in a copy of the sources; the built package's folder."""
+    """setup.py build in a copy of the sources, of one instruction-set level and quickly; the built package's folder."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("csrc", "kdkernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"))
-    quick = tmp_path / "c++-quick"  # what is built is what counts, not how fast it is
-    quick.write_text('#!/bin/sh\nexec c++ "$@" -O1\n')
-    quick.chmod(0o755)
+    quick = compiler_without(tmp_path / "c++-quick", "-march=x86-64-v3", "-march=x86-64-v4")
     env = {"KDKERNELS_CUDA": "0", "CXX": str(quick), **(env or {})}
     run(sys.executable, "setup.py", "-q", "build", "--build-lib", "out", env=env, cwd=tmp_path)
     return tmp_path / "out" / "kdkernels"
@@ -53,15 +59,11 @@ def test_without_a_compiler(tmp_path):
 
 def test_without_openmp(tmp_path):
     """A compiler that does not know -fopenmp gives a library that is right, and says that it is single-threaded."""
-    compiler = tmp_path / "c++-without-openmp"
-    compiler.write_text(
-        '#!/bin/sh\nfor x in "$@"; do [ "$x" = -fopenmp ] && exit 1; [ "$x" = -march=x86-64-v4 ] && exit 1; done\nexec c++ "$@" -O1\n'
-    )
-    compiler.chmod(0o755)
+    compiler = compiler_without(tmp_path / "c++-without-openmp", "-fopenmp", "-march=x86-64-v3", "-march=x86-64-v4")
     package = build(tmp_path, {"CXX": str(compiler)})
     assert "openmp: no" in (package / "_build.txt").read_text()
     if platform.machine() == "x86_64":
-        assert "levels: v2 v3\n" in (package / "_build.txt").read_text()
+        assert "levels: v2\n" in (package / "_build.txt").read_text()
     library = abi.Library(package / "_cpu.so")
     assert not library.openmp
     info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
@@ -83,7 +85,7 @@ def test_cuda_is_left_out_or_insisted_on(tmp_path):
     info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
     assert "CUDA library: none: nvcc was not on PATH when kdkernels was built; put nvcc 12.8 or later on PATH" in info
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "out"]
-    done = run(*command, env={"PATH": path, "KDKERNELS_CUDA": "1"}, cwd=tmp_path, check=False)
+    done = run(*command, env={"PATH": path, "KDKERNELS_CPU": "0", "KDKERNELS_CUDA": "1"}, cwd=tmp_path, check=False)
     assert done.returncode != 0 and "there is no nvcc on PATH" in done.stderr
 
 
@@ -151,13 +153,14 @@ def test_levels_share_no_code():
 
 
 @x86
-@pytest.mark.parametrize("level", ["v2", "v3"])
+@pytest.mark.parametrize("level", [pytest.param("v2", marks=pytest.mark.slow), "v3"])
 def test_every_level_is_right(level):
-    """The accuracy tests again, on the levels below this machine's own."""
+    """The accuracy tests again, of half of the kinds of rows, on the levels below this machine's own."""
     env = {"KDKERNELS_CPU_ISA": level}
     assert f"x86-64-{level}" in run(sys.executable, "-m", "kdkernels", "info", env=env).stdout
     tests = [TESTS / "test_accuracy.py", TESTS / "test_functional.py"]
-    done = run(sys.executable, "-m", "pytest", "-q", *tests, "-k", "cpu and not fp64 or bits or workspace or inplace", env=env)
+    which = "cpu and not fp64 and not (independent or close or dominant or peaked) or bits or workspace or inplace"
+    done = run(sys.executable, "-m", "pytest", "-q", *tests, "-k", which, env=env)
     assert " passed" in done.stdout
 
 
@@ -167,7 +170,7 @@ def test_sanitizers(tmp_path):
     runtime = [Path(run(compiler, f"-print-file-name=lib{x}.so").stdout.strip()) for x in ("asan", "ubsan")] if compiler else []
     if not all(x.is_absolute() and x.exists() for x in runtime) or not runtime:
         pytest.skip("no g++ with sanitizers")
-    flags = "-O1 -g -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math -fwrapv -fopenmp -Wno-psabi"
+    flags = "-O1 -g1 -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math -fwrapv -fopenmp -Wno-psabi"
     flags += " -fsanitize=address,undefined -fno-sanitize-recover=all"
     level = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
     isa, dispatch = ("v3", ["-DKD_X86_LEVELS", "-DKD_HAS_v3"]) if level else ("base", [])
@@ -181,6 +184,7 @@ def test_sanitizers(tmp_path):
         "KDKERNELS_TEST_LIBRARY": str(tmp_path / "_cpu.so"),
         "KDKERNELS_CPU_ISA": "v3",
         "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",  # beside other tests
     }
     done = run(sys.executable, TESTS / "exercise.py", env=env, check=False)
     assert done.returncode == 0 and "ERROR" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-3000:]

@@ -10,7 +10,7 @@ from rows import make_rows
 
 from kdkernels import KDLoss, fused_kd_loss, logit_matching_loss, tempered_log_softmax
 
-FACTORS = ("renyi(0.5)", 2.0, 1.0, 0.5, 0.3, 0.3, 90)
+FACTORS = ("renyi(0.5)", 2.0, 1.0, 0.5, 0.3, 0.3, 90, [])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager", "auto"])

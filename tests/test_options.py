@@ -1,5 +1,6 @@
 """Teacher gradients, logit transforms, label smoothing and the z-loss: against PyTorch in fp64, on every backend."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from rows import BACKENDS, DOUBLE_BACKENDS, make_rows, with_masks
 
 from kdkernels import KDLoss, LogitTransform, decoupled_kd_loss, fused_kd_loss, logit_matching_loss, parse, standardize_logits
+from kdkernels.transforms import Modifiers
 
 SIDES = ["kl", "cross_entropy", "reverse_kl", "renyi(0.5)", "renyi(inf)", "reverse_renyi(3)", "alpha(-0.5)", "jsd(0.3)", "skew_kl(0.2)"]
 SIDES += ["skew_reverse_kl(0.2)", "tvd", "renyi(0)"]
@@ -117,6 +119,30 @@ def test_transforms(backend, dtype):
         fused_kd_loss(z, v, student_transform=2.0)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", SIDES)
+def test_modifiers_of_every_family(backend, name):
+    """Transforms and what joins the cross entropy, against the eager backend in fp64: masks, a label that has nearly everything, logits
+    far beyond a softcap, what one exponent's range does not hold, a broken row, and one that does not count."""
+    z, v = make_rows("plain", 6, 40)
+    z[0, 5] = v[0, 5] = z[0, 9] = -math.inf
+    z[1, 7], z[2, 11], z[3, 3], z[4, 0] = 60, 300, -700, math.inf
+    labels, weight = torch.tensor([2, 7, 11, 3, 1, 9]), torch.tensor([1, 2, 0.5, 1, 1, 0], dtype=torch.float64)
+    capped, scaled = Modifiers(0.5, 4.0, 2.0, 0.0, 0.1, 1e-2), Modifiers(0.7, 0.0, 1.3, 0.0, 0.0, 0.1)
+    others = (scaled, 0.5), (Modifiers(0.5, 0.0, 1.0, 5.0), 1.0)
+    for modifiers, T in ((capped, 2.0), others[SIDES.index(name) % 2]):
+        call = labels, weight, name, T, 1.0, 1.0, 0.3, 0.3, 38, list(modifiers)
+        exact, right = torch.ops.kdkernels.loss_and_new_grad(z.double(), v.double(), *call, "eager")
+        found, grad = torch.ops.kdkernels.loss_and_new_grad(z, v, *call, backend)
+        value = torch.ops.kdkernels.loss(z, v, *call, backend)
+        for x in (found, value):
+            torch.testing.assert_close(x, exact, rtol=2e-6 * (1 + 40 / T), atol=1e-9, equal_nan=True)
+        assert torch.equal(grad.isnan(), right.isnan())
+        for g, e, D in zip(grad, right, exact, strict=True):
+            gain = max(1.0, float(D)) if name.startswith("alpha") else 1.0  # it is in the gradient of this family
+            assert e.isnan().any() or float((g - e).norm()) <= max(3e-6 * float(e.norm()), 2e-6 * gain)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_label_smoothing_and_z_loss(backend, reduction):
@@ -137,8 +163,39 @@ def test_label_smoothing_and_z_loss(backend, reduction):
     for wrong, text in ((dict(label_smoothing=1.0), "label_smoothing: must be"), (dict(z_loss=0.1, hard_weight=0.0), "hard_weight is 0")):
         with pytest.raises(ValueError, match=text):
             fused_kd_loss(z, v, labels, **(dict(hard_weight=0.3) | wrong))
-    with pytest.raises(ValueError, match="inplace: label_smoothing"):
-        fused_kd_loss(x * 1, v, labels, hard_weight=0.3, label_smoothing=0.1, inplace=True)
+    w = z.detach().clone().requires_grad_()
+    inplace = fused_kd_loss(w * 1, v, labels, label_smoothing=0.1, z_loss=1e-2, inplace=True, **options)
+    inplace.sum().backward()
+    torch.testing.assert_close(w.grad, x.grad, rtol=0, atol=1e-7 if dtype == torch.float32 else 1e-14)
+
+
+MODIFIERS = [
+    dict(student_transform=LogitTransform(0.5, 5.0), teacher_transform=LogitTransform(2.0), label_smoothing=0.1),
+    dict(student_transform=LogitTransform(1.5), teacher_transform=LogitTransform(1.0, 30.0), label_smoothing=0.1, z_loss=1e-2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_modifiers_of_every_divergence(backend, dtype):
+    """Several blocks of a row, masks, dominant classes, rows for fp64 alone, T = inf: against the eager backend in fp64."""
+    z, v = (torch.cat([make_rows(kind, 1, 5003)[side] for kind in ("plain", "dominant", "close")]) for side in (0, 1))
+    z[0, 1::3] = v[0, 1::3] = -math.inf
+    z[2] *= 2
+    z, v, labels = z.to(dtype), v.to(dtype), torch.tensor([3, 5003 // 3, 0])
+    room = dict(zip((torch.float32, torch.bfloat16, torch.float64), (3e-6, 0.75 * torch.finfo(torch.bfloat16).eps, 1e-11), strict=True))
+    floor = 1e-15 if dtype == torch.float64 else 3e-7  # transformed logits are rounded to fp32
+    for (i, divergence), T in itertools.product(enumerate(SIDES), (0.5, math.inf)):
+        modifiers = MODIFIERS[i % 2]
+        if T == math.inf and parse(divergence).form.limit is None:
+            continue
+        options = dict(divergence=divergence, temperature=T, t_squared=True, hard_weight=0.7, reduction="none", **modifiers)
+        x, y = z.clone().requires_grad_(), z.double().clone().requires_grad_()
+        loss, expected = (fused_kd_loss(a, b, labels, backend=c, **options) for a, b, c in ((x, v, backend), (y, v.double(), "eager")))
+        loss.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
+        assert ((x.grad - y.grad).norm(dim=-1) <= room[dtype] * y.grad.norm(dim=-1) + floor).all(), (divergence, T, modifiers)
 
 
 def test_standardized_logits():
@@ -197,12 +254,12 @@ def test_decoupled(backend, reduction):
         decoupled_kd_loss(z, v, labels, temperature=math.inf)
 
 
-# other backends than the CPU's have theirs from PyTorch, whatever the divergence
+# the eager backend has its own from PyTorch, whatever the divergence
 STATS_OF = [(b, d) for b in DOUBLE_BACKENDS for d in ("kl", "cross_entropy", "renyi(0.3)", "renyi(3)", "renyi(0)", "jsd(0.3)", "tvd")]
 
 
 @pytest.mark.parametrize("where", ["", "student", "teacher", "both"])
-@pytest.mark.parametrize(("backend", "divergence"), [*STATS_OF, ("triton", "kl")])
+@pytest.mark.parametrize(("backend", "divergence"), [*STATS_OF, *(("triton", d) for d in ("kl", "renyi(0)"))])
 def test_stats(backend, divergence, where):
     """Every figure against its definition in fp64; ignored rows are nan and -1, broken rows too, and alone."""
     for vocab, T in ((40, 2.0), (700 if backend == "triton" else 9000, 1.0)):

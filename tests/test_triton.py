@@ -84,7 +84,7 @@ def run(z, v, y=None, **options):
 
 def with_backend(backend_name, z, v, y, name, T, hard, grad):
     """(row losses, T dD/dz) of the operator; grad: whether a gradient is asked for."""
-    options = (name, T, 1.0, 1.0, hard, hard, z.shape[-1], backend_name)
+    options = (name, T, 1.0, 1.0, hard, hard, z.shape[-1], [], backend_name)
     if not grad:
         return torch.ops.kdkernels.loss(z, v, y, None, *options)
     g = torch.empty_like(z)
@@ -127,7 +127,7 @@ def test_gradients_take_the_logits_place(shape, name, on):
     vocab, device = PATHS[shape]
     on(device)
     z, v = (x[:, 3:vocab] for x in make_rows("plain", 1, vocab))
-    y, options = torch.tensor([7]), (name, 1.0, 1.0, 1.0, 0.3, 0.3, vocab - 3, "triton")
+    y, options = torch.tensor([7]), (name, 1.0, 1.0, 1.0, 0.3, 0.3, vocab - 3, [], "triton")
     base, out = torch.full((1, vocab + 8), 7.0), torch.empty_like(z)
     logits = base[:, 3:vocab]
     logits.copy_(z)
@@ -136,6 +136,57 @@ def test_gradients_take_the_logits_place(shape, name, on):
     torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits, out, rtol=1e-4, atol=1e-7)
     assert (base[:, :3] == 7).all() and (base[:, vocab:] == 7).all()
+
+
+MODIFIED = [0.5, 4.0, 2.0, 0.0, 0.1, 1e-2]  # the student scaled and capped, the teacher scaled, label smoothing and the z-loss
+
+
+@pytest.mark.parametrize(("shape", "name"), [("whole", "kl"), ("rows", "jsd(0.1)"), ("parts", "kl"), ("parts", "jsd(0.1)")])
+def test_modifiers_in_every_shape(shape, name, on):
+    """A window in place and a value alone, against the reference in fp64."""
+    vocab, device = PATHS[shape]
+    on(device)
+    z, v = (x[:, 3:vocab] for x in make_rows("plain", 1, vocab))
+    y, options = torch.tensor([vocab // 2]), (name, 1.5, 1.0, 1.0, 0.3, 0.3, vocab - 3, MODIFIED)
+    exact, right = torch.ops.kdkernels.loss_and_new_grad(z.double(), v.double(), y, None, *options, "eager")
+    value = torch.ops.kdkernels.loss(z, v, y, None, *options, "triton")
+    base = torch.full((1, vocab + 8), 7.0)
+    logits = base[:, 3:vocab]
+    logits.copy_(z)
+    loss = torch.ops.kdkernels.loss_and_grad(logits, v, y, None, logits, *options, "triton")
+    for x in (loss, value):
+        torch.testing.assert_close(x, exact, rtol=2e-7, atol=0)
+    assert float((logits - right).norm()) <= gradient_bound(1, float(right.norm()))
+    assert (base[:, :3] == 7).all() and (base[:, vocab:] == 7).all()
+
+
+@pytest.mark.parametrize(("shape", "name", "T"), [("whole", "kl", math.inf), ("rows", "jsd(0.3)", 2.0), ("parts", "renyi(0.3)", 2.0)])
+def test_statistics_in_every_shape(shape, name, T, on):
+    """Of a row in a window, whose gradient takes its place, and of one with an outlier; the first of equal classes is the top-1."""
+    vocab, device = PATHS[shape]
+    on(device)
+    z, v = (torch.cat(x) for x in zip(*(make_rows(kind, 1, vocab) for kind in ("plain", "outlier_student")), strict=True))
+    z[0, [vocab - 2, vocab // 2, vocab // 2 + 1]], v[0, [4, vocab - 1]] = 20.0, 20.0
+    z, v = z[:, 3:], v[:, 3:]
+    z[:, 7] = -math.inf
+    y, options = torch.tensor([5, 6]), (name, T, 1.0, 1.0, 0.3, 0.3, vocab - 3, MODIFIED)
+    exact, right = torch.ops.kdkernels.loss_and_stats(z.double(), v.double(), y, None, None, *options, "eager")
+    alone, found = torch.ops.kdkernels.loss_and_stats(z, v, y, None, None, *options, "triton")
+    loss, in_place = torch.ops.kdkernels.loss_and_stats(z, v, y, None, z, *options, "triton")
+    torch.testing.assert_close(alone, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
+    for x in (found, in_place):
+        torch.testing.assert_close(x, right, rtol=1e-6, atol=2e-6)
+        assert torch.equal(x[:, 6:], right[:, 6:])
+
+
+def test_slopes_of_a_softcap_to_their_own_digits():
+    """Of classes at the cap, whose distance to it is lost in a float, and of small logits, whose tanh is lost in 1 - e^{-2u}."""
+    z, v = torch.tensor([[300.0, 280.0, -250.0, 1e-3, 2e-3, 0.0, 9.0, 40.0]]), torch.zeros(1, 8)
+    options = ("kl", 20.0, 1.0, 1.0, 0.0, 0.0, 8, [1.0, 30.0, 1.0, 0.0, 0.0, 0.0])
+    _, exact = torch.ops.kdkernels.loss_and_new_grad(z.double(), v.double(), None, None, *options, "eager")
+    _, grad = torch.ops.kdkernels.loss_and_new_grad(z, v, None, None, *options, "triton")
+    torch.testing.assert_close(grad.double(), exact, rtol=5e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", [*FORMS, *REVERSED, "renyi(0)", "renyi(inf)"])
@@ -286,7 +337,7 @@ def test_a_nan_that_arithmetic_makes_is_no_lost_row(shape, on):
     exact = run(z, v, torch.tensor([5]), reduction="sum", soft_weight=1.0, hard_weight=-1.0)[1]
     logits = z.clone()
     factors = (1.0, 1.0, -1.0, -1.0)
-    out = torch.ops.kdkernels.loss_and_grad(logits, v, torch.tensor([5]), None, logits, "kl", 1.0, *factors, vocab, "triton")
+    out = torch.ops.kdkernels.loss_and_grad(logits, v, torch.tensor([5]), None, logits, "kl", 1.0, *factors, vocab, [], "triton")
     assert out.isnan().all() and torch.equal(logits, exact)
 
 
@@ -313,7 +364,7 @@ def test_a_classes_neighbours_are_not_written():
     logits = base[:, 3:53]
     logits.copy_(z)
     _, expected_grad = run(z, v, reduction="sum")
-    out = torch.ops.kdkernels.loss_and_grad(logits, v, None, None, logits, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 50, "triton")
+    out = torch.ops.kdkernels.loss_and_grad(logits, v, None, None, logits, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 50, [], "triton")
     assert out.isfinite().all()
     torch.testing.assert_close(logits, expected_grad, rtol=1e-5, atol=1e-8)
     assert (base[:, :3] == 7).all() and (base[:, 53:] == 7).all()
@@ -322,11 +373,11 @@ def test_a_classes_neighbours_are_not_written():
 def test_what_is_compiled_depends_on_no_number():
     """A new number of rows, temperature, order or weight launches what was compiled before: only constexprs and types make a kernel."""
 
-    def kernels(rows, vocab, divergence="renyi(2)", T=2.0, weight=0.5, **options):
+    def kernels(rows, vocab, divergence="renyi(2)", T=2.0, weight=0.5, modifiers=()):
         z = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
         out = torch.empty(rows, dtype=torch.float64, device="meta")
         factors = (weight, weight, 0.1 * weight, 0.2 * weight)
-        found = backend.launches(z, z, out.long(), None, z, divergence, T, *factors, vocab, out, Device(132, 50 << 20))
+        found = backend.launches(z, z, out.long(), None, z, divergence, T, *factors, vocab, modifiers, out, Device(132, 50 << 20))
         return [
             (x.kernel, x.warps, *sorted((k, v) for k, v in x.arguments.items() if k.isupper() and not hasattr(v, "dtype"))) for x in found
         ]
@@ -334,6 +385,9 @@ def test_what_is_compiled_depends_on_no_number():
     first = kernels(4096, 50257)
     assert first == kernels(8000, 50257) == kernels(4097, 50257, "renyi(1.5)", 7.3, 0.01) == kernels(4096, 50257, "renyi(0.6)")
     assert first != kernels(4096, 50257, "kl") and first != kernels(4096, 50264)
+    assert first == kernels(4096, 50257, modifiers=(1.0, 0.0, 1.0, 0.0, 0.0, 1e-4))
+    modified = kernels(4096, 50257, modifiers=MODIFIED)
+    assert modified == kernels(4096, 50257, modifiers=[1.0, 30.0, 1.0, 50.0, 0.2, 0.0]) != first
     for name in ("loss_rows", "loss_parts", "careful_rows", "log_softmax_rows", "scale_all"):
         source = Path(inspect.getsourcefile(backend.kernel(name).fn)).read_text()
         head = source[: source.index(f"def {name}(")]
@@ -387,7 +441,7 @@ def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
     z, v = make_rows("plain", 3, 100)
     out, grad = torch.empty(3, dtype=torch.float64), torch.zeros_like(z)
     y = torch.tensor([5, 10**12, -7])
-    for x in backend.launches(z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, out, Device(2, 32 << 20)):
+    for x in backend.launches(z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, (), out, Device(2, 32 << 20)):
         x.run(z.device)
     assert out[0].isfinite() and out[1:].isnan().all() and grad[0].isfinite().all()
 
@@ -400,7 +454,7 @@ from kdkernels import fused_kd_loss
 z = torch.empty(2**31 + 9000, dtype=torch.bfloat16).as_strided((2, 700), (2**31, 1))
 v, w = torch.randn(2, 700).bfloat16(), torch.randn(2, 700).bfloat16()
 z.copy_(w)
-out = torch.ops.kdkernels.loss_and_grad(z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 700, "triton")
+out = torch.ops.kdkernels.loss_and_grad(z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 700, [], "triton")
 x = w.clone().requires_grad_()
 loss = fused_kd_loss(x, v, reduction="none", backend="triton")
 loss.sum().backward()
@@ -451,7 +505,7 @@ def test_ordinary_rows_are_left_to_no_other_kernel(shape, on):
     for kind, T, divergence in itertools.product(("plain", "independent", "peaked_teacher"), (1.0, 4.0), ("kl", "renyi(0.5)", "renyi(2)")):
         z, v = make_rows(kind, 1, vocab)
         out = torch.empty(1, dtype=torch.float64)
-        *fast, _ = backend.launches(z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, out, device)
+        *fast, _ = backend.launches(z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, (), out, device)
         for launch in fast:
             launch.run(z.device)
         assert out.isfinite().all(), (kind, T, divergence)

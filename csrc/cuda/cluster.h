@@ -16,7 +16,8 @@ constexpr int kMostBlocks = 16;                      // of a cluster
 template <class G> struct ClusterDesk {
   Scratch<G> scratch;
   Part own, parts[2][kMostBlocks];                   // of this row and of the one before, which a slower block may still read
-  HardPart own_hard, hards[2][kMostBlocks];
+  SmoothPart own_hard, hards[2][kMostBlocks];
+  TileStats own_stats, stats[2][kMostBlocks];
   Factors factors;
   float shelf[32 * G::kChunks * kRun * 2];           // of the mixture family the first half
   static_assert(sizeof(double) * kMostBlocks * kMixedWords <= sizeof(float) * 32 * G::kChunks * kRun, "the blocks' second sums have room in the other");
@@ -34,6 +35,8 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   const int rank, blocks;
 
   KD_DEVICE int64_t row_at(int turn) const { return gpu::cluster() + turn * gpu::clusters(); }
+  // where a row's loss goes, of the block that writes it
+  KD_DEVICE double *loss_at(int turn) const { return rank == 0 ? job.call.loss + row_at(int(gpu::from_here(int64_t(turn)))) : nullptr; }
   KD_DEVICE char *slot(int turn) const { return logits + turn % job.stages * TileOf::kBytes; }
   KD_DEVICE void take_slice(TileOf &tile, int turn) const {
     const int slice = (tile.at.chunks + blocks - 1) / blocks, from = slice * rank;
@@ -78,6 +81,9 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       double *to = soft ? (double *)(desk.parts[parity] + rank) + w : (double *)(desk.hards[parity] + rank) + (w - kPartWords);
       *gpu::of_block(to, i / kWords) = soft ? ((const double *)&desk.own)[w] : ((const double *)&desk.own_hard)[w - kPartWords];
     }
+    if (job.call.stats) KD_ROLLED for (int i = lane; i < blocks * kStatWords; i += 32) {
+      *gpu::of_block((double *)(desk.stats[parity] + rank) + i % kStatWords, i / kStatWords) = ((const double *)&desk.own_stats)[i % kStatWords];
+    }
   }
 
   // The sums of its second sweep likewise, which nobody reads any more when the next ones are sent: a first exchange comes between.
@@ -90,7 +96,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   }
 
   // The second sweep, its exchange and the close of the row.
-  KD_DEVICE void sweep_again(TileOf &tile, const RowAt &at, int parity, double *loss) const {
+  KD_DEVICE void sweep_again(TileOf &tile, const RowAt &at, int parity, int turn) const {
     Scratch<G> &scratch = desk.scratch;
     tile.mix(&desk.own);
     if (T::warp() == 0) send_again();
@@ -101,7 +107,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       const int lane = gpu::thread() & 31;
       if (lane < blocks) for (int w = 0; w < kMixedWords; w++) (&desk.parts[parity][lane].terms)[w] = desk.second()[lane * kMixedWords + w];
       gpu::sync_warp();
-      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, loss);
+      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, loss_at(turn));
       tile.unshelve(desk.shelf);
     }
     gpu::sync_block();
@@ -114,13 +120,14 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     if (T::thread() == 0) for (int i = 0; i < job.stages; i++) gpu::arrivals_init(desk.filled + i);
     gpu::sync_cluster();
     if (T::thread() == 0) for (int i = 0; i < job.stages - 1; i++) issue(i);
-    int parity = 0;
     // the thread that looks up rows, each while the one before is computed, is not the one that issues their copies
     const auto look_up_ahead = [&](int turn) {
       if (T::thread() == 32 && row_at(turn) < c.rows) scratch.row[turn % 2] = look_up(job, row_at(turn));
     };
     look_up_ahead(0);
-    KD_ROLLED for (int turn = 0; row_at(turn) < c.rows; turn++) {
+    // the row's turn and, below it, the parity of exchanges: two numbers would be a register too many
+    KD_ROLLED for (unsigned count = 0; row_at(count / 2) < c.rows; count += 2) {
+      const int turn = count / 2;
       gpu::sync_block();                             // everyone has left the slot of the row before
       if (T::thread() == 0) issue(turn + job.stages - 1);
       look_up_ahead(turn + 1);
@@ -132,31 +139,33 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       gpu::arrivals_wait(desk.filled + turn % job.stages, turn / job.stages % 2);
       const bool last = rank == blocks - 1;
       if (!counts) {
-        if (rank == 0 && T::thread() == 0) c.loss[row_at(turn)] = 0;
+        if (rank == 0 && T::thread() == 0) put_nothing(c, row_at(turn));
         const int from = tile.class_of(0);
         if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last ? c.grad_width : tile.class_of(tile.count), c.student_dtype, T::thread(), G::kThreads);
         continue;
       }
       KD_ROLLED for (;;) {
-        tile.measure(&desk.own, &desk.own_hard);
+        tile.measure(&desk.own, &desk.own_hard, &desk.own_stats);
+        const int parity = count % 2;
         if (T::warp() == 0) send(parity);
         gpu::sync_cluster();
         if (T::warp() == 0) {
           ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
           if (kShape != kMixed) tile.shelve(desk.shelf);
-          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, rank == 0 ? c.loss + row_at(turn) : nullptr);
+          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], desk.stats[parity], blocks, rank, 1, scratch, &desk.factors, loss_at(turn));
           if (kShape != kMixed) tile.unshelve(desk.shelf);
         }
         gpu::sync_block();
-        parity ^= 1;
+        count ^= 1;
         if (!scratch.again) break;
         gpu::sync_block();
       }
-      if constexpr (kShape == kMixed) if (!scratch.lost) sweep_again(tile, at, parity ^ 1, rank == 0 ? c.loss + row_at(turn) : nullptr);
+      const int parity = count % 2 ^ 1;              // of the last exchange
+      if constexpr (kShape == kMixed) if (!scratch.lost) sweep_again(tile, at, parity, turn);
       if (scratch.lost || !c.grad) continue;
-      const Part &p = gpu::from_here(&desk)->parts[parity ^ 1][rank];
-      tile.allow_whole(p.care == kFast && !p.empty());
-      tile.emit(p, desk.hards[parity ^ 1][rank], desk.factors, at.label, job.hard ? float(scratch.label_less) : 0);
+      const Part &p = gpu::from_here(&desk)->parts[parity][rank];
+      tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
+      tile.emit(p, desk.hards[parity][rank], desk.factors, at.label, job.hard ? float(scratch.label_gradient) : 0);
       if (last) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
     }
     gpu::sync_cluster();                             // nobody leaves while its shared memory may still be written to

@@ -33,40 +33,58 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
   const kd_call &c = job.call;
   const RowAt at = look_up(job, row);
   if (at.weight == 0) {
-    if (gpu::thread() == 0) c.loss[row] = 0;
+    if (gpu::thread() == 0) put_nothing(c, row);
     if (c.grad) put_zeros(at.grad, 0, c.grad_width, c.student_dtype, gpu::thread(), G::kThreads);
     return;
   }
-  const auto student = [&](int64_t i) { return double(element(at.student, i, c.student_dtype)); };
-  const auto teacher = [&](int64_t i) { return double(element(at.teacher, i, c.teacher_dtype)); };
+  const Transform<double> of_student(c.student_scale, c.student_softcap), of_teacher(c.teacher_scale, c.teacher_softcap);
+  const auto student = [&](int64_t i) { return transformed(double(element(at.student, i, c.student_dtype)), of_student); };
+  const auto teacher = [&](int64_t i) { return transformed(double(element(at.teacher, i, c.teacher_dtype)), of_teacher); };
   Careful<double, BlockCrew<G>> careful(job.plan, crew);
-  const double value = careful.measure([&](auto body) {
-    KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) body(student(i), teacher(i));
-  });
-  HardPart h;
-  const auto hard_weight = [&](double z) { return exp2_flushed((z - h.top) * kLog2e); };
+  const auto classes = [&](auto body) { KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) body(student(i), teacher(i)); };
+  const double value = careful.measure(classes);
+  SmoothPart own;
+  HardRow h;
+  const auto hard_weight = [&](double z) { return exp2_flushed((z - own.top) * kLog2e); };
   if (job.hard) {
-    double top = -INFINITY, rest = 0, ties = 0;
+    double top = -INFINITY, rest = 0, ties = 0, below = 0, count = 0;
     KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) top = larger(student(i), top);
-    h.top = crew.largest(top);
-    if (h.top - h.top == 0) {
+    own.top = crew.largest(top);
+    if (own.top - own.top == 0) {
       KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) {
         const double z = student(i);
-        rest += z == h.top ? 0 : hard_weight(z); ties += z == h.top;
+        rest += z == own.top ? 0 : hard_weight(z); ties += z == own.top;
+        if (z > -INFINITY) { below += own.top - z; count += 1; }
       }
-      h.rest = crew.sum(rest) + (crew.sum(ties) - 1);
-      h.s = 1 + h.rest;
+      own.rest = crew.sum(rest) + (crew.sum(ties) - 1);
+      own.s = 1 + own.rest;
+      own.below = crew.sum(below); own.count = crew.sum(count);
     }
+    h = close_hard(c, 1, [&](int) -> const SmoothPart & { return own; }, at.label < 0 ? NAN : student(at.label));
+  }
+  if (c.stats) {
+    const Shapes shapes = careful.shapes(classes);
+    double z = -INFINITY, v = -INFINITY, first_z = INFINITY, first_v = INFINITY;   // of this thread, whose classes ascend
+    KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) {
+      if (student(i) > z) { z = student(i); first_z = double(i); }
+      if (teacher(i) > v) { v = teacher(i); first_v = double(i); }
+    }
+    first_z = -crew.largest(z == crew.largest(z) ? -first_z : -INFINITY); first_v = -crew.largest(v == crew.largest(v) ? -first_v : -INFINITY);
+    double *const out = c.stats + row * KD_STATS;
+    if (gpu::thread() == 0) { put_values(job, out, value, h); put_shapes(out, shapes, first_z, first_v); }
   }
   gpu::sync_block();
-  if (gpu::thread() == 0) c.loss[row] = loss_of(job, at, value, h);
+  if (gpu::thread() == 0) c.loss[row] = loss_of(job, at.weight, value, h);
   if (!c.grad) return;
-  const double scale = at.weight * c.grad_scale, hard_scale = at.weight * c.hard_grad_scale / h.s;
+  const double scale = at.weight * c.grad_scale, hard_scale = at.weight * c.hard_grad_scale;
+  const double label = job.hard ? hard_scale * label_gradient(c, h) : 0, of_q = hard_scale * (1 + h.pull) / h.s;
+  const double smoothing = job.smooth ? -hard_scale * c.label_smoothing / h.count : 0;
   const bool known = at.label_logit == at.label_logit;
   KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) {
     const double z = student(i);
     double g = scale * careful.gradient(z, teacher(i));
-    if (job.hard) g += i == at.label ? label_part(job, at, h) : h.s > 0 ? hard_scale * hard_weight(z) : 0;
+    if (job.hard) g += i == at.label ? label : own.s > 0 ? of_q * hard_weight(z) : 0;
+    g = (g + (z > -INFINITY ? smoothing : 0)) * slope(z, of_student);
     const float out = known ? float(g) : NAN;
     if (c.student_dtype == KD_F32) ((float *)at.grad)[i] = out;
     else ((uint16_t *)at.grad)[i] = uint16_t(c.student_dtype == KD_F16 ? gpu::to_f16_pair(out, 0) : gpu::to_bf16_pair(out, 0));

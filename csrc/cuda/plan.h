@@ -42,6 +42,11 @@ enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluste
 inline Shape shape_of(const Plan &plan) { return plan.mixed ? kMixed : plan.tilted ? kTilted : kPlain; }
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int host_size(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
+inline bool has_transform(const kd_call &c) {
+  return Transform<float>(c.student_scale, c.student_softcap).any() || Transform<float>(c.teacher_scale, c.teacher_softcap).any();
+}
+// Bytes of a logit in shared memory.
+inline int kept_size(const kd_call &c, int32_t dtype) { return has_transform(c) ? 4 : host_size(dtype); }
 
 // Of a row, wherever it begins: one more than its classes ask for, unless all rows begin on 16 bytes.
 inline int64_t chunks_of(const kd_call &c) {
@@ -64,7 +69,7 @@ template <class G> int desk_bytes(int parts_of_row, int tiles) { return int((int
 template <class G> int cluster_desk_bytes() { return (sizeof(ClusterDesk<G>) + 127) / 128 * 128; }
 
 template <class G> void plan_rows(const kd_call &c, const kd_figures &f, int parts, kd_geometry &g) {
-  const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size;
+  const int size = kept_size(c, c.student_dtype) + kept_size(c, c.teacher_dtype), slot = G::kTile * kRun * size;
   g.parts = parts;
   g.tiles = int(over(over(chunks_of(c), parts), G::kTile));
   const int desk = desk_bytes<G>(parts * g.tiles, g.tiles);
@@ -112,7 +117,9 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, c
     return int(blocks);
   };
   const int family = f.capability / 10;
-  if ((family == 9 || family == 10) && alike(c)) {   // the others have no distributed shared memory to speak of: 99 KB to a block
+  // The other families have no distributed shared memory to speak of: 99 KB to a block. A bulk copy leaves logits as they are, with no room
+  // beside them for fp32.
+  if ((family == 9 || family == 10) && alike(c) && !has_transform(c)) {
     int64_t blocks = 1;
     while (blocks * Cluster::kTile < chunks && blocks < kMostCluster) blocks *= 2;   // powers of two: others leave multiprocessors idle
     g.kind = kCluster;

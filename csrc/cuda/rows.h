@@ -14,14 +14,16 @@ namespace KD_LEVEL {
 template <class G> struct Desk {
   Scratch<G> *scratch;
   Part *parts;
-  HardPart *hards;
+  SmoothPart *hards;
+  TileStats *stats;
   Factors *factors;
   float *shelf;
   char *logits;
   KD_HD Desk(char *memory, int parts_of_row, int tiles) {
     scratch = (Scratch<G> *)memory; memory += round_up(sizeof(Scratch<G>));
     parts = (Part *)memory; memory += round_up(parts_of_row * sizeof(Part));
-    hards = (HardPart *)memory; memory += round_up(parts_of_row * sizeof(HardPart));
+    hards = (SmoothPart *)memory; memory += round_up(parts_of_row * sizeof(SmoothPart));
+    stats = (TileStats *)memory; memory += round_up(parts_of_row * sizeof(TileStats));
     factors = (Factors *)memory; memory += round_up(tiles * sizeof(Factors));
     shelf = (float *)memory; memory += 32 * G::kChunks * kRun * 2 * sizeof(float);
     logits = memory;
@@ -44,9 +46,12 @@ template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, 
     const int t = part * tiles + i / kWords, w = i % kWords;
     state[t * kWords + w] = w < kPartWords ? ((const double *)(desk.parts + t))[w] : ((const double *)(desk.hards + t))[w - kPartWords];
   }
+  double *const stats = job.state + (job.call.rows * (kWords + (job.plan.mixed ? kMixedWords : 0)) + row * kStatWords) * (job.parts * job.tiles);
+  if (job.call.stats) KD_ROLLED for (int i = part * tiles * kStatWords + lane; i < (part + 1) * tiles * kStatWords; i += 32) stats[i] = ((double *)desk.stats)[i];
   gpu::sync_warp();
   if (lane == 0) { gpu::announce(arrived); gpu::await(arrived, job.parts); }
   gpu::sync_warp();
+  if (job.call.stats) KD_ROLLED for (int i = lane; i < n * kStatWords; i += 32) ((double *)desk.stats)[i] = gpu::load_fresh(stats + i);
   KD_ROLLED for (int i = lane; i < n * kWords; i += 32) {
     const int t = i / kWords, w = i % kWords;
     *(w < kPartWords ? (double *)(desk.parts + t) + w : (double *)(desk.hards + t) + (w - kPartWords)) = gpu::load_fresh(state + i);
@@ -101,7 +106,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
   const RowAt &at = scratch.row[0];
   const auto last = [&] { return scratch.part == job.parts - 1; };
   if (at.weight == 0) {
-    if (scratch.part == 0 && T::thread() == 0) c.loss[scratch.number] = 0;
+    if (scratch.part == 0 && T::thread() == 0) put_nothing(c, scratch.number);
     const int from = scratch.from * kRun - at.offset, to = scratch.to * kRun - at.offset;
     if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last() ? c.grad_width : to, c.student_dtype, T::thread(), G::kThreads);
     return;
@@ -122,14 +127,15 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
       fetch(ahead ? t + 1 : t);
       arrive();
       turn_to(t);
+      tile.transform_own();
       const Desk<G> desk = desk_here();
-      tile.measure(desk.parts + part_of(t), desk.hards + part_of(t));
+      tile.measure(desk.parts + part_of(t), desk.hards + part_of(t), desk.stats + part_of(t));
     }
     if (T::warp() == 0) {
       const Desk<G> desk = desk_here();
       if (kShape != kMixed) tile.shelve(desk.shelf);
       if (job.parts > 1) exchange(job, desk, scratch.number, scratch.part, scratch.tiles, scratch.again);
-      close<kShape>(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
+      close<kShape>(job, at, desk.parts, desk.hards, desk.stats, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
                     scratch.part == 0 ? c.loss + scratch.number : nullptr);
       if (kShape != kMixed) tile.unshelve(desk.shelf);
     }
@@ -141,6 +147,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
     KD_ROLLED for (int t = scratch.tiles - 1; t >= 0; t--) {
       if (t < scratch.tiles - 1) { fetch(ahead ? t - 1 : t); arrive(); }
       turn_to(t);
+      if (t < scratch.tiles - job.stages) tile.transform_own();   // the others are still in their slots
       tile.mix(desk_here().parts + part_of(t));
     }
     if (T::warp() == 0) {
@@ -155,15 +162,16 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
   }
   if (scratch.lost || !c.grad) return;
 
-  const float label_gradient = job.hard ? float(scratch.label_less) : 0;
+  const float label_gradient = job.hard ? float(scratch.label_gradient) : 0;
   constexpr int kBack = kShape == kMixed ? 1 : -1;   // from the tile that was swept last; the one before it may still be in its slot as well
   const auto held = [&] { return kShape == kMixed ? 0 : scratch.tiles - 1; };
   KD_ROLLED for (int t = held(); t >= 0 && t < scratch.tiles; t += kBack) {
     if (t != held()) { fetch(ahead ? t + kBack : t); arrive(); }
     turn_to(t);
+    if (kShape == kMixed ? t >= job.stages : t < scratch.tiles - job.stages) tile.transform_own();
     const Desk<G> desk = desk_here();
     const Part &p = desk.parts[part_of(t)];
-    tile.allow_whole(p.care == kFast && !p.empty());
+    tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
     if (t != held()) {
       Sums<float> unused;
       int32_t wild = 0;

@@ -4,18 +4,26 @@
 // the first and the last chunk some classes may be outside of the row, and are masked classes. A tile is a block of row.h: it has its own
 // references, which the team agrees on before any exponential is taken, and leaves em (and et) in registers until the row is closed; e is
 // cheap to compute again. What is summed in a thread and over its warp is fp32, in a fixed order; everything above is fp64.
+//
+// Logits with a transform (modifiers.h) are transformed where they lie, by the thread that has copied them, before anything else looks at
+// them: as fp32, whatever they come as, so that all that follows is what rows of fp32 get.
 #pragma once
 #define KD_GPU 1
 #include "../api.h"
+#include "../modifiers.h"
 #include "../row.h"
 
 namespace kd {
 namespace KD_LEVEL {
 
+// Statistics of a tile: also the first classes that have the largest logits of the base and of the other.
+struct TileStats : StatPart { double first_b = 0, first_o = 0; };
+
 constexpr int kRun = 8;                              // classes of a chunk: 16 bytes at 2 bytes each, 32 at 4
 constexpr int kLost = 3;                             // Part::care of a tile that only careful.h can take
 constexpr int64_t kLostMark = 0x7ff8000000010571;   // the loss of a row that is still to be computed: a nan that no arithmetic returns
-constexpr int kPartWords = sizeof(Part) / 8, kWords = kPartWords + sizeof(HardPart) / 8;   // of 8 bytes, between blocks
+constexpr int kPartWords = sizeof(Part) / 8, kWords = kPartWords + sizeof(SmoothPart) / 8;   // of 8 bytes, between blocks
+constexpr int kStatWords = sizeof(TileStats) / 8;    // where statistics are asked for
 constexpr int kMixedWords = 4, kCounters = 4;        // of a part after the second sweep of the mixture family; of a row's exchanges
 
 // How a kernel is laid out: kTeams rows to a block, kThreads threads to a row's tile, kChunks chunks to a thread.
@@ -32,8 +40,10 @@ struct Job {
   int32_t parts, tiles;                              // blocks to a row; the most tiles to a block
   int32_t stages, team_bytes;                        // of logits in shared memory; shared memory of a team
   int32_t hard, all;                                 // the hard term is asked for; every row is careful.h's
+  int32_t smooth, transformed;                       // label smoothing is; one of the rows has a transform
+  Transform<float> student, teacher;
   uint32_t *tickets;                                 // [1 + kCounters rows]: the next (row, part); arrivals at a row's exchanges. Zero at launch
-  double *state;                                     // [rows][parts * tiles][kWords], then, mixture family, [kMixedWords]
+  double *state;                                     // [rows][parts * tiles][kWords], then, mixture family, [kMixedWords], then, statistics, [kStatWords]
   Mixed<float> mix;                                  // plan's
 };
 
@@ -67,10 +77,11 @@ struct Factors { float A, B, C, lone, hard, less; };
 // What the threads of a team tell each other.
 template <class G> struct Scratch {
   RowAt row[2];                                      // this one; the next, where it is looked up ahead
-  float top[G::kWarps], student_top[G::kWarps];
-  float at_top, weight, mean;
-  float sums[G::kWarps][10];
-  double ref, label_less;
+  float top[G::kWarps], other_top[G::kWarps];
+  float at_top, weight, mean, top_o;
+  float sums[G::kWarps][16];
+  double ref, label_gradient;
+  float smoothing;                                   // of each class's gradient that is not masked
   float ref_high, ref_low, ref_rest;                 // ref as the second sweep of the mixture family takes it, and, in y, what is left
   int lost, again;                                   // again: the row is swept once more, with ref for everyone's reference
   int64_t number;                                    // of the row
@@ -249,8 +260,10 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     whole_to = !yes ? 0 : class_of(count) > vocab() ? count - 1 : count;
   }
 
-  KD_DEVICE bool base_f16() const { return kB == 2 && (job.plan.student_base ? job.call.student_dtype : job.call.teacher_dtype) == KD_F16; }
-  KD_DEVICE bool other_f16() const { return kO == 2 && (job.plan.student_base ? job.call.teacher_dtype : job.call.student_dtype) == KD_F16; }
+  KD_DEVICE int32_t base_dtype() const { return job.plan.student_base ? job.call.student_dtype : job.call.teacher_dtype; }
+  KD_DEVICE int32_t other_dtype() const { return job.plan.student_base ? job.call.teacher_dtype : job.call.student_dtype; }
+  KD_DEVICE bool base_f16() const { return kB == 2 && base_dtype() == KD_F16; }
+  KD_DEVICE bool other_f16() const { return kO == 2 && other_dtype() == KD_F16; }
   KD_DEVICE const char *base_row() const { return job.plan.student_base ? at.student : at.teacher; }
   KD_DEVICE const char *other_row() const { return job.plan.student_base ? at.teacher : at.student; }
   KD_DEVICE char *base_at(int place) const { return slot + place * kRun * kB; }
@@ -264,6 +277,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     const int bytes = kShape == kPlain || kB == kO ? kO : job.plan.student_base ? kB : kO;
     return bytes == 4 ? KD_F32 : job.call.student_dtype;
   }
+  // each class of the gradient has a factor or a summand of its own: none is emitted as whole
+  KD_DEVICE bool by_class() const { return job.smooth || job.transformed; }
   KD_DEVICE bool moments() const { return kShape == kPlain && job.plan.moments; }
 
   // This thread's whole chunks, body(j, place) with j known when compiled; the others; all.
@@ -289,12 +304,40 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE void load_other(int place, float (&o)[kRun]) const { unpack<kO>(other_at(place), other_f16(), o); mask(place, o); }
   KD_DEVICE void load_student(int place, float (&z)[kRun]) const { if (job.plan.student_base) load_base(place, z); else load_other(place, z); }
 
-  // This thread's chunks, on their way to the slot.
+  // This thread's chunks, on their way to the slot. A chunk of 16-bit logits that will be transformed goes to the second half of its place.
   KD_DEVICE void fetch_own() const {
+    if constexpr (kB == 4 && kO == 4) if (job.transformed) {
+      const auto bring = [&](char *to, const char *row, int32_t dtype, int from) {
+        if (dtype == KD_F32) fetch<4>(to, row, from, vocab()); else fetch<2>(to + 2 * kRun, row, from, vocab());
+      };
+      return chunks([&](int place) {
+        bring(base_at(place), base_row(), base_dtype(), class_of(place));
+        bring(other_at(place), other_row(), other_dtype(), class_of(place));
+      });
+    }
     chunks([&](int place) {
       fetch<kB>(base_at(place), base_row(), class_of(place), vocab());
       fetch<kO>(other_at(place), other_row(), class_of(place), vocab());
     });
+  }
+
+  // What fetch_own has brought.
+  KD_DEVICE void transform_own() const {
+    if constexpr (kB == 4 && kO == 4) if (job.transformed) {
+      const auto with = [&](char *p, int32_t dtype, const Transform<float> &t) {
+        float x[kRun];
+        if (dtype == KD_F32) unpack<4>(p, false, x); else unpack<2>(p + 2 * kRun, dtype == KD_F16, x);
+        KD_UNROLL for (int h = 0; h < 2; h++) {
+          gpu::Word4 w;
+          KD_UNROLL for (int i = 0; i < 4; i++) w.x[i] = (uint32_t)bits(transformed(x[4 * h + i], t));
+          gpu::store16(p + 16 * h, w);
+        }
+      };
+      chunks([&](int place) {
+        with(base_at(place), base_dtype(), job.plan.student_base ? job.student : job.teacher);
+        with(other_at(place), other_dtype(), job.plan.student_base ? job.teacher : job.student);
+      });
+    }
   }
 
   template <int kSize, class At> KD_DEVICE float largest_own(At at_place, bool f16) const {
@@ -332,8 +375,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       }
       scratch.at_top = found;
     }
-    const bool sampled = count >= 256 / kRun;
-    if (sampled && T::warp() == 0) {
+    if (T::warp() == 0) {
       float sums[2]{};
       KD_ROLLED for (int i = int(gpu::from_here(int64_t(T::lane()))); i < kSamples; i += 32) {
         const int place = int(unsigned(count * i) / kSamples), l = i & (kRun - 1);
@@ -346,7 +388,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       if (T::lane() == 0) { scratch.weight = sums[0]; scratch.mean = sums[1]; }
     }
     T::sync();
-    const float x = scratch.at_top, weight = sampled ? scratch.weight : 0, mean = sampled ? scratch.mean : 0;
+    const float x = scratch.at_top, weight = scratch.weight, mean = scratch.mean;
     if (!(x - x == 0)) return weight > 0 ? mean / weight : 0;
     const float each = float(count) * (kRun / float(kSamples));      // classes that one of the sample stands for
     return x + each * (mean - weight * x) / (1 + each * weight);
@@ -454,6 +496,44 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     });
   }
 
+  // How far the classes that are there lie below the largest, and how many they are.
+  KD_DEVICE void sweep_smooth(float top, float (&x)[2]) const {
+    chunks([&](int place) {
+      float z[kRun];
+      load_student(place, z);
+      KD_UNROLL for (int i = 0; i < kRun; i++) if (z[i] > -INFINITY) { x[0] += top - z[i]; x[1] += 1; }
+    });
+  }
+
+  // For the statistics: what step sums for them, and, negative, the first classes with the largest logits. Before em and et are in registers.
+  KD_DEVICE void sweep_stats(const References<float> &r, float top_o) {
+    Sums<float> s;
+    int32_t wild = 0;
+    float first_b = INFINITY, first_o = INFINITY;
+    chunks([&](int place) {
+      float b[kRun], o[kRun];
+      load_base(place, b); load_other(place, o);
+      KD_UNROLL for (int i = 0; i < kRun; i++) {
+        if (!moments()) step<kFirst, kCarry, true, true>(b[i], o[i], r, s, wild);
+        const float here = float(class_of(place) + i);
+        if (b[i] == r.top && here < first_b) first_b = here;
+        if (o[i] == top_o && here < first_o) first_o = here;
+      }
+    });
+    float logs[2] = {s.log_b, s.log_o};
+    share(12, logs);
+    first_b = gpu::warp_largest(-first_b); first_o = gpu::warp_largest(-first_o);
+    if (T::lane() == 0) { scratch.sums[T::warp()][14] = first_b; scratch.sums[T::warp()][15] = first_o; }
+    if (T::thread() == 0) scratch.top_o = top_o;
+  }
+  KD_DEVICE void collect_stats(TileStats *stats) const {   // by a warp
+    double logs[2];
+    collect(12, logs);
+    const int w = T::lane() < G::kWarps ? T::lane() : 0;
+    const float first_b = gpu::warp_largest(scratch.sums[w][14]), first_o = gpu::warp_largest(scratch.sums[w][15]);
+    if (T::lane() == 0) { stats->log_b = logs[0] * kLn2; stats->log_o = logs[1] * kLn2; stats->top_o = scratch.top_o; stats->first_b = -first_b; stats->first_o = -first_o; }
+  }
+
   template <int N> KD_DEVICE void share(int from, float (&x)[N]) {
     gpu::warp_sum(x);
     if (T::lane() == 0) KD_UNROLL for (int i = 0; i < N; i++) scratch.sums[T::warp()][from + i] = x[i];
@@ -463,20 +543,20 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     gpu::warp_sum(x);
   }
 
-  // The tile in the slot, whose copies this thread has waited for, as a block of its row: to *part and *hard, by the first warp.
-  KD_DEVICE void measure(Part *part, HardPart *hard) {
+  // The tile in the slot, whose copies this thread has waited for, as a block of its row: to *part, *hard and *stats, by the first warp.
+  KD_DEVICE void measure(Part *part, SmoothPart *hard, TileStats *stats) {
     constexpr int kSums = kShape == kTilted ? 5 : 3;
     const Plan &plan = job.plan;
     const float own = largest_base(), of_warp = gpu::warp_largest(own);
     if (T::lane() == 0) scratch.top[T::warp()] = of_warp;
-    if (job.hard && !plan.student_base) {
-      const float z = gpu::warp_largest(largest_other());
-      if (T::lane() == 0) scratch.student_top[T::warp()] = z;
+    if ((job.hard && !plan.student_base) || job.call.stats) {
+      const float o = gpu::warp_largest(largest_other());
+      if (T::lane() == 0) scratch.other_top[T::warp()] = o;
     }
     T::sync();
     Part p;
     float top = largest_of(scratch.top);
-    const float hard_top = job.hard && !plan.student_base ? largest_of(scratch.student_top) : top;
+    const float hard_top = job.hard && !plan.student_base ? largest_of(scratch.other_top) : top;
     bool lost = false, none = false;
     if (top == -INFINITY) {                          // no class of the base here: what the other has is measured from its own largest
       const float o = gpu::warp_largest(largest_other());
@@ -498,6 +578,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     p.top = top;
     if (scratch.again && !none) p.ref = scratch.ref;
     const References<float> r = references(p);
+    if (job.call.stats) sweep_stats(r, largest_of(scratch.other_top));
 
     KD_ROLLED for (int masked = 0; !lost && !none; masked++) {
       Sums<float> s;
@@ -519,6 +600,11 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       if (hard_top - hard_top == 0) sweep_hard(hard_top, x);
       share(8, x);
     }
+    if (job.smooth) {
+      float x[2]{};
+      if (hard_top - hard_top == 0) sweep_smooth(hard_top, x);
+      share(10, x);
+    }
     T::sync();
     if (T::warp() != 0) return;
     if (lost) {
@@ -535,13 +621,19 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         p.rest = y[0] + (y[1] > 0 ? y[1] - 1 : 0); p.s = y[0] + y[1]; p.n = y[2] * kLn2;
       }
     }
-    HardPart h;
+    SmoothPart h;
     if (job.hard) {
       double y[2];
       collect(8, y);
       h.top = hard_top;
       if (hard_top - hard_top == 0) { h.rest = y[0] + (y[1] - 1); h.s = 1 + h.rest; }
     }
+    if (job.smooth) {
+      double y[2];
+      collect(10, y);
+      h.below = y[0]; h.count = y[1];
+    }
+    if (job.call.stats) collect_stats(stats);
     if (T::lane() == 0) { *part = p; *hard = h; }
     gpu::sync_warp();
   }
@@ -579,6 +671,13 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       const float e = exp2_of_product(z[i] - top, float(kLog2e), 0.f);
       g[i] += class_of(place) + i == label ? label_gradient : scale != 0 ? scale * e : 0;
     }
+  }
+  // What by_class() is about.
+  KD_DEVICE void finish_classes(int place, float (&g)[kRun]) const {
+    float z[kRun];
+    load_student(place, z);
+    const float smoothing = job.smooth ? scratch.smoothing : 0;
+    KD_UNROLL for (int i = 0; i < kRun; i++) g[i] = (g[i] + (z[i] > -INFINITY ? smoothing : 0)) * slope(z[i], job.student);
   }
   // em and et of the warp that closes the row, which needs its registers meanwhile.
   static constexpr int kShelf = 32 * G::kChunks * kRun * (kShape == kTilted ? 2 : 1);   // floats
@@ -628,7 +727,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         });
       }
       if (job.hard) add_hard(place, h, f, label, label_gradient, g);
-      put(at.grad, class_of(place), vocab(), grad_dtype(), g);
+      if (by_class()) finish_classes(place, g);
+      put(at.grad, class_of(place), vocab(), job.call.student_dtype, g);
     });
   }
 };
@@ -645,30 +745,41 @@ KD_DEVICE RowAt look_up(const Job &job, int64_t row) {
     const int64_t label = c.labels[row];
     const bool known = label >= 0 && label < c.vocab;
     at.label = known ? int(label) : -1;
-    at.label_logit = known ? element(at.student, label, c.student_dtype) : NAN;
+    at.label_logit = known ? transformed(element(at.student, label, c.student_dtype), job.student) : NAN;
   }
   return at;
 }
 
-KD_DEVICE double loss_of(const Job &job, const RowAt &x, double value, const HardPart &h) {
+KD_DEVICE double loss_of(const Job &job, double weight, double value, const HardRow &h) {
   const kd_call &c = job.call;
   double loss = c.value_scale != 0 ? c.value_scale * value : 0;
-  if (job.hard) loss += c.hard_scale * (log1p_of(h.rest) + (h.top - x.label_logit));
-  return x.weight * loss;
+  if (job.hard) loss += c.hard_scale * hard_value(c, h);
+  return weight * loss;
 }
-// q - 1 at the label, from the other classes: exact where q rounds to 1
-KD_DEVICE double label_part(const Job &job, const RowAt &x, const HardPart &h) {
-  return -x.weight * job.call.hard_grad_scale * (h.rest - expm1_of(x.label_logit - h.top)) / h.s;
+
+// For a row that counts for nothing; by a thread.
+KD_DEVICE void put_nothing(const kd_call &c, int64_t row) {
+  c.loss[row] = 0;
+  if (c.stats) for (int i = 0; i < KD_STATS; i++) c.stats[row * KD_STATS + i] = NAN;
+}
+// Of the statistics those of both softmaxes; first: the classes that have the largest logits.
+KD_DEVICE void put_shapes(double *out, const Shapes &s, double first_z, double first_v) {
+  out[KD_STUDENT_LSE] = s.lse_z; out[KD_TEACHER_LSE] = s.lse_v;
+  out[KD_STUDENT_ENTROPY] = s.of_z; out[KD_TEACHER_ENTROPY] = s.of_v;
+  out[KD_STUDENT_TOP] = broken(s) ? NAN : first_z; out[KD_TEACHER_TOP] = broken(s) ? NAN : first_v;
+}
+KD_DEVICE void put_values(const Job &job, double *out, double value, const HardRow &h) {
+  out[KD_DIVERGENCE] = value; out[KD_CROSS_ENTROPY] = job.hard ? cross_entropy_of(h) : NAN;
 }
 
 // The parts [0, n) of a row that is closed, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss.
-template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const RowAt &x, const Row &row, Part *parts, HardPart *hards, int n, int mine, int tiles,
+template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const RowAt &x, const Row &row, Part *parts, SmoothPart *hards, int n, int mine, int tiles,
                                                        Scratch<G> &scratch, Factors *factors, double *loss) {
   const WarpCrew crew;
   const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
-  HardPart h;
-  if (job.hard) h = merge_hard(n, [&](int i) { return hards[i]; }, crew);
   const kd_call &c = job.call;
+  HardRow h;
+  if (job.hard) h = close_hard(c, n, [&](int i) -> const SmoothPart & { return hards[i]; }, x.label_logit, crew);
   const double scale = x.weight * c.grad_scale, hard_scale = x.weight * c.hard_grad_scale;
   KD_ROLLED for (int i = lane; i < tiles && !row.lost; i += 32) {
     const Part &p = parts[mine + i];
@@ -679,7 +790,7 @@ template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const Row
       f.less = float(exp_of(job.plan.k * ((double(top_of_student(float(p.top), scratch, job)) - p.top) - scratch.ref)));
     }
     if (job.hard) {
-      if (own.s > 0) f.hard = float(hard_scale * exp_of(own.top - h.top) / h.s);
+      if (own.s > 0) f.hard = float(hard_scale * (1 + h.pull) * exp_of(own.top - h.top) / h.s);
       if (!(x.label_logit == x.label_logit)) f.C = f.lone = NAN;
     }
     factors[i] = f;
@@ -688,13 +799,15 @@ template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const Row
   if (lane == 0) {
     scratch.lost = row.lost; scratch.again = row.refine;
     scratch.ref = job.plan.moments ? row.shift : row.shift / job.plan.k;
-    if (job.hard) scratch.label_less = label_part(job, x, h);
-    if (loss && !row.refine) *loss = row.lost ? from_bits(kLostMark) : loss_of(job, x, row.value, h);
+    if (job.hard) scratch.label_gradient = hard_scale * label_gradient(c, h);
+    if (job.smooth) scratch.smoothing = float(-hard_scale * c.label_smoothing / h.count);
+    if (loss && !row.refine) *loss = row.lost ? from_bits(kLostMark) : loss_of(job, x.weight, row.value, h);
+    if (loss && c.stats) put_values(job, c.stats + (loss - c.loss) * KD_STATS, row.value, h);
   }
 }
 
 // The same after the first sweep. A row of the mixture family is not done with that.
-template <Shape kShape, class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles,
+template <Shape kShape, class G> KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, SmoothPart *hards, TileStats *stats, int n, int mine, int tiles,
                                                       Scratch<G> &scratch, Factors *factors, double *loss) {
   const WarpCrew crew;
   const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
@@ -704,6 +817,13 @@ template <Shape kShape, class G> KD_DEVICE void close(const Job &job, const RowA
   row.lost = gpu::warp_largest(care) == kLost;
   if (!row.lost) row = close_row(parts, n, job.plan, crew);
   if (scratch.again) row.refine = false;
+  if (loss && job.call.stats && !row.lost) {
+    const Shapes shapes = shapes_of(parts, stats, n, row, job.plan, crew);
+    const int b = crew.first(n, [&](int i) { return parts[i].s > 0 ? parts[i].top : -INFINITY; }), o = crew.first(n, [&](int i) { return stats[i].top_o; });
+    const double first_b = stats[b].first_b, first_o = stats[o].first_o;
+    double *const out = job.call.stats + (loss - job.call.loss) * KD_STATS;
+    if (lane == 0) put_shapes(out, shapes, job.plan.student_base ? first_b : first_o, job.plan.student_base ? first_o : first_b);
+  }
   if (kShape != kMixed) return finish<kShape>(job, x, row, parts, hards, n, mine, tiles, scratch, factors, loss);
   gpu::sync_warp();
   if (lane == 0) {
@@ -716,7 +836,7 @@ template <Shape kShape, class G> KD_DEVICE void close(const Job &job, const RowA
   }
 }
 // And after the second, whose sums the parts have now.
-template <class G> KD_DEVICE void close_again(const Job &job, const RowAt &x, Part *parts, HardPart *hards, int n, int mine, int tiles, Scratch<G> &scratch,
+template <class G> KD_DEVICE void close_again(const Job &job, const RowAt &x, Part *parts, SmoothPart *hards, int n, int mine, int tiles, Scratch<G> &scratch,
                                               Factors *factors, double *loss) {
   Row row;
   close_mixed(parts, n, job.plan, row, WarpCrew());

@@ -63,6 +63,7 @@ KD_DEVICE uint32_t largest_f16_pair(uint32_t a, uint32_t b) { uint32_t c; asm("m
 // ---------------------------------------------------------------- memory: 16 bytes, aligned to as many
 struct Word4 { uint32_t x[4]; };
 KD_DEVICE Word4 load16(const void *p) { const uint4 u = *(const uint4 *)p; return {{u.x, u.y, u.z, u.w}}; }
+KD_DEVICE void store16(void *p, const Word4 &w) { *(uint4 *)p = make_uint4(w.x[0], w.x[1], w.x[2], w.x[3]); }
 KD_DEVICE void store_streaming(void *p, const Word4 &w) {   // written once, read by another kernel: first to leave the caches
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x[0]), "r"(w.x[1]), "r"(w.x[2]), "r"(w.x[3]) : "memory");
 }

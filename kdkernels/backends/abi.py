@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
+from ..transforms import Modifiers
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 BUILD_RECORD = Path(__file__).parent.parent / "_build.txt"
@@ -29,6 +30,7 @@ class Call(ctypes.Structure):
         *((x, c_int32) for x in ("student_dtype", "teacher_dtype", "family", "reverse", "threads", "fresh", "device", "reserved")),
         *((x, c_double) for x in ("order", "factor", "mix", "teacher_part", "student_part", "limit")),
         *((x, c_double) for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale")),
+        *((x, c_double) for x in Modifiers._fields),
         ("stats", c_void_p),
         ("bad_row", c_int64),
         *((x, c_void_p) for x in ("stream", "workspace")),
@@ -130,6 +132,7 @@ def loss_call(
     hard_scale,
     hard_grad_scale,
     vocab,
+    modifiers=(),
     *,
     stats=None,
     threads=1,
@@ -174,6 +177,7 @@ def loss_call(
         stats=None if stats is None else stats.data_ptr(),
         stream=stream,
         **_divergence(divergence),
+        **Modifiers(*modifiers)._asdict(),
     )
     return call, out, (student, teacher, labels, weight)
 

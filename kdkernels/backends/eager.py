@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
+from ..transforms import Modifiers
 
 name = "eager"
 CHUNK_BYTES = 32 << 20  # of one fp64 temporary in `loss`; about a dozen are alive at a time
@@ -33,14 +34,15 @@ def rows(
     temperature: float,
     value_scale: float,
     hard_scale: float,
+    modifiers: Modifiers,
 ) -> Tensor:
     """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0 are not looked at."""
-    z, v = student.double(), teacher.double()
+    z, v = (transform(x.double()) for transform, x in zip(modifiers.transforms, (student, teacher), strict=True))
     clean_z, clean_v, labels, broken = _clean(z, v, labels, weight)
     row = _Row(clean_z, clean_v, temperature)
     loss = value_scale * row.divergence(math_of.parse(divergence)) if value_scale else clean_z.new_zeros(z.shape[0])
     if labels is not None and hard_scale:
-        loss = loss + hard_scale * row.cross_entropy(labels)
+        loss = loss + hard_scale * row.hard(labels, modifiers)
     # nan in value and gradient of the broken rows, 0 added to the others
     poison = torch.where(broken, math.nan, 0.0)
     loss = loss + (poison * torch.where(broken, z, row.z)).sum(-1)
@@ -57,12 +59,28 @@ def _clean(z: Tensor, v: Tensor, labels: Tensor | None, weight: Tensor | None):
     return torch.where(broken, 0.0, z), torch.where(broken, 0.0, v), labels, broken
 
 
-def loss(student, teacher, labels, weight, grad, divergence, temperature, value_scale, grad_scale, hard_scale, hard_grad_scale, vocab):
+def loss(
+    student,
+    teacher,
+    labels,
+    weight,
+    grad,
+    divergence,
+    temperature,
+    value_scale,
+    grad_scale,
+    hard_scale,
+    hard_grad_scale,
+    vocab,
+    modifiers=(),
+    stats=None,
+):
     """The operator's contract (ops.py): the loss of each row, and its gradient, from its formula, written into `grad`."""
     if student.dim() == 1:
         student, teacher, labels, weight, grad = (x if x is None else x.unsqueeze(0) for x in (student, teacher, labels, weight, grad))
     leading, width = student.shape[:-1], student.shape[-1]
     count = math.prod(leading)
+    modifiers = Modifiers(*modifiers)
     out = student.new_empty(count, dtype=torch.float64)
     which = math_of.parse(divergence)
     step = max(1, CHUNK_BYTES // (8 * max(vocab, 1)))
@@ -71,15 +89,21 @@ def loss(student, teacher, labels, weight, grad, divergence, temperature, value_
         at = tuple(torch.unravel_index(index, leading))
         z, v = student[(*at, slice(vocab))].double(), teacher[(*at, slice(vocab))].double()
         y, w = (x if x is None else x[at] for x in (labels, weight))
-        out[index] = rows(z, v, y, w, divergence, temperature, value_scale, hard_scale)
-        if grad is None:
+        out[index] = rows(z, v, y, w, divergence, temperature, value_scale, hard_scale, modifiers)
+        if grad is None and stats is None:
             continue
+        z, v = (transform(x) for transform, x in zip(modifiers.transforms, (z, v), strict=True))
         z, v, y, broken = _clean(z, v, y, w)
         row = _Row(z, v, temperature)
+        if stats is not None:
+            lost = broken if w is None else broken | (w == 0).unsqueeze(-1)
+            stats[index] = torch.where(lost, math.nan, row.columns(which, y))
+        if grad is None:
+            continue
         g = grad_scale * row.gradient(which)
         if y is not None and hard_grad_scale:
-            g = g + hard_grad_scale * row.cross_entropy_gradient(y)
-        g = torch.where(broken, math.nan, g)
+            g = g + hard_grad_scale * row.hard_gradient(y, modifiers)
+        g = torch.where(broken, math.nan, g * modifiers.transforms[0].slope(z))
         if w is not None:
             g = torch.where((w != 0).unsqueeze(-1), w.double().unsqueeze(-1) * g, 0.0)
         grad[(*at, slice(vocab))] = g.to(grad.dtype)
@@ -290,6 +314,44 @@ class _Row:
         q = torch.where(self.no_z, 0.0, x.exp()) / (1 + others)
         at_label = torch.where(r == label, -others / (1 + others), q.gather(-1, label) - 1)
         return torch.where(label == labels.unsqueeze(-1), q.scatter(-1, label, at_label), math.nan)
+
+    def _evenly(self):
+        """(log-sum-exp at T = 1, softmax, mean logit, 1 / N) over the N classes that are not masked."""
+        e = self._exp(self.z, self.top_z, self.no_z, 1.0)
+        log_sum = _log_total(e, self.z, self.top_z, self.no_z) + self.top_z
+        present = (~self.no_z).to(self.z.dtype)
+        each = present / present.sum(-1, keepdim=True)
+        return log_sum, e / e.sum(-1, keepdim=True), (self.z * each).sum(-1), each
+
+    def hard(self, labels: Tensor, modifiers: Modifiers) -> Tensor:
+        """The hard term, (rows,): cross entropy with label smoothing and the z-loss."""
+        value, smooth = self.cross_entropy(labels), modifiers.label_smoothing
+        if not (smooth or modifiers.z_loss):
+            return value
+        log_sum, _, mean, _ = self._evenly()
+        log_sum = log_sum.squeeze(-1)
+        return (1 - smooth) * value + smooth * (log_sum - mean) + modifiers.z_loss * log_sum**2
+
+    def hard_gradient(self, labels: Tensor, modifiers: Modifiers) -> Tensor:
+        """Of `hard`, (rows, vocab)."""
+        g, smooth = self.cross_entropy_gradient(labels), modifiers.label_smoothing
+        if not (smooth or modifiers.z_loss):
+            return g
+        log_sum, q, _, each = self._evenly()
+        return (1 - smooth) * g + smooth * (q - each) + 2 * modifiers.z_loss * log_sum * q
+
+    def columns(self, divergence: math_of.Divergence, labels: Tensor | None) -> Tensor:
+        """Statistics, (rows, COLUMNS) as csrc/api.h has them."""
+        D = self.divergence(divergence)
+        hard = torch.full_like(D, math.nan) if labels is None else self.cross_entropy(labels)
+        sums, entropies, tops = [], [], []
+        for x, masked in ((self.z, self.no_z), (self.v, self.no_v)):
+            scaled = torch.where(masked, -math.inf, x / self.temperature)
+            sums.append(scaled.logsumexp(-1))
+            log_p = torch.where(masked, 0.0, scaled - sums[-1].unsqueeze(-1))
+            entropies.append(-torch.where(masked, 0.0, log_p.exp() * log_p).sum(-1))
+            tops.append(torch.where(masked, -math.inf, x).argmax(-1).double())
+        return torch.stack([D, hard, *sums, *entropies, *tops], -1)
 
     def _differences(self, form: math_of.Form) -> tuple[Tensor, Tensor]:
         """T = inf: the classes both have, and z - v over them, centred but for logit matching."""

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
+from ..transforms import Modifiers
 from .triton_plan import (
     AGAIN,
     BOTH,
+    CAPPED,
+    CROSS_ENTROPY,
     EVEN,
     FAMILIES,
     FINISH,
@@ -29,7 +32,9 @@ from .triton_plan import (
     PUBLISH,
     REGISTERS_WHOLE,
     SCALAR,
+    SCALED,
     SLOTS,
+    SMOOTHED,
     STEEP,
     STUDENT,
     TEACHER,
@@ -44,8 +49,8 @@ name = "triton"
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
 MOST_REGISTERS = 128  # of a thread, with 512 of them on a multiprocessor
-HEAVY_REGISTERS = 168  # with 384, for mixtures, orders and hard labels, where a program has no more
-HEAVIEST_REGISTERS = 176  # for mixtures with hard labels, which spill with fewer on sm_100
+HEAVY_REGISTERS = 168  # with 384, for mixtures, orders, hard labels and transforms, where a program has no more
+HEAVIEST_REGISTERS = 224  # for mixtures and transformed whole rows with hard labels, which spill with 168: two programs to a multiprocessor
 FILE_REGISTERS = 64 << 10  # of a multiprocessor
 SOFTMAX_BLOCK = 2048
 SCALE_BLOCK = 8192
@@ -210,19 +215,25 @@ def launches(
     hard_scale,
     hard_grad_scale,
     vocab,
+    modifiers,
     out,
     device,
+    stats=None,
 ) -> list[Launch]:
-    """What `loss` launches, in its order, on a device of such figures; `out` receives the rows' losses."""
-    n = numbers(divergence, temperature)
-    hard = labels is not None and (hard_scale != 0 or hard_grad_scale != 0)
+    """What `loss` launches, in its order, on a device of such figures; `out` receives the rows' losses, `stats` their statistics."""
+    n, m = numbers(divergence, temperature), Modifiers(*modifiers)
+    hard = labels is not None and (hard_scale != 0 or hard_grad_scale != 0 or stats is not None)
+    capped, scaled = m.student_softcap or m.teacher_softcap, (m.student_scale, m.teacher_scale) != (1.0, 1.0)
+    transform = CAPPED if capped else SCALED if scaled else 0
     rows = out.numel()
     sizes = student.element_size(), teacher.element_size()
     tensors = [student, teacher, student if grad is None else grad]
     inner, access, strides = _layout(tensors, run(*sizes), vocab)
     mixture = n.family in ("MIXTURE", "SKEWED", "TVD")
-    # a mixture's three sweeps with labels leave a whole row half of the registers
-    chosen = plan(rows, vocab, *sizes, access == WINDOW, device, REGISTERS_WHOLE // (2 if mixture and hard else 1))
+    # a mixture's three sweeps with labels leave a whole row half of the registers, and so do modifiers and statistics
+    modified = transform or stats is not None or hard and m.label_smoothing
+    whole = REGISTERS_WHOLE // (2 if mixture and hard else 1) // (2 if modified else 1)
+    chosen = plan(rows, vocab, *sizes, access == WINDOW, device, whole)
     # the value's factor, T^2 in it, as two numbers that a float holds
     value_scale *= n.value
     value_unit = 2.0 ** (math.frexp(value_scale)[1] // 2) if math.isfinite(value_scale) else 1.0
@@ -233,6 +244,7 @@ def launches(
         LABELS=labels.contiguous() if hard else out,
         WEIGHTS=out if weight is None else weight.contiguous(),
         LOSS=out,
+        STATS=out if stats is None else stats,
         rows=rows,
         inner=inner,
         **dict(zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides, strict=True)),
@@ -244,17 +256,28 @@ def launches(
         other_share=n.other_share,
         value_scale=value_scale / value_unit,
         value_unit=value_unit,
-        grad_scale=grad_scale * n.grad,
+        grad_scale=grad_scale * n.grad * m.student_scale,
         hard_scale=hard_scale,
-        hard_grad_scale=hard_grad_scale,
+        hard_grad_scale=hard_grad_scale * m.student_scale,
+        smoothing=m.label_smoothing,
+        z_loss=m.z_loss,
+        z_scale=m.student_scale,
+        z_softcap=-m.student_softcap,
+        z_steepness=-2 / m.student_softcap if m.student_softcap else 0.0,
+        v_scale=m.teacher_scale,
+        v_softcap=-m.teacher_softcap,
+        v_steepness=-2 / m.teacher_softcap if m.teacher_softcap else 0.0,
+        factor=n.value,
         FAMILY=FAMILIES.index(n.family),
         BASE_Z=n.base,
         CENTERED=n.centered,
-        HARD=hard,
+        HARD=(SMOOTHED if m.label_smoothing else CROSS_ENTROPY) if hard else 0,
         WEIGHTED=weight is not None,
         GRAD=grad is not None,
+        TRANSFORM=transform,
+        TELL=stats is not None,
     )
-    registers = HEAVY_REGISTERS if mixture else MOST_REGISTERS
+    registers = HEAVY_REGISTERS if mixture or transform else MOST_REGISTERS
     if n.family in ("SUPPORT", "EXTREME"):  # no sum of terms: every row is one for fp64
         return [Launch("careful_rows", rows, arguments | dict(ALL=True, ROWS=1, BLOCK=CAREFUL_BLOCK), CAREFUL_WARPS, registers)]
     rest = Launch(
@@ -264,9 +287,12 @@ def launches(
         CAREFUL_WARPS,
         registers,
     )
-    carry = torch.float32 in (student.dtype, teacher.dtype)
-    heavy = (hard or n.family not in ("KL", "ENTROPY", "MOMENTS")) and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
-    registers = HEAVIEST_REGISTERS if heavy and mixture and hard else HEAVY_REGISTERS if heavy else MOST_REGISTERS
+    carry = bool(transform) or torch.float32 in (student.dtype, teacher.dtype)
+    heavy = hard or transform or n.family not in ("KL", "ENTROPY", "MOMENTS") or chosen.whole and stats is not None
+    heavy = heavy and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
+    registers = HEAVY_REGISTERS if heavy else MOST_REGISTERS
+    if heavy and hard and (mixture or transform and chosen.whole):
+        registers = HEAVIEST_REGISTERS
     arguments = arguments | dict(c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
     if chosen.parts == 1:
         return [Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), rest]
@@ -282,12 +308,14 @@ def launches(
     return [*(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in phases), rest]
 
 
-def loss(student, teacher, labels, weight, grad, *options):
+def loss(student, teacher, labels, weight, grad, *options, stats=None):
     """The operator's contract (ops.py)."""
+    if stats is not None:
+        stats.fill_(math.nan)  # of rows that count for nothing
     out = torch.empty(math.prod(student.shape[:-1]), dtype=torch.float64, device=student.device)
     if out.numel():
         with _on(student.device):
-            for launch in launches(student, teacher, labels, weight, grad, *options, out, figures(student.device)):
+            for launch in launches(student, teacher, labels, weight, grad, *options, out, figures(student.device), stats):
                 launch.run(student.device)
     return out
 

@@ -7,18 +7,22 @@ import triton.language as tl
 
 from .triton_kernels import (
     ALPHA,
+    COLUMNS,
     ENTROPY,
     EXTREME,
     INF,
     MOMENTS,
+    NOWHERE,
     NUMBERS,
     POWER,
     SKEWED,
+    SMOOTHED,
     SUPPORT,
     TVD,
     expm164,
     finite,
     is_lost,
+    joined,
     kl_terms,
     label_of,
     log1p64,
@@ -31,6 +35,9 @@ from .triton_kernels import (
     psi_series,
     reverses,
     select,
+    side,
+    tell_terms,
+    transformed,
     weighted,
     wide,
     write_zeros,
@@ -41,11 +48,12 @@ REACH64 = tl.constexpr(700.0)
 
 @triton.jit(do_not_specialize=NUMBERS)
 def careful_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS,
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
     k, tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORM: tl.constexpr, TELL: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The operator's contract in the textbook's order and fp64, for every row or for those that are lost; ROWS rows to a program."""
     first = tl.program_id(0) * ROWS
@@ -68,19 +76,22 @@ def careful_rows(
                 tl.store(LOSS + row, weight)
             elif lost > 0:
                 careful_row(
-                    Z + (row // inner * z_outer + row % inner * z_inner), V + (row // inner * v_outer + row % inner * v_inner), G + g_at,
-                    LABELS, LOSS, row, weight, vocab, wide(k), wide(tilt), wide(base_share), wide(other_share),
-                    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                    FAMILY, BASE_Z, CENTERED, HARD, GRAD, BLOCK,
+                    side(Z + (row // inner * z_outer + row % inner * z_inner), z_scale, z_softcap, z_steepness, TRANSFORM),
+                    side(V + (row // inner * v_outer + row % inner * v_inner), v_scale, v_softcap, v_steepness, TRANSFORM), G + g_at,
+                    LABELS, LOSS, STATS + row * COLUMNS, row, weight, vocab, wide(k), wide(tilt), wide(base_share), wide(other_share),
+                    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, wide(smoothing), wide(z_loss), factor,
+                    FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, BLOCK,
                 )  # fmt: skip
 
 
 @triton.jit
 def block64(Z, V, at, vocab, BLOCK: tl.constexpr):
-    """(z, v, class) of a block, -inf beyond the row."""
+    """(z, v, class, the slope of z's transform) of a block, -inf beyond the row."""
     cols = at + tl.arange(0, BLOCK)
-    z = tl.load(Z + cols, mask=cols < vocab, other=-INF).to(tl.float64)
-    return z, tl.load(V + cols, mask=cols < vocab, other=-INF).to(tl.float64), cols
+    z = tl.load(Z[0] + cols, mask=cols < vocab, other=-INF).to(tl.float64)
+    v = tl.load(V[0] + cols, mask=cols < vocab, other=-INF).to(tl.float64)
+    z, slope = transformed(z, Z, psi_series)
+    return z, transformed(v, V, psi_series)[0], cols, slope
 
 
 @triton.jit
@@ -123,10 +134,33 @@ def mixed64(p, q, d, both, mix, base, other, FAMILY: tl.constexpr, BASE_Z: tl.co
 
 
 @triton.jit
+def tell_side(STATS, X, top, broken, k, vocab, FAMILY: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the log-sum-exp, entropy and top-1 class of one side, two columns apart; at T = inf its classes count alike."""
+    k = 0.0 if FAMILY == MOMENTS else k
+    s = tl.zeros([BLOCK], tl.float64)
+    moved, best, place = s, s - INF, tl.full([BLOCK], NOWHERE, tl.int32)
+    for at in tl.range(0, vocab, BLOCK):
+        x, _, cols, _ = block64(X, X, at, vocab, BLOCK)
+        depth = tl.where(x > -INF, (x - top) * k, 0.0)
+        e = tl.where(x > -INF, tl.exp(depth), 0.0)
+        s += e
+        moved += e * depth
+        place = tl.where(x > best, cols, place)
+        best = tl.maximum(best, x)
+    every = tl.sum(s, 0)
+    log_sum = tl.log(every)
+    place = tl.min(tl.where(best == tl.max(best, 0), place, NOWHERE), 0)
+    tl.store(STATS, tl.where(broken, float("nan"), log_sum + top * k))
+    tl.store(STATS + 2, tl.where(broken, float("nan"), log_sum - tl.sum(moved, 0) / every))
+    tl.store(STATS + 4, tl.where(broken, float("nan"), place.to(tl.float64)))
+
+
+@triton.jit
 def careful_row(
-    Z, V, G, LABELS, LOSS, row, weight, vocab, k, tilt, base_share, other_share,
-    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    Z, V, G, LABELS, LOSS, STATS, row, weight, vocab, k, tilt, base_share, other_share,
+    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss, factor,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, TELL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = 1.0 - tilt if BASE_Z else tilt
     order = tilt if BASE_Z else 1.0 - tilt
@@ -135,7 +169,7 @@ def careful_row(
     bad = tl.zeros([BLOCK], tl.int32)
     lone_p, lone_q = bad, bad
     for at in tl.range(0, vocab, BLOCK):
-        z, v, _ = block64(Z, V, at, vocab, BLOCK)
+        z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
         top_z, top_v = tl.maximum(top_z, z), tl.maximum(top_v, v)
         bad |= ((z != z) | (v != v)).to(tl.int32)
         lone_p |= ((z == -INF) & (v > -INF)).to(tl.int32)
@@ -151,7 +185,7 @@ def careful_row(
     # sums relative to both maxima
     sz, sv, sd, rest, top_u, top_set = zero, zero, zero, zero, zero - INF, zero - INF
     for at in tl.range(0, vocab, BLOCK):
-        z, v, _ = block64(Z, V, at, vocab, BLOCK)
+        z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
         both = (z > -INF) & (v > -INF)
         t = tl.where(both, z - v, gap) - gap
         if FAMILY == MOMENTS:
@@ -187,7 +221,7 @@ def careful_row(
         mu = tl.where(disjoint, 0.0, mu)
         su = zero
         for at in tl.range(0, vocab, BLOCK):
-            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
             both = (z > -INF) & (v > -INF)
             t = tl.where(both, z - v, gap) - gap
             su += tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0)
@@ -199,7 +233,7 @@ def careful_row(
         set_top = tl.where(empty, 0.0, set_top)
         inside = zero
         for at in tl.range(0, vocab, BLOCK):
-            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
             own = v if FAMILY == SUPPORT and BASE_Z else z
             inside += tl.where(chosen_classes(z, v, least, FAMILY, BASE_Z), tl.exp((own - set_top) * k), 0.0)
         sum_set = tl.where(empty, 1.0, tl.sum(inside, 0))
@@ -216,7 +250,7 @@ def careful_row(
         f, own, slopes = zero, zero, zero
         R = tl.exp(log_r)
         for at in tl.range(0, vocab, BLOCK):
-            z, v, _ = block64(Z, V, at, vocab, BLOCK)
+            z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
             both = (z > -INF) & (v > -INF)
             t = tl.where(both, z - v, gap) - gap
             if FAMILY == MOMENTS:
@@ -270,24 +304,35 @@ def careful_row(
                 value += tl.sum(own, 0)
     value = tl.where(broken, float("nan"), tl.where(infinite, most, value))
 
-    hard_value, hard_factor, hard_label, label = value * 0.0, value * 0.0, value * 0.0, -1
+    if TELL:  # of both sides; what this leaves of a row that is broken is nan
+        tell_terms(STATS, value, value, factor, False)
+        tell_side(STATS + 2, Z, mz, broken, k, vocab, FAMILY, BLOCK)
+        tell_side(STATS + 3, V, mv, broken, k, vocab, FAMILY, BLOCK)
+    hard_value, hard_factor, hard_label, each, label = value * 0.0, value * 0.0, value * 0.0, value * 0.0, -1
     if HARD:
         label, label_logit = label_of(LABELS, Z, row, 0, vocab)
-        others = zero
+        label_logit = transformed(wide(label_logit), Z, psi_series)[0]
+        others, depths, classes = zero, zero, zero
         for at in tl.range(0, vocab, BLOCK):
-            z, _, cols = block64(Z, V, at, vocab, BLOCK)
+            z, _, cols, _ = block64(Z, V, at, vocab, BLOCK)
             others += tl.where(cols == label, 0.0, tl.exp(z - mz))
+            if HARD == SMOOTHED:
+                depths += tl.where(z > -INF, z - mz, 0.0)
+                classes += (z > -INF).to(tl.float64)
         hard = tl.sum(others, 0)
         own_share = tl.exp(label_logit - mz)
-        sum_of_all = own_share + hard
-        hard_value = tl.where(own_share == 1.0, log1p64(hard), tl.log(sum_of_all) + (mz - label_logit))
-        hard_factor = weight * hard_grad_scale / sum_of_all
-        hard_label = -hard_factor * hard
+        hard_value = tl.where(own_share == 1.0, log1p64(hard), tl.log(own_share + hard) + (mz - label_logit))
+        if TELL:
+            tl.store(STATS + 1, tl.where(broken, float("nan"), hard_value))
+        hard_value, hard_factor, hard_label, each = joined(
+            hard_value, own_share, hard, tl.sum(depths, 0), tl.maximum(tl.sum(classes, 0), 1.0), mz, label_logit, weight * hard_grad_scale,
+            smoothing, z_loss, HARD,
+        )  # fmt: skip
         hard_value = tl.where(broken, float("nan"), hard_value)
     if GRAD:
         soft = tl.where(broken, float("nan"), weight * grad_scale)
         for at in tl.range(0, vocab, BLOCK):
-            z, v, cols = block64(Z, V, at, vocab, BLOCK)
+            z, v, cols, slope = block64(Z, V, at, vocab, BLOCK)
             both = (z > -INF) & (v > -INF)
             t = tl.where(both, z - v, gap) - gap
             if FAMILY == MOMENTS:
@@ -316,7 +361,9 @@ def careful_row(
                 g = tl.where(z == -INF, 0.0, gain * g)
             g = soft * g
             if HARD:
-                g += tl.where(cols == label, hard_label, hard_factor * tl.exp(z - mz))
+                g += tl.where(cols == label, hard_label, tl.where(z > -INF, hard_factor * tl.exp(z - mz) - each, 0.0))
+            if len(Z) > 2:
+                g *= slope
             tl.store(G + cols, g.to(tl.float32).to(G.dtype.element_ty), mask=cols < vocab)
     loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
     tl.store(LOSS + row, tl.where(broken, float("nan"), loss))

@@ -16,6 +16,11 @@ Reverse KL is KL seen from the student: the first sweep sums its terms, and e y 
 mixture family and TVD are not linear in what K lacks: with h from a first sweep, a second sums D and the mean of xi, and a third writes
 the gradient q (xi - mean). The weights and l of a mixture are numbers of the call; `tilt` is l there.
 
+Where a model scales or caps its logits, that is done to each as it is read, in every sweep, in fp32, so that b and o above are what a model
+would have given in fp32; the second sweep has the derivative from the same exponential. All that is left of a hard term with label
+smoothing and z-loss are two more sums of the first sweep and scalars of the row. Statistics (stats.py) are sums of the first sweep too; of
+the largest logit a lane keeps the tile that had it, and the class is looked for in that tile's run afterwards.
+
 A class at -inf has e or eo = 0 and needs no test; tails are such classes. What is out of a float's range (differences of 88 nats, nan,
 +inf) shows as a sum that is not finite: the row's loss is left `lost`, and triton_careful.py computes it.
 
@@ -31,6 +36,7 @@ import triton
 import triton.language as tl
 
 from .. import divergence as math_of
+from .. import stats
 from . import triton_plan
 
 
@@ -59,7 +65,9 @@ KL, ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (tl
 STUDENT = tl.constexpr(triton_plan.STUDENT)
 EVEN, WINDOW, SCALAR = (tl.constexpr(x) for x in (triton_plan.EVEN, triton_plan.WINDOW, triton_plan.SCALAR))
 AGAIN, MIX, FINISH, BOTH = (tl.constexpr(x) for x in (triton_plan.AGAIN, triton_plan.MIX, triton_plan.FINISH, triton_plan.BOTH))
+SMOOTHED, SCALED, CAPPED = (tl.constexpr(x) for x in (triton_plan.SMOOTHED, triton_plan.SCALED, triton_plan.CAPPED))
 SUM_SLOTS, SLOTS = tl.constexpr(triton_plan.SUM_SLOTS), tl.constexpr(triton_plan.SLOTS)
+COLUMNS = tl.constexpr(stats.COLUMNS)
 NUMBERS = ["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"]  # compiled for any value
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,6 +79,7 @@ LOW = tl.constexpr(-1e30)  # a finite top of what has no class yet
 BIG = tl.constexpr(1e36)
 REACH = tl.constexpr(80.0)  # of an exponent whose exponential still has company in a float
 ROOT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
+NOWHERE = tl.constexpr(1 << 30)  # a class or a tile beyond all
 LOST = tl.constexpr(0x7FF8_10_57_0000_0000)
 
 
@@ -146,6 +155,43 @@ def first_has_terms(FAMILY, BASE_Z, GRAD):
     return reverses(FAMILY, BASE_Z) or not (GRAD or mixes(FAMILY))
 
 
+# ---------------------------------------------------------------- logits as their models give them
+
+
+@triton.jit
+def side(X, scale, softcap, steepness, TRANSFORM: tl.constexpr):
+    """The student or the teacher of a row: (pointer,), (pointer, scale) or (pointer, scale, -softcap, -2 / softcap), 0 where it has none.
+
+    Its length is known when compiled, and says what is to be done.
+    """
+    if TRANSFORM == CAPPED:
+        return X, scale, softcap, steepness
+    elif TRANSFORM == SCALED:
+        return X, scale
+    else:
+        return (X,)
+
+
+@triton.jit
+def transformed(x, X, psi: tl.constexpr):
+    """(softcap tanh(scale x / softcap), its derivative over scale) of logits of a side; -inf, +inf and nan stay what they are.
+
+    With e = e^{-2 u}, tanh u = (1 - e) / (1 + e) has the digits of small logits as 1 - e has them, and the derivative, 4 e / (1 + e)^2,
+    those of large ones. The factors of the gradient have the scale already.
+    """
+    if len(X) == 1:
+        return x, 1.0
+    elif len(X) == 2:
+        return x * X[1], 1.0
+    else:
+        x = x * X[1]
+        w = tl.minimum(tl.maximum(x * X[3], -REACH), REACH)
+        e = tl.exp(w)
+        more = tl.where(tl.abs(w) < 0.5, w + psi(w), e - 1.0)
+        share = 1.0 / (2.0 + more)
+        return tl.where(finite(x) & (X[3] < 0.0), X[2] * (more * share), x), 4.0 * e * share * share
+
+
 # ---------------------------------------------------------------- a tile of a row
 
 
@@ -193,11 +239,12 @@ def pair(
     BASE, OTHER, b0, o0, at, edge, vocab,
     ACCESS: tl.constexpr, CACHE: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """(b, o) of a tile; the one tile of a WHOLE row is in registers already."""
-    if WHOLE:
-        return b0, o0
-    else:
-        return load(BASE, at, edge, vocab, ACCESS, CACHE, RB, R), load(OTHER, at, edge, vocab, ACCESS, CACHE, RB, R)
+    """(b, o, the slopes of their transforms) of a tile; the one tile of a WHOLE row is in registers already, as it was loaded."""
+    if not WHOLE:
+        b0, o0 = load(BASE[0], at, edge, vocab, ACCESS, CACHE, RB, R), load(OTHER[0], at, edge, vocab, ACCESS, CACHE, RB, R)
+    b, slope_b = transformed(b0, BASE, psi_short)
+    o, slope_o = transformed(o0, OTHER, psi_short)
+    return b, o, slope_b, slope_o
 
 
 @triton.jit
@@ -252,12 +299,12 @@ def sample(
     FAMILY: tl.constexpr, CENTERED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(top, K, largest o) from 16 runs of 32 classes, or from all: the largest b, and the mean of (o - b) k under e."""
-    if WHOLE:
-        b, o = b0, o0
-    else:
+    if not WHOLE:
         cols = tl.arange(0, 16)[:, None] * (vocab // 16) + tl.arange(0, 32)[None, :]
-        b = tl.load(BASE + edge + cols, mask=cols < vocab, other=-INF).to(tl.float32)
-        o = tl.load(OTHER + edge + cols, mask=cols < vocab, other=-INF).to(tl.float32)
+        b0 = tl.load(BASE[0] + edge + cols, mask=cols < vocab, other=-INF).to(tl.float32)
+        o0 = tl.load(OTHER[0] + edge + cols, mask=cols < vocab, other=-INF).to(tl.float32)
+    b = transformed(b0, BASE, psi_short)[0]
+    o = transformed(o0, OTHER, psi_short)[0]
     top = tl.maximum(tl.max(tl.max(b, 1), 0), LOW)
     y = (o - b) * k
     both = finite(y)
@@ -295,24 +342,37 @@ def interior(first, last, final, ACCESS: tl.constexpr, WHOLE: tl.constexpr, TILE
 
 @triton.jit
 def first_tile(
-    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k, tilt,
+    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k, tilt,
     inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
-    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums with the tile at `at` added, and the references they are relative to."""
-    b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_last", WHOLE, RB, R)
+    b, o, _, _ = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_last", WHOLE, RB, R)
     a, e, eo = b, b, o
+    if TELL:
+        moved, moved_o, best, best_o, run, run_o = told
+        best, run = first_largest(best, run, b, at)
+        best_o, run_o = first_largest(best_o, run_o, o, at)
+        if FAMILY == MOMENTS:
+            moved += tl.sum((b > -INF).to(tl.float32), 1)
+            moved_o += tl.sum((o > -INF).to(tl.float32), 1)
     if FAMILY != MOMENTS:
         top, top_o = tl.maximum(top, tl.max(b, 1)), tl.maximum(top_o, tl.max(o, 1))
         new, new_o = tl.ceil(top * c), tl.ceil(top_o * c)
         scale, scale_o = tl.math.exp2(M - new), tl.math.exp2(M_o - new_o)  # powers of 2
+        if TELL:
+            moved, moved_o = scale * (moved + (M - new) * s), scale_o * (moved_o + (M_o - new_o) * so)
         M, M_o = new, new_o
         s, d, p, u, f = s * scale, d * scale, p * scale, u * scale, f * scale
         a = tl.fma(b, c, -M[:, None])
         # o has a largest of its own here: where K is far from h, the sum of eo would be one of rounded exponents
-        e, eo = tl.math.exp2(a), tl.math.exp2(tl.fma(o, c, -M_o[:, None]))
+        a_o = tl.fma(o, c, -M_o[:, None])
+        e, eo = tl.math.exp2(a), tl.math.exp2(a_o)
         so = so * scale_o + tl.sum(eo, 1)
+        if TELL:
+            moved += tl.sum(e * tl.maximum(a, -BIG), 1)
+            moved_o += tl.sum(eo * tl.maximum(a_o, -BIG), 1)
         eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
     e, em, et, eu, term = terms(
         b, o, a, e, eo, k, K, K_low if splits(FAMILY, BASE_Z) else 0.0, tilt, inverse_tilt, FAMILY, BASE_Z, VALUE, CARRY
@@ -328,60 +388,101 @@ def first_tile(
     if HARD:
         cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
         z = b if BASE_Z else o
-        hard += tl.sum(tl.where(cols == edge + label, 0.0, tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M))), 1)
-    return top, top_o, M, M_o, s, so, d, p, u, hard, f
+        others, exponents, classes = hard
+        x = tl.fma(z, LOG2E_SINGLE, -hard_M)
+        others += tl.sum(tl.where(cols == edge + label, 0.0, tl.math.exp2(x)), 1)
+        if HARD == SMOOTHED:
+            exponents += tl.sum(tl.where(z > -INF, x, 0.0), 1)
+            classes += tl.sum(tl.where(z > -INF, 1.0, 0.0), 1)
+        hard = others, exponents, classes
+    if TELL:
+        told = moved, moved_o, best, best_o, run, run_o
+    return top, top_o, M, M_o, s, so, d, p, u, hard, f, told
+
+
+@triton.jit
+def first_largest(best, run, x, at):
+    """(the largest logit of each lane, the tile that has it first) with the tile at `at` added; tiles come in any order."""
+    new = tl.max(x, 1)
+    return tl.maximum(best, new), tl.where((new > best) | ((new == best) & (at < run)), at, run)
+
+
+@triton.jit
+def first_class(X, best, run, edge, vocab, RB: tl.constexpr, R: tl.constexpr):
+    """The first class with the largest logit: of the first run that has it, which is read again."""
+    largest = tl.max(best, 0)
+    cols = tl.min(tl.where(best == largest, run + tl.arange(0, RB) * R, NOWHERE), 0) + tl.arange(0, R)
+    x = tl.load(X[0] + cols, mask=(cols >= edge) & (cols < edge + vocab), other=-INF).to(tl.float32)
+    x = transformed(x, X, psi_short)[0]
+    return wide(largest), wide(tl.min(tl.where(x == tl.max(x, 0), cols, NOWHERE), 0) - edge)
 
 
 @triton.jit
 def first_sweep(
     BASE, OTHER, b0, o0, first, last, edge, vocab, label, top0, top_o0, K, K_low, hard_M, c, k, tilt, inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
-    WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """(largest b, largest o, sums of e, eo, em, et, eu, the hard term's e over the classes but the label, the terms of F).
+    """(largest b, largest o, sums of e, eo, em, et, eu, the hard term's, the terms of F, for statistics).
 
-    All but the hard one are over 2^M of the largest b.
+    All but the hard term's are over 2^M of the largest b. Those are of its e over the classes but the label, and, for label smoothing, of
+    its exponents over the classes that are not masked, and how many they are. Statistics take sums of e b c and eo o c (at T = inf: how
+    many classes are not masked), and of each side the largest logit and the first class that has it.
     """
     N, w = exponent_shift(K, K_low, c, k)
     top = tl.full([RB], 0.0, tl.float32) + top0
     top_o = tl.full([RB], 0.0, tl.float32) + top_o0
     M, M_o = tl.ceil(top * c), tl.ceil(top_o * c)
     s = tl.zeros([RB], tl.float32)
-    so, d, p, u, hard, f = s, s, s, s, s, s
+    so, d, p, u, hard, f = s, s, s, s, (s, s, s), s
+    nowhere = tl.full([RB], NOWHERE, tl.int32)
+    told = s, s, s - INF, s - INF, nowhere, nowhere
     final = last_tile(first, last, RB * R)
     inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
     for at in tl.range(inner, end, RB * R):
-        top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
-            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k, tilt,
-            inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
+        top, top_o, M, M_o, s, so, d, p, u, hard, f, told = first_tile(
+            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k,
+            tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
-            top, top_o, M, M_o, s, so, d, p, u, hard, f = first_tile(
-                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k,
-                tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, WHOLE, RB, R,
+            top, top_o, M, M_o, s, so, d, p, u, hard, f, told = first_tile(
+                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c,
+                k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     largest, largest_o = tl.max(top, 0), tl.max(top_o, 0)
     unit = tl.full([RB], 1.0, tl.float32)
+    unit_o = unit
     if FAMILY != MOMENTS:
-        unit = tl.math.exp2(M - tl.ceil(largest * c))
-        so = so * tl.math.exp2(M_o - tl.ceil(largest_o * c))
+        unit, unit_o = tl.math.exp2(M - tl.ceil(largest * c)), tl.math.exp2(M_o - tl.ceil(largest_o * c))
     so_over_e = tl.exp((wide(tl.ceil(largest_o * c)) - tl.ceil(largest * c) - N) / LOG2E) * w
+    exponents, classes = wide(0.0), wide(0.0)
+    if HARD == SMOOTHED:
+        exponents, classes = total(hard[1]), total(hard[2])
+    moved = wide(0.0)
+    moved_o, best, best_o, place, place_o = moved, moved, moved, moved, moved
+    if TELL:
+        best, place = first_class(BASE, told[2], told[4], edge, vocab, RB, R)
+        best_o, place_o = first_class(OTHER, told[3], told[5], edge, vocab, RB, R)
+        moved, moved_o = total(told[0]), total(told[1])
+        if FAMILY != MOMENTS:
+            moved = tl.sum((told[0] + M.to(tl.float64) * s) * unit, 0)
+            moved_o = tl.sum((told[1] + M_o.to(tl.float64) * so) * unit_o, 0) * so_over_e
     return (
-        largest, largest_o, total(s * unit), total(so) * so_over_e, total(d * unit), total(p * unit), total(u * unit), total(hard),
-        total(f * unit),
+        largest, largest_o, total(s * unit), total(so * unit_o) * so_over_e, total(d * unit), total(p * unit), total(u * unit),
+        (total(hard[0]), exponents, classes), total(f * unit), (moved, moved_o, best, best_o, place, place_o),
     )  # fmt: skip
 
 
 @triton.jit
 def second_tile(
-    at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct,
-    hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt,
+    at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct, hard,
+    c, k, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums with the tile at `at` added; writes its gradient."""
-    b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
+    b, o, slope_b, slope_o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
     a = tl.fma(b, c, -M)
     e = tl.math.exp2(a)
     if reverses(FAMILY, BASE_Z) and GRAD:
@@ -405,24 +506,35 @@ def second_tile(
             if FAMILY >= POWER:
                 g += P * tl.where(direct, eu, et)
             g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
-        if HARD:
-            cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
-            g += tl.where(cols == edge + label, hard_label, hard_factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M)))
+        g = with_hard(g, z, slope_b if BASE_Z else slope_o, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
         store(G, at, edge, vocab, g, ACCESS, RB, R)
     return d, f, others, ties, own
 
 
 @triton.jit
+def with_hard(g, z, slope, at, label_at, hard, CURVED: tl.constexpr, HARD: tl.constexpr, RB: tl.constexpr, R: tl.constexpr):
+    """The gradient of a tile, in what the softmax is of, with the hard term's (see `hard_of`), as one in the logits."""
+    if HARD:
+        M, factor, at_label, each = hard
+        cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
+        x = factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -M))
+        if HARD == SMOOTHED:
+            x = tl.where(z > -INF, x - each, 0.0)
+        g += tl.where(cols == label_at, at_label, x)
+    if CURVED:
+        g *= slope
+    return g
+
+
+@triton.jit
 def second_sweep(
-    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
-    c, k, tilt, inverse_tilt,
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard, c, k, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Sums of em and of the terms of F; for the base's entropy: of e but the largest, how many are largest, of -e log2(e / the largest).
 
-    Writes the gradient A em + P et + C e, or A em + P eu + C e (reverse KL: e y for em), and hard_factor 2^{z log2(e) - hard_M}, or
-    hard_label at the label.
+    Writes the gradient A em + P et + C e, or A em + P eu + C e (reverse KL: e y for em), and the hard term's.
     """
     N, w = exponent_shift(K, K_low, c, k)
     M = tl.ceil(top * c)
@@ -434,14 +546,14 @@ def second_sweep(
     for forward in tl.range(inner, end, RB * R):
         d, f, others, ties, own = second_tile(
             from_end - (forward - inner), d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w,
-            A, P, C, direct, hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt,
+            A, P, C, direct, hard, c, k, tilt, inverse_tilt,
             FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             d, f, others, ties, own = second_tile(
                 at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct,
-                hard_M, hard_factor, hard_label, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
+                hard, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     sum_d, sum_f = total(d), total(f)
     if FAMILY >= POWER and BASE_Z:
@@ -506,20 +618,17 @@ def mixed_terms(
 
 @triton.jit
 def mixed_tile(
-    at, f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, A, C,
-    hard_M, hard_factor, hard_label, c, k, mix, base, other,
+    at, f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, A, C, hard, c, k, mix, base, other,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums with the tile at `at` added; or, for GRAD, its gradient written."""
-    b, o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first" if GRAD else "evict_last", WHOLE, RB, R)
+    b, o, slope_b, slope_o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first" if GRAD else "evict_last", WHOLE, RB, R)
     q, xi, term, more_b, less_b = mixed_terms(b, o, M, K, K_low, N, w, c, k, mix, base, other, FAMILY, BASE_Z, not GRAD, CARRY)
     if GRAD:
         g = q * tl.fma(xi, A, C)
-        if HARD:
-            cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
-            z = b if BASE_Z else o
-            g += tl.where(cols == edge + label, hard_label, hard_factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard_M)))
+        z, slope = (b, slope_b) if BASE_Z else (o, slope_o)
+        g = with_hard(g, z, slope, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
         store(G, at, edge, vocab, g, ACCESS, RB, R)
     else:
         f += tl.sum(term, 1)
@@ -533,8 +642,7 @@ def mixed_tile(
 
 @triton.jit
 def mixed_sweep(
-    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, C, hard_M, hard_factor, hard_label,
-    c, k, mix, base, other,
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, C, hard, c, k, mix, base, other,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -552,14 +660,14 @@ def mixed_sweep(
     for forward in tl.range(inner, end, RB * R):
         f, mass, moved, lack, less = mixed_tile(
             forward if GRAD else from_end - (forward - inner), f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label,
-            M, K, K_low, N, w, A, C, hard_M, hard_factor, hard_label, c, k, mix, base, other,
+            M, K, K_low, N, w, A, C, hard, c, k, mix, base, other,
             FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             f, mass, moved, lack, less = mixed_tile(
                 at, f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, A, C,
-                hard_M, hard_factor, hard_label, c, k, mix, base, other, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
+                hard, c, k, mix, base, other, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     return total(f), total(mass), total(moved), total(lack), total(less)
 
@@ -591,7 +699,7 @@ def write_zeros(G, first, last, BLOCK: tl.constexpr):
 @triton.jit
 def settled(s, so, d, u, hard, top, K, c, tilt, FAMILY: tl.constexpr):
     """Whether the sums of the first sweep are numbers that the rest can be made of."""
-    ok = finite(d) & finite(hard) & (s > 0.0)
+    ok = finite(d) & finite(hard[0] + hard[1]) & (s > 0.0)
     if FAMILY != MOMENTS:
         ok = ok & finite(s) & finite(so) & (so > 0.0) & (tl.abs(top * c) < MOST) & (tl.abs(K) < MOST)
     if FAMILY >= POWER:
@@ -775,12 +883,29 @@ def entropy(others, ties, own, top, c):
 
 @triton.jit
 def hard_term(hard, label_logit, hard_M):
-    """(cross entropy, 2^{z_label log2(e) - hard_M} + the others)."""
+    """(cross entropy, 2^{z_label log2(e) - hard_M}), `hard` the others."""
     x = (wide(label_logit) * LOG2E_SINGLE - hard_M) / LOG2E
     own = tl.exp(x)
     there = own > 1e-200
     value = tl.where(there, log1p64(hard / tl.where(there, own, 1.0)), tl.log(hard) - x)
-    return tl.where(own == own, value, own), own + hard
+    return tl.where(own == own, value, own), own
+
+
+@triton.jit
+def joined(value, own, others, depths, classes, reference, label_logit, scale, smoothing, z_loss, HARD: tl.constexpr):
+    """(1 - smoothing) CE + smoothing (lse - mean z) + z_loss lse^2 from CE, e^{z - reference} of the label and of all others together,
+    and the sum of z - reference over so many classes; and its gradient, times `scale`: (factor of e^{z - reference}, that at the label,
+    less so much at each class). What the label lacks to 1 comes from the others alone.
+    """
+    log_sum = tl.log(own + others)
+    each = value * 0.0
+    if HARD == SMOOTHED:
+        value = (1.0 - smoothing) * value + smoothing * (log_sum - depths / classes)
+        each = scale * smoothing / classes
+    log_sum += reference
+    gain, unit = 2.0 * z_loss * log_sum, scale / (own + others)
+    at_label = unit * (own * (smoothing + gain) - others * (1.0 - smoothing)) - tl.where(label_logit == -INF, 0.0, each)
+    return value + z_loss * log_sum * log_sum, unit * (1.0 + gain), at_label, each
 
 
 @triton.jit
@@ -791,6 +916,33 @@ def weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HAR
     if HARD:
         loss += hard_scale * hard_value
     return weight * loss
+
+
+@triton.jit
+def tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
+    """Writes the log-sum-exps, entropies and top-1 classes of a row (stats.py), so and K those of the same first sweep."""
+    moved, moved_o, _, _, place, place_o = told
+    log_sum, log_sum_o = tl.log(moved), tl.log(moved_o)
+    entropy, entropy_o = log_sum, log_sum_o
+    if FAMILY != MOMENTS:
+        M = wide(tl.ceil(top * c))
+        log_sum, log_sum_o = tl.log(s) + M / LOG2E, tl.log(so) + (M + (wide(K) + K_low) / k * c) / LOG2E
+        entropy, entropy_o = tl.maximum(log_sum - moved / s / LOG2E, 0.0), tl.maximum(log_sum_o - moved_o / so / LOG2E, 0.0)
+    base = 0 if BASE_Z else 1
+    tl.store(STATS + 2 + base, log_sum)
+    tl.store(STATS + 3 - base, log_sum_o)
+    tl.store(STATS + 4 + base, entropy)
+    tl.store(STATS + 5 - base, entropy_o)
+    tl.store(STATS + 6 + base, place)
+    tl.store(STATS + 7 - base, place_o)
+
+
+@triton.jit
+def tell_terms(STATS, value, cross_entropy, factor, HARD: tl.constexpr):
+    """Writes D and the cross entropy of a row."""
+    tl.store(STATS, value * factor)
+    if HARD:
+        tl.store(STATS + 1, cross_entropy)
 
 
 # ---------------------------------------------------------------- where rows are
@@ -809,10 +961,10 @@ def row_at(row, inner, outer_stride, inner_stride, R: tl.constexpr, ACCESS: tl.c
 
 @triton.jit
 def label_of(LABELS, Z, row, edge, vocab):
-    """(label, its logit): nan for a label outside the vocabulary."""
+    """(label, its logit as it was given): nan for a label outside the vocabulary."""
     label = tl.load(LABELS + row)
     known = (label >= 0) & (label < vocab)
-    logit = tl.load(Z + edge + label, mask=known, other=float("nan")).to(tl.float32)
+    logit = tl.load(Z[0] + edge + label, mask=known, other=float("nan")).to(tl.float32)
     return tl.where(known, label, -1).to(tl.int32), logit
 
 
@@ -821,11 +973,13 @@ def label_of(LABELS, Z, row, edge, vocab):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def loss_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS,
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
     c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr,
+    RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The operator's contract (ops.py); a row that `careful_rows` has to compute is left as it is, and its loss says so."""
     for index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -840,18 +994,19 @@ def loss_rows(
             tl.store(LOSS + row, weight)
         else:
             one_row(
-                Z + z_at, V + v_at, G + g_at, LABELS, LOSS, row, weight, edge, vocab,
+                side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale, v_softcap, v_steepness, TRANSFORM),
+                G + g_at, LABELS, LOSS, STATS + row * COLUMNS, row, weight, edge, vocab,
                 c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
+                smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
 
 
 @triton.jit
 def one_row(
-    Z, V, G, LABELS, LOSS, row, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
-    CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    Z, V, G, LABELS, LOSS, STATS, row, weight, edge, vocab,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss,
+    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     if BASE_Z:
         BASE, OTHER = Z, V
@@ -859,34 +1014,38 @@ def one_row(
         BASE, OTHER = V, Z
     b0, o0 = 0.0, 0.0
     if WHOLE:
-        b0, o0 = load(BASE, 0, edge, vocab, ACCESS, "", RB, R), load(OTHER, 0, edge, vocab, ACCESS, "", RB, R)
+        b0, o0 = load(BASE[0], 0, edge, vocab, ACCESS, "", RB, R), load(OTHER[0], 0, edge, vocab, ACCESS, "", RB, R)
     label, label_logit = -1, LOW
     if HARD:
         label, label_logit = label_of(LABELS, Z, row, edge, vocab)
+        label_logit = transformed(label_logit, Z, psi_short)[0]
     top, K, top_o = sample(BASE, OTHER, b0, o0, edge, vocab, c, k, FAMILY, CENTERED, WHOLE)
     hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
     s = wide(0.0)
-    so, d, p, u, hard, f, h, log_r = s, s, s, s, s, s, s, s
+    so, d, p, u, hard, f, h, log_r = s, s, s, s, (s, s, s), s, s, s
+    told = s, s, s, s, s, s
     K_low = K * 0.0
     ok, going = label == -2, label != -2
     # unrolled, the compiler keeps what all threads have in common in one place, which saves 1.6 instructions a logit; whole rows,
     # which are short of registers, are better off with a loop
     for turn in tl.range(2, loop_unroll_factor=1 if WHOLE else 2):
         if going:
-            top, top_o, s, so, d, p, u, hard, f = first_sweep(
+            top, top_o, s, so, d, p, u, hard, f, told = first_sweep(
                 BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
-                FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), CARRY, ACCESS, WHOLE, RB, R,
+                FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), TELL, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
             ok, h, log_r, going = judged(s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt, FAMILY, BASE_Z, CENTERED, GRAD)
             K, K_low = repeated(K, K_low, h, going & (turn == 0), c, k, FAMILY, BASE_Z, CARRY)
     loss = lost_row()
     if ok:
-        hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
+        if TELL:
+            tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY, BASE_Z)
+        hard_value, cross_entropy, hard_gradient = hard_of(hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD)
         value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
         if mixes(FAMILY):
             K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
             value = mixed_row(
-                BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, weight * grad_scale, hard_M, hard_factor, hard_label,
+                BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, weight * grad_scale, hard_gradient,
                 c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
         elif again | GRAD | (FAMILY == ENTROPY):
@@ -894,8 +1053,7 @@ def one_row(
                 s, p, h, log_r, value, K, K_low, weight * grad_scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
             )  # fmt: skip
             d, f, others, ties, own = second_sweep(
-                BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, P, C, direct,
-                hard_M, hard_factor, hard_label,
+                BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_gradient,
                 c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
             if not (reverses(FAMILY, BASE_Z) and GRAD):
@@ -903,25 +1061,27 @@ def one_row(
             if FAMILY == ENTROPY:
                 value += entropy(others, ties, own, top, c)
         loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
+        if TELL:
+            tell_terms(STATS, value, cross_entropy, factor, HARD)
     tl.store(LOSS + row, loss)
 
 
 @triton.jit
 def mixed_row(
-    BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scale, hard_M, hard_factor, hard_label, c, k, mix, base, other,
+    BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scale, hard, c, k, mix, base, other,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """D of a row of the mixture family, whose first sweep has found K; writes its gradient."""
     f, mass, moved, lack, less = mixed_sweep(
-        BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, 0.0, 0.0, 0.0, 0.0, 0.0,
+        BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, 0.0, 0.0, hard,
         c, k, mix, base, other, FAMILY, BASE_Z, False, False, CARRY, ACCESS, WHOLE, RB, R,
     )  # fmt: skip
     value = mixed_value(s, f, lack, less, FAMILY)
     if GRAD:
         A, C = mixed_coefficients(s, mass, moved, scale)
         mixed_sweep(
-            BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, C, hard_M, hard_factor, hard_label,
+            BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, C, hard,
             c, k, mix, base, other, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     return value
@@ -944,14 +1104,20 @@ def plan_second(
 
 
 @triton.jit
-def hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD: tl.constexpr):
-    """(cross entropy, factor of 2^{z log2(e) - hard_M} in its gradient, its gradient at the label)."""
+def hard_of(hard, label_logit, hard_M, scale, smoothing, z_loss, HARD: tl.constexpr):
+    """(the hard term, the cross entropy alone, the gradient of the first for `with_hard`).
+
+    That is M, the factor of 2^{z log2(e) - M}, what the label has, and what smoothing takes from each class.
+    """
     if HARD:
-        value, sum_of_all = hard_term(hard, label_logit, hard_M)
-        factor = weight * hard_grad_scale / sum_of_all
-        return value, factor.to(tl.float32), (-factor * hard).to(tl.float32)
+        others, exponents, classes = hard
+        cross_entropy, own = hard_term(others, label_logit, hard_M)
+        value, factor, at_label, each = joined(
+            cross_entropy, own, others, exponents / LOG2E, classes, wide(hard_M) / LOG2E_SINGLE, label_logit, scale, smoothing, z_loss, HARD
+        )  # fmt: skip
+        return value, cross_entropy, (hard_M, factor.to(tl.float32), at_label.to(tl.float32), each.to(tl.float32))
     else:
-        return hard, 0.0, 0.0
+        return hard[0], hard[0], (0.0, 0.0, 0.0, 0.0)
 
 
 # ---------------------------------------------------------------- several programs to a row
@@ -959,11 +1125,13 @@ def hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD: tl.constex
 
 @triton.jit(do_not_specialize=NUMBERS)
 def loss_parts(
-    Z, V, G, LABELS, WEIGHTS, LOSS, STATE, COUNTERS,
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNTERS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
     c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
+    RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """`loss_rows` with PARTS programs to a row, which exchange their sums through STATE, [rows, PARTS, SLOTS].
 
@@ -990,9 +1158,11 @@ def loss_parts(
             tl.store(LOSS + row, weight)
         else:
             one_part(
-                Z + z_at, V + v_at, G + g_at, LABELS, LOSS, STATE + row * (PARTS * SLOTS), COUNTERS + 1 + 2 * row, row, part, weight, edge,
-                vocab, c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, PHASE, RB, R,
+                side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale, v_softcap, v_steepness, TRANSFORM),
+                G + g_at, LABELS, LOSS, STATS + row * COLUMNS, STATE + row * (PARTS * SLOTS),
+                COUNTERS + 1 + 2 * row, row, part, weight, edge, vocab,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         if PHASE == BOTH:
             ticket = tl.atomic_add(COUNTERS, 1)
@@ -1002,10 +1172,11 @@ def loss_parts(
 
 @triton.jit
 def one_part(
-    Z, V, G, LABELS, LOSS, STATE, COUNTERS, row, part, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
-    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    Z, V, G, LABELS, LOSS, STATS, STATE, COUNTERS, row, part, weight, edge, vocab,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss,
+    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
+    RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     if BASE_Z:
         BASE, OTHER = Z, V
@@ -1017,11 +1188,13 @@ def one_part(
     label, label_logit = -1, LOW
     if HARD:
         label, label_logit = label_of(LABELS, Z, row, edge, vocab)
+        label_logit = transformed(label_logit, Z, psi_short)[0]
     # all parts sample the same classes, so that they have the same reference
     top, K, top_o = sample(BASE, OTHER, 0.0, 0.0, edge, vocab, c, k, FAMILY, CENTERED, False)
     hard_M = tl.ceil(tl.maximum(label_logit, top if BASE_Z else top_o) * LOG2E_SINGLE)
     s = wide(0.0)
-    so, d, p, u, hard, f, h, log_r = s, s, s, s, s, s, s, s
+    so, d, p, u, hard, f, h, log_r = s, s, s, s, (s, s, s), s, s, s
+    told = s, s, s, s, s, s
     K_low = K * 0.0
     ok, going = label == -2, label != -2
     for turn in tl.static_range(2):
@@ -1030,7 +1203,7 @@ def one_part(
             if (PHASE == BOTH) | (turn == PHASE):
                 publish(
                     BASE, OTHER, SUMS + part * SLOTS, first, last, edge, vocab, label, label_logit, top, top_o, K, K_low, hard_M,
-                    c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), CARRY, ACCESS, RB, R,
+                    c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), TELL, CARRY, ACCESS, RB, R,
                 )  # fmt: skip
             if PHASE == BOTH:
                 tl.debug_barrier()
@@ -1038,7 +1211,7 @@ def one_part(
                 while arrived < (turn + 1) * PARTS:
                     arrived = tl.atomic_add(COUNTERS, 0, sem="acquire")
             if (PHASE >= MIX) | (turn < PHASE):
-                top, top_o, K, K_low, s, so, d, p, u, hard, f = merged_sums(SUMS, part, c, FAMILY, PARTS)
+                top, top_o, K, K_low, s, so, d, p, u, hard, f, told = merged_sums(SUMS, part, c, FAMILY, HARD, TELL, PARTS)
                 # in later phases the gradient may have taken the logits' place
                 hard_M = tl.load(SUMS + part * SLOTS + 10).to(tl.float32)
                 label_logit = tl.load(SUMS + part * SLOTS + 11).to(tl.float32)
@@ -1047,11 +1220,14 @@ def one_part(
                     K, K_low = repeated(K, K_low, h, going, c, k, FAMILY, BASE_Z, CARRY)
     if PHASE >= MIX:
         if ok:
+            if TELL:
+                if part == 0:
+                    tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY, BASE_Z)
             finish(
-                BASE, OTHER, G, LOSS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
+                BASE, OTHER, G, LOSS, STATS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
                 label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
                 c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                FAMILY, BASE_Z, CENTERED, HARD, GRAD, CARRY, ACCESS, PARTS, PHASE, RB, R,
+                smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         else:
             tl.store(LOSS + row, lost_row())
@@ -1060,13 +1236,13 @@ def one_part(
 @triton.jit
 def publish(
     BASE, OTHER, SLOT, first, last, edge, vocab, label, label_logit, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The first sweep of a part."""
-    top, top_o, s, so, d, p, u, hard, f = first_sweep(
+    top, top_o, s, so, d, p, u, hard, f, told = first_sweep(
         BASE, OTHER, 0.0, 0.0, first, last, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
-        FAMILY, BASE_Z, HARD, VALUE, CARRY, ACCESS, False, RB, R,
+        FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, ACCESS, False, RB, R,
     )  # fmt: skip
     tl.store(SLOT, wide(top))
     tl.store(SLOT + 1, wide(top_o))
@@ -1076,11 +1252,17 @@ def publish(
     tl.store(SLOT + 5, d)
     tl.store(SLOT + 6, p)
     tl.store(SLOT + 7, u)
-    tl.store(SLOT + 8, hard)
+    tl.store(SLOT + 8, hard[0])
     tl.store(SLOT + 9, f)
     tl.store(SLOT + 10, wide(hard_M))
     tl.store(SLOT + 11, wide(label_logit))
     tl.store(SLOT + 12, wide(K_low))
+    if HARD == SMOOTHED:
+        tl.store(SLOT + 13, hard[1])
+        tl.store(SLOT + 14, hard[2])
+    if TELL:
+        for i in tl.static_range(6):
+            tl.store(SLOT + 15 + i, told[i])
 
 
 @triton.jit
@@ -1090,7 +1272,7 @@ def merged(STATE, slot: tl.constexpr, unit, PARTS: tl.constexpr):
 
 
 @triton.jit
-def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, PARTS: tl.constexpr):
+def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL: tl.constexpr, PARTS: tl.constexpr):
     """What `first_sweep` returns, of all parts together, and (K, K_low)."""
     tops = tl.load(SUMS + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
     tops_o = tl.load(SUMS + 1 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
@@ -1099,29 +1281,49 @@ def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, PARTS: tl.constexpr):
     unit = one
     if FAMILY != MOMENTS:
         unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
+    exponents, classes = wide(0.0), wide(0.0)
+    if HARD == SMOOTHED:
+        exponents, classes = merged(SUMS, 13, one, PARTS), merged(SUMS, 14, one, PARTS)
+    moved = wide(0.0)
+    moved_o, best, best_o, place, place_o = moved, moved, moved, moved, moved
+    if TELL:
+        moved, moved_o = merged(SUMS, 15, unit, PARTS), merged(SUMS, 16, unit, PARTS)
+        best, place = merged_class(SUMS, 17, PARTS)
+        best_o, place_o = merged_class(SUMS, 18, PARTS)
     return (
         top, top_o, tl.load(SUMS + part * SLOTS + 2).to(tl.float32), tl.load(SUMS + part * SLOTS + 12).to(tl.float32),
         merged(SUMS, 3, unit, PARTS), merged(SUMS, 4, unit, PARTS), merged(SUMS, 5, unit, PARTS), merged(SUMS, 6, unit, PARTS),
-        merged(SUMS, 7, unit, PARTS), merged(SUMS, 8, one, PARTS), merged(SUMS, 9, unit, PARTS),
+        merged(SUMS, 7, unit, PARTS), (merged(SUMS, 8, one, PARTS), exponents, classes), merged(SUMS, 9, unit, PARTS),
+        (moved, moved_o, best, best_o, place, place_o),
     )  # fmt: skip
 
 
 @triton.jit
+def merged_class(SUMS, slot: tl.constexpr, PARTS: tl.constexpr):
+    """(the largest logit of all parts, the first class that has it)."""
+    best = tl.load(SUMS + slot + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
+    place = tl.load(SUMS + slot + 2 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
+    largest = tl.max(best, 0)
+    return largest, tl.min(tl.where(best == largest, place, INF), 0)
+
+
+@triton.jit
 def finish(
-    BASE, OTHER, G, LOSS, STATE, DONE, row, part, first, last, weight, edge, vocab,
+    BASE, OTHER, G, LOSS, STATS, STATE, DONE, row, part, first, last, weight, edge, vocab,
     label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
-    CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss,
+    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
+    RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The other sweeps of a part; whoever is last adds the parts up."""
-    hard_value, hard_factor, hard_label = hard_of(hard, label_logit, hard_M, weight, hard_grad_scale, HARD)
+    hard_value, cross_entropy, hard_gradient = hard_of(hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD)
     if mixes(FAMILY):
         K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
         last_one = part == 0
         if PHASE != FINISH:
             f, mass, moved, lack, less = mixed_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, 0.0, 0.0, 0.0, 0.0, 0.0,
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, 0.0, 0.0, hard_gradient,
                 c, k, tilt, base_share, other_share, FAMILY, BASE_Z, False, False, CARRY, ACCESS, False, RB, R,
             )  # fmt: skip
             publish_second(STATE + part * SLOTS, f, mass, moved, lack, less)
@@ -1139,11 +1341,13 @@ def finish(
             if GRAD:
                 A, C = mixed_coefficients(s, mass, moved, weight * grad_scale)
                 mixed_sweep(
-                    BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, C, hard_M, hard_factor, hard_label,
+                    BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, C, hard_gradient,
                     c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, False, RB, R,
                 )  # fmt: skip
             if last_one:
                 tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+                if TELL:
+                    tell_terms(STATS, value, cross_entropy, factor, HARD)
     elif PHASE >= FINISH:
         value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
         last_one = part == 0
@@ -1152,7 +1356,7 @@ def finish(
                 s, p, h, log_r, value, K, K_low, weight * grad_scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
             )  # fmt: skip
             d, f, others, ties, own = second_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_M, hard_factor, hard_label,
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_gradient,
                 c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
             )  # fmt: skip
             if not (reverses(FAMILY, BASE_Z) and GRAD):
@@ -1166,6 +1370,8 @@ def finish(
                         value += entropy(others, ties, own, top, c)
         if last_one:
             tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+            if TELL:
+                tell_terms(STATS, value, cross_entropy, factor, HARD)
 
 
 @triton.jit

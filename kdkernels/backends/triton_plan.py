@@ -25,10 +25,13 @@ FAMILIES = ("KL", "ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "AL
 TEACHER, STUDENT, STEEP = range(3)
 # every row starts and ends on 16 bytes; the rows of all tensors are off by the same number of classes; they are not: a class an access
 EVEN, WINDOW, SCALAR = range(3)
+# of the hard term: without and with label smoothing. Of a transform of the logits: scales alone, or a softcap too
+CROSS_ENTROPY, SMOOTHED = 1, 2
+SCALED, CAPPED = 1, 2
 # phases of a row that several programs share: the sums, once and again, those of a mixture, and the rest; or all of it
 PUBLISH, AGAIN, MIX, FINISH, BOTH = range(5)
-SUM_SLOTS = 13  # fp64 numbers that a part publishes each time
-SLOTS = 32  # of its state: twice those, and what the second sweep sums, at most 5
+SUM_SLOTS = 21  # fp64 numbers that a part publishes each time
+SLOTS = 48  # of its state: twice those, and what the second sweep sums, at most 5
 
 
 @dataclass(frozen=True)

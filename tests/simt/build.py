@@ -47,7 +47,7 @@ def library() -> Path:
         jobs = [[f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}", "-o", folder / f"{s}{b}{o}.o"] for s, b, o in pieces]
         jobs.append(["-o", folder / "api.o"])
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda job: _run(COMPILER, *FLAGS, "-O1", "-c", HERE / "library.cpp", *job), jobs))
+            list(pool.map(lambda job: _run(COMPILER, *FLAGS, "-O1", "-DKD_FIBERS", "-c", HERE / "library.cpp", *job), jobs))
         _run(COMPILER, "-shared", "-pthread", *folder.glob("*.o"), "-o", folder / "simt.so")
 
     return _once("library", build) / "simt.so"

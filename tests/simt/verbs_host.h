@@ -1,10 +1,8 @@
-// The verbs of csrc/cuda/verbs.h on a host: each CUDA thread is a thread, barriers are pthread's (ThreadSanitizer sees through std::barrier),
-// shared memory is allocated to the byte (AddressSanitizer sees its end), and copies arrive no sooner than they are waited for.
+// The verbs of csrc/cuda/verbs.h on a host: shared memory is allocated to the byte (AddressSanitizer sees its end), and copies arrive no sooner
+// than they are waited for. Each CUDA thread is a thread (threads.h), or, for speed, a fiber of one (fibers.h, with KD_FIBERS).
 //
 // A fault can be planted, to see that it is reported: a barrier left out, a copy of 16 bytes too many.
 #pragma once
-#include <pthread.h>
-#include <sched.h>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -14,7 +12,6 @@
 #include <functional>
 #include <memory>
 #include <new>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -38,15 +35,16 @@ inline void require(bool true_, const char *what) {
   std::abort();
 }
 
-class Barrier {
- public:
-  explicit Barrier(int n) { pthread_barrier_init(&barrier_, nullptr, n); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  Barrier(const Barrier &) = delete;
-  void wait() { pthread_barrier_wait(&barrier_); }
- private:
-  pthread_barrier_t barrier_;
-};
+struct Here;
+}  // namespace gpu
+
+#if defined(KD_FIBERS)
+#include "fibers.h"
+#else
+#include "threads.h"
+#endif
+
+namespace gpu {
 
 struct Warp {
   Barrier barrier{32};
@@ -79,35 +77,35 @@ struct Here {
   Cluster *cluster = nullptr;
   std::vector<std::vector<Copy>> groups{1};          // of copies under way, the last one open
 };
-inline thread_local Here here;
+inline thread_local Here *self;                      // of the thread that runs
 
-inline int thread() { return here.thread; }
-inline int64_t block() { return here.block; }
-inline int64_t blocks() { return here.blocks; }
+inline int thread() { return self->thread; }
+inline int64_t block() { return self->block; }
+inline int64_t blocks() { return self->blocks; }
 template <class T> T from_here(T x) { return x; }
-inline char *shared() { return (char *)here.own->shared; }
+inline char *shared() { return (char *)self->own->shared; }
 
 inline void sync_block() {
-  if (planted == kRace && here.skipped++ == 1) return;
-  here.own->barrier.wait();
+  if (planted == kRace && self->skipped++ == 1) return;
+  self->own->barrier.wait();
 }
 inline bool sync_block_any(bool x) {
-  here.own->flags[here.thread] = x;
-  here.own->barrier.wait();
+  self->own->flags[self->thread] = x;
+  self->own->barrier.wait();
   bool any = false;
-  for (char flag : here.own->flags) any |= flag;
-  here.own->barrier.wait();
+  for (char flag : self->own->flags) any |= flag;
+  self->own->barrier.wait();
   return any;
 }
-inline void sync_warp() { here.warp->barrier.wait(); }
+inline void sync_warp() { self->warp->barrier.wait(); }
 
 // body(lanes) sees what every lane has put there.
 template <class T, int N, class Body> void over_lanes(const T (&x)[N], Body body) {
   static_assert(N <= 16 && sizeof(T) <= 8, "");
-  for (int i = 0; i < N; i++) here.warp->lanes[here.thread % 32][i] = double(x[i]);   // exact for what is asked
-  here.warp->barrier.wait();
-  body(here.warp->lanes);
-  here.warp->barrier.wait();
+  for (int i = 0; i < N; i++) self->warp->lanes[self->thread % 32][i] = double(x[i]);   // exact for what is asked
+  self->warp->barrier.wait();
+  body(self->warp->lanes);
+  self->warp->barrier.wait();
 }
 template <class T, int N> void warp_sum(T (&x)[N]) {
   T lanes[32];
@@ -119,7 +117,7 @@ template <class T, int N> void warp_sum(T (&x)[N]) {
         for (int l = 0; l < 32; l++) sums[l] = lanes[l] + lanes[l ^ step];
         std::memcpy(lanes, sums, sizeof sums);
       }
-      x[i] = lanes[here.thread % 32];
+      x[i] = lanes[self->thread % 32];
     }
   });
 }
@@ -170,37 +168,38 @@ inline uint32_t largest_f16_pair(uint32_t a, uint32_t b) { return largest_pair(a
 struct Word4 { uint32_t x[4]; };
 inline void require_aligned(const void *p) { require((uintptr_t)p % 16 == 0, "an access of 16 bytes that is not aligned"); }
 inline Word4 load16(const void *p) { require_aligned(p); Word4 w; std::memcpy(&w, p, 16); return w; }
-inline void store_streaming(void *p, const Word4 &w) { require_aligned(p); std::memcpy(p, &w, 16); }
+inline void store16(void *p, const Word4 &w) { require_aligned(p); std::memcpy(p, &w, 16); }
+inline void store_streaming(void *p, const Word4 &w) { store16(p, w); }
 
-inline void copy_async(void *to, const void *from) { require_aligned(to); require_aligned(from); here.groups.back().push_back({to, from}); }
-inline void copy_commit() { here.groups.emplace_back(); }
+inline void copy_async(void *to, const void *from) { require_aligned(to); require_aligned(from); self->groups.back().push_back({to, from}); }
+inline void copy_commit() { self->groups.emplace_back(); }
 template <int kPending> void copy_wait() {
-  while (int(here.groups.size()) > kPending + 1) {
-    for (const Copy &c : here.groups.front()) std::memcpy(c.to, c.from, 16);
-    here.groups.erase(here.groups.begin());
+  while (int(self->groups.size()) > kPending + 1) {
+    for (const Copy &c : self->groups.front()) std::memcpy(c.to, c.from, 16);
+    self->groups.erase(self->groups.begin());
   }
 }
 
 inline uint32_t next_ticket(uint32_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 inline void announce(uint32_t *counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
-inline void await(const uint32_t *counter, uint32_t count) { while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < count) sched_yield(); }
+inline void await(const uint32_t *counter, uint32_t count) { while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < count) let_others(); }
 inline double load_fresh(const double *p) { return *p; }
 
 // ---------------------------------------------------------------- clusters and bulk copies
 struct alignas(8) Arrivals { std::atomic<uint32_t> phase; std::atomic<int32_t> bytes; };
 
-inline int cluster_rank() { return here.rank; }
-inline int cluster_blocks() { return int(here.cluster->shared.size()); }
-inline int64_t cluster() { return here.block / cluster_blocks(); }
-inline int64_t clusters() { return here.blocks / cluster_blocks(); }
-inline void sync_cluster() { here.cluster->barrier.wait(); }
-template <class T> T *of_block(T *p, int rank) { return (T *)(here.cluster->shared[rank] + ((char *)p - shared())); }
+inline int cluster_rank() { return self->rank; }
+inline int cluster_blocks() { return int(self->cluster->shared.size()); }
+inline int64_t cluster() { return self->block / cluster_blocks(); }
+inline int64_t clusters() { return self->blocks / cluster_blocks(); }
+inline void sync_cluster() { self->cluster->barrier.wait(); }
+template <class T> T *of_block(T *p, int rank) { return (T *)(self->cluster->shared[rank] + ((char *)p - shared())); }
 inline void arrivals_init(Arrivals *a) { new (a) Arrivals{}; }
 inline void arrivals_expect(Arrivals *a, uint32_t bytes) {
   require(a->bytes == 0, "a phase that has not ended is begun again");
   if (bytes) a->bytes = int32_t(bytes); else a->phase.fetch_add(1, std::memory_order_release);
 }
-inline void arrivals_wait(Arrivals *a, uint32_t phase) { while (a->phase.load(std::memory_order_acquire) % 2 == phase) sched_yield(); }
+inline void arrivals_wait(Arrivals *a, uint32_t phase) { while (a->phase.load(std::memory_order_acquire) % 2 == phase) let_others(); }
 inline void copy_bulk(void *to, const void *from, uint32_t bytes, Arrivals *a) {
   require_aligned(to); require_aligned(from); require(bytes % 16 == 0, "a bulk copy of bytes that 16 does not divide");
   std::memcpy(to, from, bytes + (planted == kOverrun ? 16 : 0));
@@ -223,20 +222,19 @@ template <class... Args> int launch(void (*kernel)(Args...), const Shape &s, voi
     const int n = int(s.blocks - first < at_a_time ? s.blocks - first : at_a_time);
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Cluster>> clusters;
-    std::vector<std::thread> threads;
     for (int i = 0; i < n; i++) {
       blocks.push_back(std::make_unique<Block>(s.threads, s.shared));
       if (i % s.cluster == 0) clusters.push_back(std::make_unique<Cluster>(s.cluster, s.threads));
       clusters.back()->shared[i % s.cluster] = (char *)blocks[i]->shared;
     }
-    for (int i = 0; i < n; i++) for (int t = 0; t < s.threads; t++) threads.emplace_back([&, i, t] {
-      here = Here{};
-      here.thread = t; here.threads = s.threads; here.rank = i % s.cluster;
-      here.block = first + i; here.blocks = s.blocks;
-      here.own = blocks[i].get(); here.warp = here.own->warps[t / 32].get(); here.cluster = clusters[i / s.cluster].get();
-      kernel(args...);
-    });
-    for (auto &t : threads) t.join();
+    std::vector<Here> those(n * s.threads);
+    for (int i = 0; i < n; i++) for (int t = 0; t < s.threads; t++) {
+      Here &h = those[i * s.threads + t];
+      h.thread = t; h.threads = s.threads; h.rank = i % s.cluster;
+      h.block = first + i; h.blocks = s.blocks;
+      h.own = blocks[i].get(); h.warp = h.own->warps[t / 32].get(); h.cluster = clusters[i / s.cluster].get();
+    }
+    side_by_side(n * s.threads, [&](int i) { self = &those[i]; }, [&] { kernel(args...); });
   }
   return 0;
 }
