@@ -28,6 +28,8 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     step "predicted and measured" timeout 60 "$python" benchmarks/traffic.py --here
     step "the sweep" timeout 200 "$python" -m kdkernels bench --dtypes bf16 --divergences kl 'renyi(0.5)' --json "$out/$name.json" --shapes \
         4096x32768 4096x50257 4096x128256 2048x151936 1024x262144 64x262144 1x128256
+    step "from hidden states" timeout 200 "$python" -m kdkernels bench --linear 8192x32768x1024 8192x128256x1024 8192x128256x4096 \
+        8192x262144x4096 --dtypes bf16 --divergences kl 'jsd(0.5)' --json "$out/linear_$name.json"
     step "as a table" "$python" benchmarks/to_csv.py "$out/$name.json"
 else
     echo "== no GPU: its half is left out"

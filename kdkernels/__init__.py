@@ -16,7 +16,8 @@ from .divergence import (
     parse,
 )
 from .functional import fused_kd_loss, logit_matching_loss, tempered_log_softmax
-from .modules import KDLoss
+from .linear import fused_linear_kd_loss
+from .modules import KDLoss, LinearKDLoss
 from .stats import KDStats
 from .transforms import LogitTransform, standardize_logits
 
@@ -30,6 +31,7 @@ __all__ = [
     "Divergence",
     "KDLoss",
     "KDStats",
+    "LinearKDLoss",
     "LogitTransform",
     "Renyi",
     "ReverseKL",
@@ -38,6 +40,7 @@ __all__ = [
     "SkewReverseKL",
     "decoupled_kd_loss",
     "fused_kd_loss",
+    "fused_linear_kd_loss",
     "logit_matching_loss",
     "parse",
     "standardize_logits",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, linear
 
 
 class KDLoss(nn.Module):
@@ -40,3 +41,43 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._given.items())
+
+
+class LinearKDLoss(KDLoss):
+    """`fused_linear_kd_loss` with its options fixed; tensors, num_items and num_counted are given with each call.
+
+    Args:
+        **options: those of `KDLoss` but inplace, and logits_dtype and memory_budget: the same errors, at construction.
+
+    Example:
+        >>> loss = LinearKDLoss(temperature=2.0, t_squared=True, memory_budget=512 << 20)
+    """
+
+    def __init__(self, *, logits_dtype: torch.dtype | None = None, memory_budget: int | None = None, **options):
+        if "inplace" in options:
+            raise TypeError("inplace: of fused_kd_loss alone; here a chunk's gradient always takes its logits' place")
+        super().__init__(**options)
+        linear.check_chunking(logits_dtype, memory_budget)
+        chunking = dict(logits_dtype=logits_dtype, memory_budget=memory_budget)
+        self._given = options | {name: x for name, x in chunking.items() if x is not None}
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_logits: linear.TeacherLogits | None = None,
+        token_weight: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+        num_counted: int | None = None,
+    ) -> Tensor:
+        """(..., H) and (V, H) of both, (...) labels -> a scalar, or (...) for reduction="none"."""
+        models = student_hidden, student_weight, teacher_hidden, teacher_weight
+        more = dict(student_bias=student_bias, teacher_bias=teacher_bias, teacher_logits=teacher_logits)
+        more |= dict(token_weight=token_weight, num_items=num_items, num_counted=num_counted)
+        return linear.fused_linear_kd_loss(*models, labels, **more, **self._given)

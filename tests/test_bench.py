@@ -12,7 +12,7 @@ import torch
 
 from kdkernels import parse
 from kdkernels.__main__ import main
-from kdkernels.bench import contenders, measure
+from kdkernels.bench import contenders, linear, measure
 from kdkernels.bench.reference import reference
 
 
@@ -140,3 +140,32 @@ def test_libraries_are_those_installed(monkeypatch):
     (loss,) = contenders.libraries(parse("kl"), 2.0).values()
     z, v = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loss(z, v), contenders.fused(parse("kl"), 2.0)(z, v))
+
+
+def test_linear(capsys, tmp_path):
+    """Memory on paper, then what was measured; the loss is refused where it is wrong."""
+    small = ["bench", "--linear", "96x500x16", "--dtypes", "fp32", "bf16", "--repeats", "1", "--device", "cpu"]
+    assert main([*small, "--divergences", "kl", "--json", str(tmp_path / "l.json")]) == 0
+    out = capsys.readouterr().out
+    assert "on paper" in out and out.count("\nkdkernels ") == 2 and "eager kl_div(log_target=True)" in out
+    for case in json.loads((tmp_path / "l.json").read_text())["cases"]:
+        assert case["contenders"]["kdkernels"]["weight_error"] < (1e-5 if case["dtype"] == "fp32" else 0.1)
+    with pytest.raises(SystemExit, match="TOKENSxVOCABxWIDTH"):
+        main(["bench", "--linear", "96x500"])
+
+
+def test_no_time_for_a_wrong_chunk(monkeypatch):
+    right = linear.linear.fused_linear_kd_loss
+    monkeypatch.setattr(linear.linear, "fused_linear_kd_loss", lambda h, *rest, **options: right(h * 1.01, *rest, **options))
+    with pytest.raises(SystemExit, match="wrong here"):
+        main(["bench", "--linear", "96x500x16", "--dtypes", "fp32", "--divergences", "kl", "--device", "cpu"])
+
+
+def test_liger_is_the_same_loss():
+    """Where it is installed: the chunked one, also for KL."""
+    pytest.importorskip("liger_kernel")
+    for text in ("kl", "jsd(0.3)"):
+        case = linear.Case(40, 60, 8, "fp32", text, 2.0)
+        inputs = [x.double().detach() for x in case.inputs(torch.device("cpu"))]
+        (loss,) = linear.liger(parse(text), 2.0, torch.device("cpu")).values()
+        assert float(loss(*inputs)) == pytest.approx(linear.exact(case, inputs)[0], rel=1e-6)

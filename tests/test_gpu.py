@@ -12,7 +12,7 @@ import pytest
 import torch
 from rows import KINDS, make_rows, with_masks
 
-from kdkernels import backends, fused_kd_loss, tempered_log_softmax
+from kdkernels import backends, fused_kd_loss, fused_linear_kd_loss, tempered_log_softmax
 from kdkernels.backends import triton
 
 pytestmark = [
@@ -236,3 +236,68 @@ def test_log_softmax():
         room = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(a.double(), b, rtol=room, atol=1e-6)
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=room, atol=room)
+
+
+def hidden_states(tokens, vocab, width, dtype):
+    """(hidden, weight, teacher's hidden, teacher's weight, labels), of which a quarter are ignored."""
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(tokens, width, generator=g), torch.randn(vocab, width, generator=g) * 2 * width**-0.5
+    th, tw = h + 0.2 * torch.randn(h.shape, generator=g), w
+    labels = torch.randint(vocab, (tokens,), generator=g)
+    labels[::4] = -100
+    student, teacher = ([x.to("cuda", dtype) for x in pair] for pair in ((h, w), (th, tw)))
+    return [x.requires_grad_() for x in student], teacher, labels.cuda()
+
+
+@pytest.mark.parametrize("dtype, logits_dtype, bound", [(torch.float32, None, 1e-3), (torch.bfloat16, None, 0.1)])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_from_hidden_states(dtype, logits_dtype, bound, dropped):
+    """Without waiting, also where tokens are dropped; the gradients are fp64's, of full logits. fp32 products may be TF32's."""
+    student, teacher, labels = hidden_states(1000, 5000, 256, dtype)
+    counted = int((labels != -100).sum()) if dropped else None
+    options = CHOSEN | dict(hard_weight=0.2, num_counted=counted, logits_dtype=logits_dtype, memory_budget=300 * 5000 * 8)
+    for reduction in ("mean", "none"):
+        fused_linear_kd_loss(*student, *teacher, labels, reduction=reduction, **options).sum().backward()
+        for x in student:
+            x.grad = None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            fused_linear_kd_loss(*student, *teacher, labels, reduction=reduction, **options).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        leaves = [x.detach().double().requires_grad_() for x in student]
+        v = teacher[0].double() @ teacher[1].double().t()
+        fused_kd_loss(leaves[0] @ leaves[1].t(), v, labels, hard_weight=0.2, reduction=reduction, backend="eager").sum().backward()
+        for x, y in zip(student, leaves, strict=True):
+            assert float((x.grad.double() - y.grad).norm() / y.grad.norm()) < bound
+            x.grad = None
+    wrong = fused_linear_kd_loss(*student, *teacher, labels, **(options | dict(num_counted=10)))
+    assert wrong.isnan()
+
+
+def test_fp32_logits_of_bf16_products():
+    student, teacher, labels = hidden_states(1000, 5000, 256, torch.bfloat16)
+    errors = []
+    leaves = [x.detach().double().requires_grad_() for x in student]
+    fused_kd_loss(leaves[0] @ leaves[1].t(), teacher[0].double() @ teacher[1].double().t(), backend="eager").backward()
+    for logits_dtype in (None, torch.float32):
+        fused_linear_kd_loss(*student, *teacher, logits_dtype=logits_dtype, memory_budget=300 * 5000 * 8, **CHOSEN).backward()
+        errors.append([float((x.grad.double() - y.grad).norm() / y.grad.norm()) for x, y in zip(student, leaves, strict=True)])
+        for x in student:
+            x.grad = None
+    assert all(wide < 5e-3 and wide < half / 2 for half, wide in zip(*errors, strict=True))
+
+
+def test_peak_memory_from_hidden_states():
+    """Two chunks of logits, the gradients, and their sum in fp32."""
+    tokens, vocab, width, chunk = 4096, 50000, 64, 256
+    student, teacher, labels = hidden_states(tokens, vocab, width, torch.bfloat16)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fused_linear_kd_loss(*student, *teacher, memory_budget=2 * chunk * vocab * 2, **CHOSEN).backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        for x in student:
+            x.grad = None
+    assert peak < 1.1 * (2 * chunk * vocab * 2 + 6 * vocab * width + 2 * tokens * width) + (4 << 20)

@@ -1,10 +1,12 @@
 """Every Python snippet of the README, and the docstring's example, runs; its table of times is that of the committed results."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import kdkernels
+from kdkernels.bench import linear
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,6 +39,15 @@ def test_times_are_the_measured_ones():
         name = {"kl": "KL", "renyi(0.5)": "Renyi(0.5)"}[case["divergence"]]
         times = " | ".join(f"{contender['ms']:.0f} ({contender['speed_up']:.1f} x)" for contender in (eager, compiled))
         assert f"| {name}, {case['rows']} x {case['vocab']} {case['dtype']} | **{fused['ms']:.1f}** | {times} |" in README
+
+
+def test_memory_is_the_models():
+    """Of the loss that takes hidden states, on paper."""
+    names = ("full logits, in place", "full logits", "eager")
+    for vocab, width in itertools.product(linear.PAPER_VOCABS, linear.PAPER_WIDTHS):
+        found = linear.memory(linear.PAPER_TOKENS, vocab, width)
+        sizes = " | ".join(f"{found[x] / 2**30:.2f}" for x in names)
+        assert f"| {vocab} x {width} | {found['chunk']} | **{found['kdkernels'] / 2**30:.2f}** | {sizes} |" in README
 
 
 def test_links_lead_somewhere():

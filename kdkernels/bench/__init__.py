@@ -4,6 +4,7 @@
     reference.py    the same numbers in extended precision
     measure.py      time, peak memory and errors of one case
     report.py       the table, the JSON file, the plot
+    linear.py       --linear: from hidden states, instead
 
 The fused loss is checked before anything is printed, and no speed-up is printed for a wrong one; every contender's own errors stand
 beside its time. All are timed in one run. Bandwidth is 3 N V b bytes (both logits read once, the gradient written once) over the
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: the accelerator where there is one, else cpu")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds on a CPU, in which the contenders take turns")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--linear", nargs="*", metavar="TOKENSxVOCABxWIDTH", help="the loss of hidden states instead, with a table of memory on paper"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there, with the machine's description")
     parser.add_argument("--plot", metavar="FILE", help="draw time and error there (.svg, .png, .pdf)")
 
@@ -37,8 +41,13 @@ def main(args: argparse.Namespace) -> dict:
         from tqdm import tqdm
     except ImportError:
         raise SystemExit("bench: needs tqdm; pip install tqdm matplotlib") from None
-    from . import measure, report
+    from . import linear, measure, report
 
+    if args.linear is not None:
+        results = linear.main(args)
+        if args.json:
+            report.write_json(results, args.json)
+        return results
     if args.plot:
         report.check_plot(args.plot)
     try:

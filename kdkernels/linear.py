@@ -1,0 +1,617 @@
+"""Distillation from hidden states: projection, loss and gradient of a chunk of tokens at a time.
+
+A chunk's logits lie in two buffers, the student's and the teacher's, which all chunks take in turn. The operator of ops.py writes the
+gradient over the student's logits; what remains of it are products with the weight and the hidden states, and the sum of its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional, ops
+from .divergence import CrossEntropy, Divergence
+from .functional import AS_THEY_ARE, DTYPES, Factors, Options
+from .stats import COLUMNS, KDStats, from_columns
+from .transforms import LogitTransform
+
+# bytes of a chunk's logits, student's and teacher's together: see `fused_linear_kd_loss`
+CPU_BUDGET, GPU_BUDGET = 256 << 20, 1 << 30
+ROUND = 64  # tokens: what matrix products divide well
+BLOCK_BYTES = 4 << 20  # of a temporary in `_product`
+
+TeacherLogits = Tensor | Callable[[int, int], Tensor]
+
+
+class Setup(NamedTuple):
+    """What a pass over the chunks is told besides its tensors and the loss's own arguments."""
+
+    needs: tuple[bool, bool, bool]  # gradients in hidden states, weight, bias
+    dtype: torch.dtype  # of the student's products
+    teacher_dtype: torch.dtype
+    logits_dtype: torch.dtype | None  # None: that of the products
+    memory_budget: int
+    num_counted: int | None
+    stats: bool
+
+    def of_logits(self, dtype: torch.dtype) -> torch.dtype:
+        """What products in `dtype` are rounded to."""
+        return dtype if self.logits_dtype is None or dtype.itemsize > self.logits_dtype.itemsize else self.logits_dtype
+
+    def of_gradient(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the gradient in a parameter of `dtype` until its last factor is known, before which it would underflow in fp16."""
+        return dtype if dtype == self.dtype != torch.float16 else torch.float32
+
+
+# ---------------------------------------------------------------- chunks
+
+
+def chunk_tokens(tokens: int, vocab: int, class_bytes: int, memory_budget: int) -> int:
+    """Tokens of a chunk: as many as the budget has room for at class_bytes a token and class, in equal chunks; at least one."""
+    most = max(1, memory_budget // (vocab * class_bytes))
+    most -= most % ROUND if most > ROUND else 0
+    if most >= tokens:
+        return max(1, tokens)
+    even = -(-tokens // -(-tokens // most))
+    return min(most, -(-even // ROUND) * ROUND)
+
+
+def _run(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V)
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logits: TeacherLogits | None,  # in place of the three
+    labels: Tensor | None,
+    row_weight: Tensor | None,  # (...) float64
+    upstream: Tensor | None,  # (...) float64: one more factor of the rows
+    setup: Setup,
+    factors: Factors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(rows, gradients in hidden, weight and bias, statistics) as ops.py has them; an empty tensor for what is not asked for."""
+    vocab, device, dtype, stats = factors[6], hidden.device, setup.dtype, setup.stats
+    tokens = math.prod(hidden.shape[:-1])
+    labels, row_weight, upstream = (x if x is None else x.reshape(tokens) for x in (labels, row_weight, upstream))
+    if labels is not None and device.type == "cpu":
+        ops.check_labels(labels, row_weight, vocab)
+    index, row_weight = _counted(row_weight, upstream, setup.num_counted, device, in_place=callable(teacher_logits))
+    count = tokens if index is None else len(index)
+
+    teacher = _Teacher(
+        teacher_hidden, teacher_weight, teacher_bias, teacher_logits, setup, tokens, vocab, device, gathered=index is not None
+    )
+    logits_dtype = setup.of_logits(dtype)
+    wants_grad = any(setup.needs)
+    narrowed = dtype.itemsize if wants_grad and logits_dtype != dtype else 0  # the gradient, as the products take it
+    size = chunk_tokens(count, vocab, logits_dtype.itemsize + max(teacher.itemsize, narrowed), setup.memory_budget)
+    first, second = (
+        torch.empty(size * vocab * x, dtype=torch.uint8, device=device) for x in (logits_dtype.itemsize, max(teacher.buffered, narrowed))
+    )
+    h, head = hidden.reshape(tokens, hidden.shape[-1]), weight[:vocab].to(dtype)
+    head_bias = None if bias is None else bias[:vocab].to(dtype)
+    fresh = torch.empty if index is None else torch.zeros
+    rows = fresh(tokens, dtype=torch.float64, device=device)
+    columns = torch.full((tokens if stats else 0, COLUMNS), math.nan, dtype=torch.float64, device=device)
+    dh = fresh((tokens, h.shape[1]) if setup.needs[0] else 0, dtype=setup.of_gradient(hidden.dtype), device=device)
+    dw, db = (
+        _Accumulator(x, vocab, setup, single=size >= count) if need else None
+        for x, need in zip((weight, bias), setup.needs[1:], strict=True)
+    )
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            at = slice(start, stop) if index is None else index[start:stop]
+            x = h[at].to(dtype)
+            z = _project(x, head, head_bias, _shaped(first, (stop - start, vocab), logits_dtype))
+            v = teacher.logits(at, second)
+            y, w = (a if a is None else a[at] for a in (labels, row_weight))
+            grad = z if wants_grad else None
+            if stats:
+                rows[at], columns[at] = ops.loss_and_stats(z, v, y, w, grad, *factors)
+            elif wants_grad:
+                rows[at] = ops.loss_and_grad(z, v, y, w, grad, *factors)
+            else:
+                rows[at] = ops.loss(z, v, y, w, *factors)
+            if narrowed:
+                z = _shaped(second, z.shape, dtype).copy_(z)
+            if setup.needs[0] and index is None:
+                _product(z, head, dh[at])
+            elif setup.needs[0]:
+                dh[at] = _product(z, head, dh.new_empty(x.shape))
+            if dw is not None:
+                _product(z.t(), x, dw.total, add=start > 0)
+            if db is not None:
+                _sum_rows(z, db.total, add=start > 0)
+    first = second = z = v = None  # before gradients are cast
+    dh = dh.view(hidden.shape) if setup.needs[0] else dh
+    dw, db = (rows.new_empty(0) if x is None else x.finish(count) for x in (dw, db))
+    return rows, dh, dw, db, columns
+
+
+def _counted(
+    row_weight: Tensor | None, upstream: Tensor | None, num_counted: int | None, device: torch.device, in_place: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(indices of the tokens that count where their number is known without waiting for a device, else None; weights with upstream)."""
+    index, total = None, row_weight
+    if upstream is not None:
+        total = upstream if row_weight is None else torch.where(row_weight != 0, upstream * row_weight, 0.0)
+    if row_weight is None:
+        return None, total
+    if device.type == "cpu":
+        if num_counted is not None and num_counted != (found := int(row_weight.count_nonzero())):
+            raise ValueError(f"num_counted: {num_counted} tokens are said to count, and {found} do")
+        index = total.nonzero().squeeze(-1)
+        if in_place or len(index) == len(total):
+            index = None
+    elif num_counted is not None:
+        counts = row_weight != 0
+        total = torch.where(counts.sum() == num_counted, total, math.nan)  # nobody has waited to see it
+        if not in_place:
+            index = torch.nonzero_static(counts, size=num_counted, fill_value=0).squeeze(-1)
+    return index, total
+
+
+class _Teacher:
+    """The teacher's logits of a chunk, wherever they come from."""
+
+    def __init__(self, hidden, weight, bias, logits, setup: Setup, tokens: int, vocab: int, device, gathered: bool):
+        self.hidden, self.source, self.vocab, self.setup, self.device = hidden, logits, vocab, setup, device
+        # bytes a class: of a chunk, whoever makes it, and of the buffer that it is made in
+        self.itemsize = self.buffered = 0
+        if hidden is not None:
+            dtype = setup.teacher_dtype
+            self.hidden = hidden.reshape(tokens, hidden.shape[-1])
+            self.weight, self.bias = weight[:vocab].to(dtype), None if bias is None else bias[:vocab].to(dtype)
+            self.itemsize = self.buffered = setup.of_logits(dtype).itemsize
+        elif callable(logits):
+            self.itemsize = setup.of_logits(setup.dtype).itemsize
+        else:
+            self.flat = _flat(logits)
+            if self.flat is None or gathered:
+                self.itemsize = logits.element_size()
+            if self.flat is not None and gathered:
+                self.buffered = self.itemsize
+
+    def logits(self, at: slice | Tensor, buffer: Tensor) -> Tensor:
+        """(chunk, vocab or more)."""
+        if self.hidden is not None:
+            x = self.hidden[at].to(self.setup.teacher_dtype)
+            dtype = self.setup.of_logits(x.dtype)
+            return _project(x, self.weight, self.bias, _shaped(buffer, (len(x), self.vocab), dtype))
+        if callable(self.source):
+            return self._called(at.start, at.stop)
+        if self.flat is None:
+            ids = torch.arange(at.start, at.stop, device=self.source.device) if isinstance(at, slice) else at
+            return self.source[torch.unravel_index(ids, self.source.shape[:-1])].contiguous()
+        if isinstance(at, slice):
+            return self.flat[at]
+        return torch.index_select(self.flat[:, : self.vocab], 0, at, out=_shaped(buffer, (len(at), self.vocab), self.flat.dtype))
+
+    def _called(self, start: int, stop: int) -> Tensor:
+        v = self.source(start, stop)
+        if not isinstance(v, Tensor) or v.dtype not in DTYPES:
+            got = getattr(v, "dtype", type(v).__name__)
+            raise TypeError(f"teacher_logits: must return bfloat16, float16, float32 or float64 logits, got {got}")
+        if v.dim() != 2 or len(v) != stop - start or v.shape[1] < self.vocab:
+            raise ValueError(f"teacher_logits: must return ({stop - start}, {self.vocab} or more) logits, got {tuple(v.shape)}")
+        return functional._rows_addressable(v.detach().to(self.device))
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    """(tokens, V) without a copy; None where the layout does not allow that."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+class _Accumulator:
+    """The gradient in a parameter, of whose first `vocab` rows `total` is the sum over the chunks."""
+
+    def __init__(self, like: Tensor, vocab: int, setup: Setup, single: bool):
+        self.dtype = setup.of_gradient(like.dtype)
+        self.whole = torch.empty(
+            like.shape, dtype=self.dtype if single else torch.promote_types(self.dtype, torch.float32), device=like.device
+        )
+        self.total, self.rest = self.whole[:vocab], self.whole[vocab:]
+
+    def finish(self, count: int) -> Tensor:
+        self.rest.zero_()
+        return (self.whole if count else self.whole.zero_()).to(self.dtype)
+
+
+def _shaped(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return buffer[: shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is not None and x.dtype == out.dtype and _has_product(x, out):
+        return torch.addmm(bias, x, weight.t(), out=out)
+    _product(x, weight.t(), out, rounded=out.dtype == x.dtype)
+    return out if bias is None else out.add_(bias)
+
+
+def _has_product(a: Tensor, out: Tensor) -> bool:
+    """Whether PyTorch has a product of such factors with such a result; of fp16 on a CPU it has one, twenty times slower than fp32's."""
+    if a.device.type == "cpu":
+        return a.dtype == out.dtype != torch.float16
+    return a.dtype == out.dtype or _widens(a.device.type)
+
+
+@functools.cache
+def _widens(device_type: str) -> bool:
+    """Whether products of 16-bit factors can be added to fp32 there."""
+    try:
+        x = torch.zeros(16, 16, dtype=torch.bfloat16, device=device_type)
+        wide = x.float()
+        torch.addmm(wide, x, x, out_dtype=torch.float32, out=wide)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, rounded: bool = True) -> Tensor:
+    """out = a @ b, or out += a @ b, summed in fp32 at least, into an `out` that may be wider.
+
+    rounded: the product may be rounded to bf16 on its way. Where PyTorch has no product with a wider result, that is twice as fast.
+    """
+    if _has_product(a, out):
+        mixed = {} if a.dtype == out.dtype else dict(out_dtype=out.dtype)
+        return torch.addmm(out, a, b, beta=1, out=out, **mixed) if add else torch.mm(a, b, out=out, **mixed)
+    (m, k), n = a.shape, b.shape[1]
+    rounded = rounded and a.dtype == torch.bfloat16
+    wide = (lambda x: x) if rounded else Tensor.float
+    # by blocks of the longest dimension: of k, whose products are summed, where nothing is rounded in between
+    longest = max(m, n) if rounded or out.dtype.itemsize == 2 else max(m, n, k)
+    step = max(ROUND, BLOCK_BYTES // (4 * (m + n + k - longest - (k if rounded else 0))))
+    blocks = [slice(i, i + step) for i in range(0, longest, step)]
+    if longest == m:
+        b = wide(b)
+        for s in blocks:
+            _put(out[s], wide(a[s]), b, add)
+    elif longest == n:
+        a = wide(a)
+        for s in blocks:
+            _put(out[:, s], a, wide(b[:, s]), add)
+    else:
+        for s in blocks:
+            _put(out, wide(a[:, s]), wide(b[s]), add or s.start > 0)
+    return out
+
+
+def _put(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    else:
+        out.add_(a @ b) if add else out.copy_(a @ b)
+
+
+def _sum_rows(z: Tensor, out: Tensor, add: bool) -> None:
+    """out = z.sum(0), or out += z.sum(0), in out's dtype: on a CPU PyTorch casts before it sums, so by blocks."""
+    step = z.shape[1] if z.dtype == out.dtype or z.device.type != "cpu" else max(ROUND, BLOCK_BYTES // (4 * len(z)))
+    for i in range(0, z.shape[1], step):
+        part = z[:, i : i + step].sum(0, dtype=out.dtype)
+        out[i : i + step].copy_(out[i : i + step] + part if add else part)
+
+
+# ---------------------------------------------------------------- autograd
+
+_TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits")
+_ROWS = ("labels", "row_weight", "upstream")
+_SETUP = (
+    "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int memory_budget, SymInt? num_counted, bool stats"
+)
+_library, _optional = ops._library, ", ".join(f"Tensor? {x}" for x in (*_TENSORS[2:], *_ROWS))
+_library.define(
+    f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {ops._OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "linear_loss", "CompositeExplicitAutograd")
+def _linear_loss(*arguments):
+    tensors, rest = len(_TENSORS) + len(_ROWS), len(_TENSORS) + len(_ROWS) + len(Setup._fields)
+    return _run(*arguments[:tensors], Setup(*arguments[tensors:rest]), arguments[rest:])
+
+
+@torch.library.register_fake("kdkernels::linear_loss", lib=_library)
+def _(hidden, weight, bias, *arguments):
+    setup = Setup(*arguments[len(_TENSORS) + len(_ROWS) - 3 :][: len(Setup._fields)])
+    rows, double = math.prod(hidden.shape[:-1]), torch.float64
+
+    def grad(x, need, otherwise):
+        return torch.empty(x.shape, dtype=setup.of_gradient(x.dtype), device=x.device) if need else hidden.new_empty(0, dtype=otherwise)
+
+    dh, dw, db = map(grad, (hidden, weight, bias), setup.needs, (setup.of_gradient(hidden.dtype), double, double))
+    return hidden.new_empty(rows, dtype=double), dh, dw, db, hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=double)
+
+
+def _pass(tensors: tuple, labels, row_weight, upstream, setup: Setup, factors: Factors):
+    """`_run`, or what a compiler takes for it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.kdkernels.linear_loss.default(*tensors, labels, row_weight, upstream, *setup, *factors)
+    return _run(*tensors, labels, row_weight, upstream, setup, factors)
+
+
+class _Total(torch.autograd.Function):
+    """Sum of the row losses; the forward leaves the gradients, the backward multiplies them by the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, boost: float, *tensors):
+        rows, *grads, columns = _pass(tensors, labels, row_weight, None, setup, factors)
+        ctx.save_for_backward(*(g for g, need in zip(grads, setup.needs, strict=True) if need))
+        ctx.needs, ctx.dtypes = setup.needs, [None if x is None else x.dtype for x in tensors[:3]]
+        ctx.applied, ctx.spent = boost, False  # as functional._Total has them
+        ctx.mark_non_differentiable(columns)
+        return rows.sum().to(functional._value_dtype(tensors[0])), columns
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        grads = iter(functional._times_upstream(ctx, ctx.saved_tensors, upstream))
+        return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), *[None] * 4
+
+
+class _PerRow(torch.autograd.Function):
+    """Row losses; the backward goes over the chunks again with the upstream gradient in the rows' weights."""
+
+    @staticmethod
+    def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, *tensors):
+        rows, *_, columns = _pass(tensors, labels, row_weight, None, setup._replace(needs=(False, False, False)), factors)
+        *tensors_alone, logits = tensors
+        ctx.called = logits if callable(logits) else None
+        ctx.save_for_backward(*tensors_alone, None if callable(logits) else logits, labels, row_weight)
+        ctx.setup, ctx.factors = setup._replace(stats=False), factors
+        ctx.mark_non_differentiable(columns)
+        return rows.view(tensors[0].shape[:-1]).to(functional._value_dtype(tensors[0])), columns
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        *tensors, logits, labels, row_weight = ctx.saved_tensors
+        with torch.no_grad():
+            upstream, factors, post = upstream.double(), ctx.factors, None
+            if ctx.setup.dtype == torch.float16:  # near 1 until it is in fp32, whatever the loss scale
+                factors, boost = functional._boosted(factors)
+                most = upstream.abs().amax() if upstream.numel() else upstream.new_ones(())
+                most = torch.where(most > 0, most, 1.0)
+                upstream, post = upstream / most, most / boost
+            _, *grads, _ = _pass((*tensors, ctx.called or logits), labels, row_weight, upstream, ctx.setup, factors)
+            grads = grads if post is None else [g * post for g in grads]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            one = torch.ones((), device=upstream.device)
+            grads = [functional._OnceDifferentiable.apply(functional._anchor(), g, one) for g in grads]
+        wanted = (g for g, need in zip(grads, ctx.setup.needs, strict=True) if need)
+        return *[None] * 4, *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:3]]), *[None] * 4
+
+
+def _cast(grads, needs, dtypes) -> list[Tensor | None]:
+    """The gradients in their places, in the parameters' dtypes."""
+    return [next(grads).to(dtype) if need else None for need, dtype in zip(needs, dtypes, strict=True)]
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options, vocab: int, setup: Setup):
+    """(loss, statistics) of checked arguments; `functional._fused` for hidden states."""
+    hidden = tensors[0]
+    wants_grad = any(setup.needs)
+    factors, row_weight, post, boost = functional._folded(setup.dtype, hidden.shape[:-1], row_weight, o, vocab, denominator, wants_grad)
+    if o.reduction == "none":
+        return _PerRow.apply(labels, row_weight, setup, factors, *tensors)
+    if wants_grad:
+        total, columns = _Total.apply(labels, row_weight, setup, factors, boost, *tensors)
+    else:
+        with torch.no_grad():
+            rows, *_, columns = _pass(tensors, labels, row_weight, None, setup, factors)
+            total = rows.sum().to(functional._value_dtype(hidden))
+    return total if post is None else (total * post).to(total.dtype), columns
+
+
+def _product_dtype(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Of a model's projection: autocast's, or that of its tensors, which is then one."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    for part, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{name}_{part}: must be {hidden.dtype}, as {name}_hidden is, or under autocast; got {x.dtype}")
+    return hidden.dtype
+
+
+def _check_model(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for part, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is None and part == "bias":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}_{part}: must be a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}_{part}: must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name}_{part}: must be on the device of {name}_hidden, {hidden.device}, got {x.device}")
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}_hidden and {name}_weight: must be (..., H) and (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}_bias: must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int:
+    """Raise for tensors that do not fit together or with the options; the number of classes that count."""
+    hidden, weight, bias, *teacher, logits = tensors
+    _check_model("student", hidden, weight, bias)
+    leading = hidden.shape[:-1]
+    if logits is not None:
+        if any(x is not None for x in teacher):
+            raise ValueError("teacher_logits: takes the place of teacher_hidden, teacher_weight and teacher_bias; give one or the other")
+        if o.teacher_grad:
+            raise ValueError("teacher_grad: goes to teacher_hidden, teacher_weight and teacher_bias, and teacher_logits are given")
+    elif teacher[0] is None or teacher[1] is None:
+        raise ValueError("teacher_hidden and teacher_weight: both, or teacher_logits in their place")
+    else:
+        _check_model("teacher", *teacher)
+    given = teacher[0] if logits is None else logits
+    if isinstance(given, Tensor):
+        name = "teacher_hidden" if logits is None else "teacher_logits"
+        if given.dtype not in DTYPES:
+            raise TypeError(f"{name}: must be bfloat16, float16, float32 or float64, got {given.dtype}")
+        if given.dim() == 0 or given.shape[:-1] != leading:
+            raise ValueError(f"{name}: must have the leading shape of student_hidden, {tuple(leading)}, got {tuple(given.shape)}")
+        if given.device != hidden.device:
+            raise ValueError(f"{name}: must be on the student's device {hidden.device}, got {given.device}")
+    elif not callable(given):
+        raise TypeError(f"teacher_logits: must be a tensor or a callable (start, stop) -> logits, got {type(given).__name__}")
+    elif torch.compiler.is_compiling():
+        raise RuntimeError("teacher_logits: a callable cannot be compiled; call the loss under torch.compiler.disable")
+    for name, x in zip(_TENSORS[3:], (*teacher, logits), strict=True):
+        if isinstance(x, Tensor) and x.requires_grad and not o.teacher_grad:
+            raise ValueError(f"{name}: receives a gradient only with teacher_grad=True; pass that, or {name}.detach()")
+    if o.teacher_grad and isinstance(o.divergence, CrossEntropy):
+        raise ValueError('teacher_grad: the cross entropy\'s is not computed by chunks; "kl" has the same gradient in the student')
+    # a callable's is seen when it is called
+    teacher_vocab = len(teacher[1]) if logits is None else len(weight) if callable(logits) else logits.shape[-1]
+    vocab = functional._common_vocab(len(weight), teacher_vocab, o)
+    functional._check_rows(labels, token_weight, hidden, o, "hidden states")
+    if num_counted is not None:
+        if isinstance(num_counted, bool) or not isinstance(num_counted, int):
+            raise TypeError(f"num_counted: must be an integer, got {num_counted!r}")
+        tokens = math.prod(leading)
+        if not 0 <= num_counted <= tokens:
+            raise ValueError(f"num_counted: must be between 0 and the number of tokens, {tokens}, got {num_counted}")
+        if labels is None and token_weight is None and num_counted != tokens:
+            raise ValueError(f"num_counted: all {tokens} tokens count where there are neither labels nor token_weight; got {num_counted}")
+    return vocab
+
+
+def check_chunking(logits_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
+    """The options that `functional.options` does not know."""
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"logits_dtype: must be torch.float32, or None for that of the products, got {logits_dtype!r}")
+    if memory_budget is None:
+        return
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"memory_budget: must be a number of bytes or None, got {memory_budget!r}")
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget: must be positive, got {memory_budget}")
+
+
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: TeacherLogits | None = None,
+    divergence: Divergence | str = "kl",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    num_counted: int | None = None,
+    vocab_size: int | None = None,
+    teacher_grad: bool = False,
+    student_transform: LogitTransform = AS_THEY_ARE,
+    teacher_transform: LogitTransform = AS_THEY_ARE,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_stats: bool = False,
+    backend: str = "auto",
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> Tensor | tuple[Tensor, KDStats]:
+    r"""`fused_kd_loss` of logits that are never held: those of a chunk of tokens are computed, used and written over by the next.
+
+        z = student_hidden @ student_weight.T + student_bias        v = teacher_hidden @ teacher_weight.T + teacher_bias
+        loss = fused_kd_loss(z, v, labels, ...)
+
+    with its gradient in student_hidden, student_weight and student_bias, which is dz @ W, dz.T @ h and the sum of dz: for "mean" and "sum"
+    computed in the forward, for "none" by a second pass over the chunks in the backward. No tensor has tokens x V elements. Projecting by
+    chunks is Liger-Kernel's idea, Hsu et al. (2024), among others'.
+
+    A chunk has `memory_budget` bytes for the logits of both, or of the student where the teacher's are given; its gradient takes the place
+    of the student's. That makes budget / (V (bytes of a student's + of a teacher's logit)) tokens, rounded down to 64s, then evened out
+    between the chunks, and one at least; the last chunk has what is left. Each chunk reads the weights, and reads and writes the weight's
+    gradient, which takes a chunk of a thousand tokens to be little on a GPU and some hundreds on a CPU: the budget is 1 GiB by default
+    (1024 tokens of a vocabulary of 262144 in bf16, 8192 of 32768), and 256 MiB on a CPU (256 of 131072 in fp32). Beside it there are the
+    gradients, and for 16-bit weights and several chunks the sum of their gradients in fp32.
+
+    Args:
+        student_hidden: (..., H) bfloat16, float16, float32 or float64, what the student's head takes.
+        student_weight: (V, H) of the head, which may be the embedding's as well. No gradient is computed where it requires none.
+        teacher_hidden, teacher_weight: (..., H') and (V', H'); H' and the dtype may differ from the student's.
+        student_bias, teacher_bias: (V), (V').
+        teacher_logits: in place of the teacher's three: (..., V'), or a callable (start, stop) -> (stop - start, V') logits of these of the
+            flattened tokens, on any device; in the forward, and with reduction="none" again in the backward.
+        labels, divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, token_weight, reduction, num_items,
+            student_transform, teacher_transform, label_smoothing, z_loss, return_stats, backend: as in `fused_kd_loss`.
+        num_counted: how many tokens count (label not ignore_index, weight not 0). The others are then left out of the projections on a GPU
+            too, where counting them would mean waiting for it; on a CPU they always are. A wrong number gives nan on a GPU and an error on
+            a CPU. A callable is asked for all tokens.
+        vocab_size: the first vocab_size classes of both; required where V and V' differ. Only these are projected.
+        teacher_grad: the gradient in the teacher's hidden states, weight and bias too, from a second pass over the chunks.
+        logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded, and doubles their bytes. None rounds them.
+        memory_budget: bytes of a chunk's logits, see above.
+
+    Under autocast the products are in its dtype, and gradients in the parameters' own. The weight gradient is summed over chunks in fp32.
+
+    Returns:
+        As `fused_kd_loss`: a scalar, or (...) for reduction="none", and with return_stats a `KDStats` after it. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before anything is computed; what a callable returns, when it does.
+        RuntimeError: the backend cannot run here, or a callable meets torch.compile.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import fused_linear_kd_loss
+        >>> hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(32000, 64, requires_grad=True)
+        >>> teacher_hidden, teacher_weight = torch.randn(8, 128), torch.randn(32000, 128)
+        >>> loss = fused_linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, temperature=2.0, t_squared=True)
+        >>> loss.backward()
+    """
+    mixing = soft_weight, hard_weight, ignore_index, reduction
+    more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
+    o = functional.options(divergence, temperature, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend)
+    check_chunking(logits_dtype, memory_budget)
+    tensors = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits
+    vocab = _check(tensors, labels, token_weight, num_counted, o)
+    functional._check_num_items(num_items, o)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError('fused_linear_kd_loss: torch.func transforms need logits, and fused_kd_loss(backend="eager")')
+
+    if memory_budget is None:
+        memory_budget = CPU_BUDGET if student_hidden.device.type == "cpu" else GPU_BUDGET
+    student_dtype = _product_dtype("student", *tensors[:3])
+    teacher_dtype = student_dtype if teacher_hidden is None else _product_dtype("teacher", *tensors[3:6])
+    row_weight, denominator = functional._weights(student_hidden, labels, o, token_weight, num_items)
+    hard = labels if o.hard_weight else None
+
+    def needs(*model):
+        return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in model)
+
+    setup = Setup(needs(*tensors[:3]), student_dtype, teacher_dtype, logits_dtype, memory_budget, num_counted, return_stats)
+    student, teacher = tensors[:3], tensors[3:6]
+    fixed = tuple(x if x is None else x.detach() for x in teacher)
+    loss, columns = _linear_loss_of((*student, *fixed, teacher_logits), hard, row_weight, denominator, o, vocab, setup)
+    if any(needs(*teacher)):  # the other way round: the teacher learns
+        fixed = tuple(x if x is None else x.detach() for x in student)
+        setup = setup._replace(needs=needs(*teacher), dtype=teacher_dtype, teacher_dtype=student_dtype, stats=False)
+        mirrored, _ = _linear_loss_of((*teacher, *fixed, None), None, row_weight, denominator, functional._mirror(o), vocab, setup)
+        loss = loss + functional._Silent.apply(mirrored).to(loss.dtype)
+    if not return_stats:
+        return loss
+    return loss, from_columns(columns.detach(), student_hidden.shape[:-1], labels, hard is not None, row_weight, loss.dtype)
