@@ -243,14 +243,14 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   const RowAt &at;
   int first = 0, count = 0;                          // its chunks of the row
   int whole_from = 0, whole_to = 0;                  // those that are whole, from the first on
-  char *slot = nullptr;                              // the base's logits, then the other's
+  int slot = 0;                                      // in shared memory: the base's logits, then the other's
   float em[G::kChunks * kRun], et[kShape == kTilted ? G::kChunks * kRun : 1];   // of whole chunks; no more than that is ever read. kMixed: xi
 
   KD_DEVICE Tile(const Job &j, Scratch<G> &s, const RowAt &a) : job(j), scratch(s), at(a) {}
 
   // Chunks [from, end) of the row, or as many as a tile takes.
   KD_DEVICE void turn_to(int from, int end, char *logits) {
-    first = from; slot = logits;
+    first = from; slot = int(logits - gpu::shared());
     count = end - from < G::kTile ? end - from : G::kTile;
     allow_whole(true);
   }
@@ -266,8 +266,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE bool other_f16() const { return kO == 2 && other_dtype() == KD_F16; }
   KD_DEVICE const char *base_row() const { return job.plan.student_base ? at.student : at.teacher; }
   KD_DEVICE const char *other_row() const { return job.plan.student_base ? at.teacher : at.student; }
-  KD_DEVICE char *base_at(int place) const { return slot + place * kRun * kB; }
-  KD_DEVICE char *other_at(int place) const { return slot + (G::kTile * kB + place * kO) * kRun; }
+  KD_DEVICE char *base_at(int place) const { return gpu::shared() + slot + place * kRun * kB; }
+  KD_DEVICE char *other_at(int place) const { return gpu::shared() + slot + (G::kTile * kB + place * kO) * kRun; }
   KD_DEVICE int vocab() const { return int(job.call.vocab); }
   KD_DEVICE int class_of(int place) const { return (first + place) * kRun - at.offset; }
   KD_DEVICE bool in_row(int i) const { return i >= 0 && i < vocab(); }
