@@ -294,8 +294,8 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   return r;
 }
 
-// The mixture family, after its second sweep. TVD is what one has more, or the other; of the two sums the one over less of p, which is
-// less in error by what x is.
+// The mixture family, after its second sweep. TVD is what one has more, or the other; of the two sums the one over less of the other
+// distribution, by whose weight it is in error where x is.
 template <class Crew = Alone> KD_HD void close_mixed(const Part *parts, int n, const Plan &plan, Row &r, const Crew &crew = {}) {
   double sums[4]{};
   crew.sum(n, sums, [&](int i, double (&sum)[4]) {
@@ -303,7 +303,7 @@ template <class Crew = Alone> KD_HD void close_mixed(const Part *parts, int n, c
     if (p.empty()) return;
     sum[0] += p.unit * p.terms; sum[1] += p.unit * p.moved; sum[2] += p.unit * p.lacks; sum[3] += p.unit * p.excess;
   });
-  r.value = larger(plan.tvd && sums[3] > .5 ? sums[2] : sums[0], 0.);
+  r.value = larger(plan.tvd && sums[3] + sums[0] > .5 ? sums[2] : sums[0], 0.);
   r.moved = sums[1];
   r.lost |= !std::isfinite(r.value) || !std::isfinite(r.moved);
 }

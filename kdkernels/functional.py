@@ -325,7 +325,7 @@ def _anchor() -> Tensor:
 
 def _times_upstream(ctx, grads: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor]:
     """What the forward has left, times upstream / ctx.applied; in place the first time."""
-    factor = upstream / ctx.applied
+    factor = upstream if isinstance(ctx.applied, float) and ctx.applied == 1.0 else upstream / ctx.applied
     if torch.compiler.is_compiling():  # a graph that plans its own memory
         grads = [grad * factor for grad in grads]
     elif torch.is_grad_enabled():  # create_graph

@@ -107,6 +107,27 @@ def _divergence(text: str) -> dict[str, int | float]:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _without_tensors(
+    divergence, temperature, value_scale, grad_scale, hard_scale, hard_grad_scale, vocab, modifiers: tuple[float, ...], student, teacher
+) -> bytes:
+    """A call but for its tensors; student and teacher are their dtypes. A struct takes long to fill field by field."""
+    return bytes(
+        Call(
+            vocab=vocab,
+            student_dtype=DTYPES[student],
+            teacher_dtype=DTYPES[teacher],
+            temperature=temperature,
+            value_scale=value_scale,
+            grad_scale=grad_scale,
+            hard_scale=hard_scale,
+            hard_grad_scale=hard_grad_scale,
+            **_divergence(divergence),
+            **Modifiers(*modifiers)._asdict(),
+        )
+    )
+
+
 def _layout(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
     """(x, inner, (outer stride, inner stride)): rows as pairs of indices; x is copied where two strides cannot say it."""
     if x.dim() == 2:
@@ -145,40 +166,24 @@ def loss_call(
     width = student.shape[-1]
     rows = student.numel() // width
     out = torch.empty(rows, dtype=torch.float64, device=student.device)
-    grad_pointer, grad_stride = None, (0, 0)
-    if grad is not None:
-        grad_pointer, (_, _, grad_stride) = grad.data_ptr(), _layout(grad)
     labels = labels if labels is None else labels.contiguous()
     weight = weight if weight is None else weight.contiguous()
-    call = Call(
-        student=student.data_ptr(),
-        teacher=teacher.data_ptr(),
-        grad=grad_pointer,
-        labels=None if labels is None else labels.data_ptr(),
-        weight=None if weight is None else weight.data_ptr(),
-        loss=out.data_ptr(),
-        rows=rows,
-        inner=inner,
-        vocab=vocab,
-        grad_width=width,
-        student_stride=student_stride,
-        teacher_stride=teacher_stride,
-        grad_stride=grad_stride,
-        student_dtype=DTYPES[student.dtype],
-        teacher_dtype=DTYPES[teacher.dtype],
-        threads=threads,
-        fresh=grad_pointer is not None and grad_pointer != student.data_ptr() and grad.is_contiguous(),
-        device=device,
-        temperature=temperature,
-        value_scale=value_scale,
-        grad_scale=grad_scale,
-        hard_scale=hard_scale,
-        hard_grad_scale=hard_grad_scale,
-        stats=None if stats is None else stats.data_ptr(),
-        stream=stream,
-        **_divergence(divergence),
-        **Modifiers(*modifiers)._asdict(),
-    )
+    scales = value_scale, grad_scale, hard_scale, hard_grad_scale
+    fixed = _without_tensors(divergence, temperature, *scales, vocab, tuple(modifiers), student.dtype, teacher.dtype)
+    call = Call.from_buffer_copy(fixed)
+    call.student, call.teacher, call.loss = student.data_ptr(), teacher.data_ptr(), out.data_ptr()
+    call.rows, call.inner, call.grad_width = rows, inner, width
+    call.student_stride, call.teacher_stride = student_stride, teacher_stride
+    call.threads, call.device, call.stream = threads, device, stream
+    if grad is not None:
+        call.grad, (_, _, call.grad_stride) = grad.data_ptr(), _layout(grad)
+        call.fresh = call.grad != call.student and grad.is_contiguous()
+    if labels is not None:
+        call.labels = labels.data_ptr()
+    if weight is not None:
+        call.weight = weight.data_ptr()
+    if stats is not None:
+        call.stats = stats.data_ptr()
     return call, out, (student, teacher, labels, weight)
 
 

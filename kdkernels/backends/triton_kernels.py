@@ -674,9 +674,9 @@ def mixed_sweep(
 
 @triton.jit
 def mixed_value(s, f, lack, less, FAMILY: tl.constexpr):
-    """D. TVD is what one of the two has more, or the other; of the two sums the one over less of b, which has less of its error."""
+    """D. TVD is what one of the two has more, or the other; of the two sums the one over less of o, by whose weight it is in error."""
     if FAMILY == TVD:
-        f = tl.where(less > 0.5 * s, lack, f)
+        f = tl.where(less + f > 0.5 * s, lack, f)
     return tl.maximum(f, 0.0) / s
 
 
