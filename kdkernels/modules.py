@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, linear
+from .stats import KDStats
 
 
 class KDLoss(nn.Module):
@@ -33,8 +34,8 @@ class KDLoss(nn.Module):
         *,
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        """(..., V) logits of both, (...) labels -> a scalar, or (...) for reduction="none"."""
+    ) -> Tensor | tuple[Tensor, KDStats]:
+        """(..., V) logits of both, (...) labels -> a scalar, or (...) for reduction="none"; with return_stats a `KDStats` after it."""
         return functional.fused_kd_loss(
             student_logits, teacher_logits, labels, token_weight=token_weight, num_items=num_items, **self._given
         )
@@ -75,8 +76,8 @@ class LinearKDLoss(KDLoss):
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
         num_counted: int | None = None,
-    ) -> Tensor:
-        """(..., H) and (V, H) of both, (...) labels -> a scalar, or (...) for reduction="none"."""
+    ) -> Tensor | tuple[Tensor, KDStats]:
+        """(..., H) and (V, H) of both, (...) labels -> a scalar, or (...) for reduction="none"; with return_stats a `KDStats` after it."""
         models = student_hidden, student_weight, teacher_hidden, teacher_weight
         more = dict(student_bias=student_bias, teacher_bias=teacher_bias, teacher_logits=teacher_logits)
         more |= dict(token_weight=token_weight, num_items=num_items, num_counted=num_counted)

@@ -25,6 +25,7 @@ _library = torch.library.Library("kdkernels", "DEF")
 #                   (1 - label_smoothing) CE + label_smoothing (lse - mean z) + z_loss lse^2, lse and the mean over the classes not at -inf
 # returns           (rows,) float64: weight * (value_scale * D + hard_scale * CE), D the limit of T^2 D at T = inf
 #                   grad = weight * (grad_scale * T dD/dz + hard_grad_scale * dCE/dz)
+# a backend's `loss` takes stats besides, None or (rows, COLUMNS) float64 to be filled (stats.py); nan for a row of weight 0
 _OPTIONS = ", ".join(
     ["str divergence", *(f"float {x}" for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale"))]
     + ["int vocab", "float[] modifiers", "str backend"]
