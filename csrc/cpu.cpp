@@ -51,6 +51,12 @@ template <class Real> KD_HD double sum_of(typename Vec<Real>::D x) {
   return s;
 }
 
+template <class Real> KD_HD Real largest_lane(typename Vec<Real>::F x) {
+  Real top = x[0];
+  for (int i = 1; i < Vec<Real>::W; i++) top = larger(x[i], top);
+  return top;
+}
+
 // ---------------------------------------------------------------- sweeping a block
 // S is what a row is stored as: Real, or a 16-bit float that is widened as it is loaded.
 template <class Real, class S> Real element(const S *x, int64_t i) {
@@ -67,9 +73,7 @@ template <class Real, class S> Real largest(const S *x, int64_t n) {
   F a = splat<F>(-INFINITY), b = a;
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) { a = larger(load_as<F>(x + i), a); b = larger(load_as<F>(x + i + W), b); }
-  a = larger(a, b);
-  Real top = -INFINITY;
-  for (int j = 0; j < W; j++) top = larger(a[j], top);
+  Real top = largest_lane<Real>(larger(a, b));
   for (; i < n; i++) top = larger(element<Real>(x, i), top);
   return top;
 }
@@ -169,25 +173,31 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
+  constexpr Logs kLogs = !kStats ? kNoLogs : kCare == kMasked ? kBothLogs : kBriefLogs;
   const Real ref = Real(p.ref), low = kCarry ? Real(p.ref - ref) : 0;
   const References<Real> r{Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, Real(plan.tilt), Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
   Real *const e = keep[0], *const em = keep[1], *const et = keep[2];
   Accumulator<Real> total;
   Sums<F> s;
   I wild{};
-  const auto put = [&](int64_t i, const Kept<F> &k) __attribute__((always_inline)) {
+  F top_o = splat<F>(-INFINITY);
+  const auto put = [&](int64_t i, F vo, const Kept<F> &k) __attribute__((always_inline)) {
+    if (kStats) top_o = larger(vo, top_o);
     store(e + i, k.e);
     if (em) store(em + i, k.em);
     if (kShape == kTilted) store(et + i, k.et);
   };
   each_vector<Real>(b, o, n,
-      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, kCare == kMasked, kStats>(vb, vo, r, s, wild)); },
-      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, step<kShape, kCarry, true, kStats>(vb, vo, r, s, wild)); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vo, step<kShape, kCarry, kCare == kMasked, kLogs>(vb, vo, r, s, wild)); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vo, step<kShape, kCarry, true, kLogs>(vb, vo, r, s, wild)); },
       [&]() __attribute__((always_inline)) { total.template add<kShape, kStats>(s, wild); });
   p.s = sum_of<Real>(total.s); p.d = sum_of<Real>(total.d); p.k1 = sum_of<Real>(total.k1);
   p.offset = plan.k * (double(ref) + low);
   p.k2 = sum_of<Real>(total.k2); p.t = sum_of<Real>(total.t);
-  if (kStats) { stats->log_b = sum_of<Real>(total.log_b) * kLn2; stats->log_o = sum_of<Real>(total.log_o) * kLn2; }
+  if (kStats) {
+    stats->log_b = sum_of<Real>(total.log_b) * plan.k; stats->log_o = sum_of<Real>(total.log_o) * plan.k; stats->top_o = largest_lane<Real>(top_o);
+    if (kLogs == kBriefLogs) stats->log_o = other_log(p, stats->log_b, stats->log_o);
+  }
   if (kShape == kEntropy) {
     const double ties = sum_of<Real>(total.ties);
     p.rest = p.s + (ties > 0 ? ties - 1 : 0); p.s += ties; p.n = sum_of<Real>(total.n) * kLn2;
@@ -288,6 +298,7 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPa
 template <class Real, class S>
 void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, const double *ref, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
   p = Part();
+  if (stats) { *stats = StatPart(); if (plan.moments) stats->top_o = largest<Real>(o, n); }
   find_references<Real>(b, o, n, plan.moments ? 0 : plan.k, p);
   if (ref) p.ref = *ref;
   if (p.top == -INFINITY) {                          // no class at all, unless a nan hides there
@@ -296,7 +307,8 @@ void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart
   }
   if (!std::isfinite(p.top)) { p.care = kLost; return; }
   sweep(plan.moments || (plan.exact && !Half<S>::value) ? kExact : kFast, b, o, n, plan, stats, keep, p, wide_b, wide_o);
-  if (p.care == kLost) return sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
+  // brief logs cancel where the references were far off and little of the other is left
+  if (p.care == kLost || (stats && p.s + p.d < .25 * p.s)) return sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
   // The rounding of o - b, 2^-24 of the offset, must stay under 1e-6 of the differences that remain; 16-bit logits have none.
   if (Half<S>::value || p.care != kFast) return;
   const double d = p.d / p.s, own = p.k1 / p.s - (d - std::log1p(d)), off = plan.k * p.ref;
@@ -420,7 +432,6 @@ template <class Real> class RowJob {
         if (plan_.careful) return;
         measure_block(b, o, n, plan_, c_.stats ? s.stat_parts + i : nullptr, s.row.refine ? &ref : nullptr, keep, s.parts[i], desk.b, desk.o);
         lost = s.parts[i].care == kLost;
-        if (c_.stats) s.stat_parts[i].top_o = largest<Real>(o, n);
       });
     }
   }

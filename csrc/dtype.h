@@ -71,6 +71,9 @@ KD_HD bool all_within(VI magnitude, float most) { return none_of(magnitude > bit
 KD_HD bool all_within(VL magnitude, double most) { return none_of(magnitude > bits(most)); }
 
 template <class F> KD_HD F larger(F a, F b) { return select(a > b, a, b); }   // b where a is nan
+#if defined(__AVX512F__)
+KD_HD VF larger(VF a, VF b) { return (VF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }   // the same, where compilers make two of it
+#endif
 template <class V, class T> KD_HD V load(const T *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V, class T> KD_HD void store(T *p, V v) { std::memcpy(p, &v, sizeof v); }
 
@@ -93,7 +96,7 @@ KD_HD void stream_fence() {
 #endif
 }
 
-// ---- 16-bit floats as integers. Nothing here depends on the denormal mode of the thread.
+// ---- 16-bit floats, as integers or by instructions that do not depend on the denormal mode of the thread either
 typedef int16_t VS __attribute__((vector_size(kVectorBytes)));   // twice as many of them as a VH
 
 struct bf16 { uint16_t u; };
@@ -103,12 +106,24 @@ template <class S> struct Half { static constexpr bool value = false; };
 template <> struct Half<bf16> { static constexpr bool value = true; };
 template <> struct Half<f16> { static constexpr bool value = true; };
 
-KD_HD VF widen(VH h, bf16) { return (VF)(__builtin_convertvector(h, VI) << 16); }
+KD_HD VF widen(VH h, bf16) {
+#if defined(__AVX512F__)
+  return (VF)((VI)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);   // compilers convert a vector in halves
+#else
+  return (VF)(__builtin_convertvector(h, VI) << 16);
+#endif
+}
 KD_HD VF widen(VH h, f16) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#elif defined(__F16C__)
+  return (VF)_mm256_cvtph_ps((__m128i)h);
+#else
   const VI u = __builtin_convertvector(h, VI), magnitude = u & 0x7fff, sign = (u & 0x8000) << 16;
   const VI normal = (magnitude << 13) + ((127 - 15) << 23), special = (magnitude << 13) | 0x7f800000;
   const VI subnormal = (VI)(__builtin_convertvector(magnitude, VF) * 5.9604644775390625e-8f);         // units of 2^-24
   return (VF)(select(magnitude >= 0x7c00, special, select(magnitude < 0x0400, subnormal, normal)) | sign);
+#endif
 }
 
 KD_HD VH narrow(VF x, bf16) {   // to nearest, ties to even; a nan of arithmetic (0x7fc00000) stays one
@@ -116,12 +131,18 @@ KD_HD VH narrow(VF x, bf16) {   // to nearest, ties to even; a nan of arithmetic
   return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, VH);
 }
 KD_HD VH narrow(VF x, f16) {
+#if defined(__AVX512F__)
+  return (VH)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (VH)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const VI u = (VI)x & 0x7fffffff, sign = ((VI)x >> 16) & 0x8000;
   const VI normal = (u - ((127 - 15) << 23) + 0x0fff + ((u >> 13) & 1)) >> 13;
   const VI subnormal = (VI)((VF)u + .5f) - 0x3f000000;                                                // .5 has ulp 2^-24
   VI h = select(u < 0x38800000, subnormal, normal);
   h = select(u >= 0x477ff000, VI{} + 0x7c00, h);
   return __builtin_convertvector(select(u > 0x7f800000, VI{} + 0x7e00, h) | sign, VH);
+#endif
 }
 
 // ---- rows of any dtype to rows of Real, and back

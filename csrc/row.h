@@ -22,11 +22,13 @@ template <class Real> struct References {
   bool other_is_student;
 };
 
-template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{}; };
+template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{}; };   // log_b, log_o: in units of T
 template <class F> struct Kept { F e, em, et; };
 
 enum Shape { kPlain, kEntropy, kTilted, kMixed };        // what is summed besides e, em and e psi; kMixed: csrc/cuda's, both sweeps
 enum Care { kFast, kExact, kMasked };                    // kExact: (o - b)/T without its rounding errors; kMasked: and -inf logits
+// What the statistics sum: e a and eo a_o, of eo = e + em; or, where both have every class, em a_o alone, as (other_log) gives the rest.
+enum Logs { kNoLogs, kBothLogs, kBriefLogs };
 
 // o - b - ref. The rounding of o - b matters when a common offset is much larger than what remains of the difference.
 template <bool kCarry, class F> KD_HD F difference(F o, F b, typename Element<F>::Real ref, typename Element<F>::Real ref_low) {
@@ -37,7 +39,7 @@ template <bool kCarry, class F> KD_HD F difference(F o, F b, typename Element<F>
 }
 
 // One element (or a vector of them). wild: bits of the largest |y|, or all ones for what no finite formula takes.
-template <Shape kShape, bool kCarry, bool kMask, bool kStats = false, class F>
+template <Shape kShape, bool kCarry, bool kMask, Logs kLogs = kNoLogs, class F>
 KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sums<F> &s, typename Element<F>::Int &wild) {
   using Real = typename Element<F>::Real;
   using Int = typename Element<F>::Int;
@@ -53,7 +55,7 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
   const Int far = bits(y) & Exp2<Real>::kAbs;                           // |y|; inf and nan come out on top
   wild = far > wild ? far : wild;
   const ExpM1<F> m = expm1_psi(y);
-  F em = e * m.m1, k1 = e * m.psi, et{}, k2{}, log_o = a * r.c + y;
+  F em = e * m.m1, k1 = e * m.psi, et{}, k2{}, o_at = a + t;            // o_at: a for the other
   if (kShape == kTilted) {
     const ExpM1<F> mt = expm1_psi(y * r.tilt);
     et = e * mt.m1; k2 = e * mt.psi;
@@ -62,7 +64,7 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
     // p = 0 < q and the reverse, as limits: the terms of F stay finite where the divergence does
     const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b;
     const F x = difference<false>(o, splat<F>(r.top), r.ref, r.ref_low), q = exp2_of_product(x, r.c, r.floor);
-    em = select(only_o, q, em); k1 = select(only_o, q, k1); log_o = select(only_o, x * r.c, log_o);
+    em = select(only_o, q, em); k1 = select(only_o, q, k1); o_at = select(only_o, x, o_at);
     const Int within = x * r.c <= r.reach;
     Int lost = only_o & ~within;
     if (kShape == kTilted) {
@@ -72,16 +74,17 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
     } else {
       lost |= only_b;
     }
+    if (kLogs == kBriefLogs) lost |= only_o | only_b;
     wild = lost ? Int{} + Exp2<Real>::kAbs : wild;
   }
   s.s += kShape == kEntropy ? select(a == Real(0), zero, e) : e;        // the largest is left out: log1p of the others keeps digits
   if (kShape == kEntropy) { s.ties += select(a == Real(0), splat<F>(1), zero); s.n -= select(e > zero, e * (a * r.c), zero); }
   s.d += em; s.k1 += k1;
-  if (kStats) {
-    const F eo = e + em;
+  if (kLogs != kNoLogs) {
+    const F eo = e + em, weight = kLogs == kBriefLogs ? em : eo;
     // 0 log 0 = 0: e is exactly 0 where its logarithm is not finite
-    s.log_b += kMask ? select(e > zero, e * (a * r.c), zero) : e * (a * r.c);
-    s.log_o += kMask ? select(eo > zero, eo * log_o, zero) : eo * log_o;
+    s.log_b += kMask ? select(e > zero, e * a, zero) : e * a;
+    s.log_o += kMask ? select((kLogs == kBriefLogs ? e : eo) > zero, weight * o_at, zero) : weight * o_at;
   }
   if (kShape == kTilted) {
     s.k2 += k2; s.t += e + et;
@@ -183,8 +186,10 @@ struct Part {
   KD_HD bool empty() const { return s == 0 && d == 0; }
 };
 
-// For the statistics of a row: sums of e log e and of (e + em) log(e + em), and the largest logit of the other.
+// For the statistics of a row: sums of e log e and of eo log eo, and the largest logit of the other.
 struct StatPart { double log_b = 0, log_o = 0, top_o = -INFINITY; };
+// sum eo a_o / T from brief logs: e y = em - e psi(y).
+KD_HD double other_log(const Part &p, double log_b, double brief) { return log_b + brief + (p.d - p.k1); }
 struct Shapes { double lse_z, lse_v, of_z, of_v; };    // log-sum-exps and entropies of a row's student and teacher
 
 struct HardPart { double top = -INFINITY, s = 0, rest = 0; };

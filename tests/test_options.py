@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from rows import BACKENDS, DOUBLE_BACKENDS, make_rows, with_masks
+from rows import BACKENDS, DOUBLE_BACKENDS, KINDS, make_rows, with_masks
 
 from kdkernels import KDLoss, LogitTransform, decoupled_kd_loss, fused_kd_loss, logit_matching_loss, parse, standardize_logits
 from kdkernels.transforms import Modifiers
@@ -285,6 +285,20 @@ def test_stats(backend, divergence, where):
         assert torch.equal(stats.agree[:2], x.argmax(-1) == y.argmax(-1)) and not stats.agree[2:].any()
         assert stats.correct.tolist() == [bool(x[0].argmax() == 3), True, False, False] and int(stats.counted) == 3
         assert stats.divergence[2].isnan() and not stats.divergence.requires_grad
+
+
+@pytest.mark.parametrize("divergence", ["kl", "jsd(0.3)", "renyi(0.3)", "renyi(3)"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entropies_of_difficult_rows(backend, divergence):
+    """Where nearly all of one distribution lies where the other has nearly nothing, or is masked, sums for the two must not cancel."""
+    for kind, vocab, where in itertools.product(KINDS, (5, 300), ("", "student", "teacher")):
+        z, v = make_rows(kind, 2, vocab)
+        z, v = with_masks(z, v, where) if where else (z, v)
+        _, stats = fused_kd_loss(z, v, divergence=divergence, return_stats=True, backend=backend)
+        for logits, entropy, top in ((z, stats.student_entropy, stats.student_top1), (v, stats.teacher_entropy, stats.teacher_top1)):
+            p = logits.double().softmax(-1)
+            torch.testing.assert_close(entropy.double(), -torch.xlogy(p, p).sum(-1), rtol=3e-5, atol=1e-5)
+            assert torch.equal(top, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("backend", DOUBLE_BACKENDS)

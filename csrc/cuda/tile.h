@@ -514,7 +514,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       float b[kRun], o[kRun];
       load_base(place, b); load_other(place, o);
       KD_UNROLL for (int i = 0; i < kRun; i++) {
-        if (!moments()) step<kFirst, kCarry, true, true>(b[i], o[i], r, s, wild);
+        if (!moments()) step<kFirst, kCarry, true, kBothLogs>(b[i], o[i], r, s, wild);
         const float here = float(class_of(place) + i);
         if (b[i] == r.top && here < first_b) first_b = here;
         if (o[i] == top_o && here < first_o) first_o = here;
@@ -531,7 +531,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     collect(12, logs);
     const int w = T::lane() < G::kWarps ? T::lane() : 0;
     const float first_b = gpu::warp_largest(scratch.sums[w][14]), first_o = gpu::warp_largest(scratch.sums[w][15]);
-    if (T::lane() == 0) { stats->log_b = logs[0] * kLn2; stats->log_o = logs[1] * kLn2; stats->top_o = scratch.top_o; stats->first_b = -first_b; stats->first_o = -first_o; }
+    if (T::lane() == 0) { stats->log_b = logs[0] * job.plan.k; stats->log_o = logs[1] * job.plan.k; stats->top_o = scratch.top_o; stats->first_b = -first_b; stats->first_o = -first_o; }
   }
 
   template <int N> KD_DEVICE void share(int from, float (&x)[N]) {
