@@ -205,9 +205,11 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
   p.care = total.reach() <= reach ? int(kCare) : kLost;
 }
 
-// The second sweep of the mixture family, from the row's own shift and from what the first has kept: e and em.
-template <Care kCare, class Real, class S>
-void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, double shift, Real *const *keep, Part &p) {
+// The second sweep of the mixture family, from the row's own shift and from what the first has kept: e and e^y - 1.
+template <Care kCare, Second kHow, class Real, class S>
+void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &member, double shift, Real *const *keep, Part &p) {
+  const Mixed<Real> mix = member;                    // ours: no store can change it
+  Real *const kept_e = keep[0], *const kept_m = keep[1];
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
@@ -216,14 +218,18 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
   const double before = double(first) + (kCarry ? Real(p.ref - first) : 0), missing = shift - p.offset, at = before + missing / plan.k;
   const Real ref = Real(at), low = kCarry ? Real(at - ref) : 0, reach = kReach<Real>;
   const References<Real> r{Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, 0, Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
-  const Real rest = Real((missing - plan.k * ((double(ref) + low) - before)) * kLog2e), less = Real(std::exp(-missing));
+  const Real rest = Real((missing - plan.k * ((double(ref) + low) - before)) * kLog2e), less = Real(std::exp(-missing)), less_1 = Real(std::expm1(-missing));
   Accumulator<Real> total;
   Sums<F> s;
-  I wild{};
+  I wild{}, unseen{};
   const auto put = [&](int64_t i, F vb, F vo, auto masked) __attribute__((always_inline)) {
-    const F e = load<F>(keep[0] + i), em = load<F>(keep[1] + i);
-    const Kept<F> k = step_mixed<kCarry, decltype(masked)::value>(vb, vo, r, mix, rest, e, (e + em) * less, s, wild);
-    store(keep[0] + i, k.e); store(keep[1] + i, k.em);
+    constexpr bool kMask = decltype(masked)::value;
+    const F e = load<F>(kept_e + i), share = load<F>(kept_m + i) * less + less_1;
+    Kept<F> k;
+    if constexpr (kMask || kHow == kByClass) k = step_mixed<kCarry, kMask>(vb, vo, r, mix, rest, e, e + e * share, s, kMask || kCarry ? wild : unseen);
+    else k = step_kept<kHow, kCarry>(vb, vo, r, mix, rest, e, share, s);
+    if (kMask || !mix.student_base) store(kept_e + i, k.e);
+    store(kept_m + i, k.em);
   };
   each_vector<Real>(b, o, n,
       [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, std::integral_constant<bool, kCare == kMasked>{}); },
@@ -231,21 +237,25 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
       [&]() __attribute__((always_inline)) { total.template add<kTilted>(s, wild); });
   p.moved = sum_of<Real>(total.d); p.terms = sum_of<Real>(total.k1);
   p.lacks = sum_of<Real>(total.k2); p.excess = sum_of<Real>(total.t);
+  if (kHow == kApart) p.terms += apart_terms(plan.mixture, sum_of<Real>(total.s), p.excess, p.lacks);
   if (!(total.reach() <= reach)) p.care = kLost;
 }
 
 template <class Real, class S>
-void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, double shift, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, const Row &row, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+  // the first sweep has seen that y is within reach of its own references, which is enough for those that are not far from them
+  if (p.care == kFast && std::fabs(row.shift - p.offset) < 13) {
+    if (plan.tvd) return sweep_mixed<kFast, kTvdGap>(b, o, n, plan, mix, row.shift, keep, p);
+    if (row.F > plan.apart) return sweep_mixed<kFast, kApart>(b, o, n, plan, mix, row.shift, keep, p);
+    return sweep_mixed<kFast, kByClass>(b, o, n, plan, mix, row.shift, keep, p);
+  }
   if constexpr (Half<S>::value) {
-    if (p.care == kFast) return sweep_mixed<kFast>(b, o, n, plan, mix, shift, keep, p);
     copy_row(b, n, wide_b); copy_row(o, n, wide_o);
-    sweep_mixed(wide_b, wide_o, n, plan, mix, shift, keep, p, wide_b, wide_o);
-  } else if (p.care == kFast) {
-    sweep_mixed<kFast>(b, o, n, plan, mix, shift, keep, p);
+    sweep_mixed(wide_b, wide_o, n, plan, mix, row, keep, p, wide_b, wide_o);
   } else if (p.care == kExact) {
-    sweep_mixed<kExact>(b, o, n, plan, mix, shift, keep, p);
+    sweep_mixed<kExact, kByClass>(b, o, n, plan, mix, row.shift, keep, p);
   } else {
-    sweep_mixed<kMasked>(b, o, n, plan, mix, shift, keep, p);
+    sweep_mixed<kMasked, kByClass>(b, o, n, plan, mix, row.shift, keep, p);
   }
 }
 
@@ -287,6 +297,8 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPa
     if constexpr (!Half<S>::value) return care == kMasked ? sweep_moments<true>(b, o, n, keep, p) : sweep_moments<false>(b, o, n, keep, p);
   } else if (plan.tilted) {
     with(std::integral_constant<Shape, kTilted>{});
+  } else if (plan.mixed) {
+    with(std::integral_constant<Shape, kMixed>{});
   } else if (plan.entropy) {
     with(std::integral_constant<Shape, kEntropy>{});
   } else {
@@ -544,7 +556,7 @@ template <class Real> class RowJob {
     if (p.empty()) return;
     Part again = p;
     if (!kept) sweep(p.care, b, o, length(i), plan_, nullptr, keep, again, desk.b, desk.o);
-    sweep_mixed(b, o, length(i), plan_, mix_, s.row.shift, keep, p, desk.b, desk.o);
+    sweep_mixed(b, o, length(i), plan_, mix_, s.row, keep, p, desk.b, desk.o);
   }
 
   template <class S> SmoothPart hard_block(const S *z, int64_t n, Real *e1) const { return smooth() ? sweep_hard<true>(z, n, e1) : sweep_hard<false>(z, n, e1); }

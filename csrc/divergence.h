@@ -104,6 +104,16 @@ template <class F> KD_HD ExpM1<F> expm1_psi(F y) {   // |y| <= 120 (float), 1000
   return {m1, select(m == E::kRound, psi, m1 - y * Real(kLn2))};
 }
 
+// log2(1 + r) for r >= -1/2, to a rounding error or two.
+template <class F> KD_HD F log2_of_1p(F r) {
+  using E = Exp2<typename Element<F>::Real>;
+  using Real = typename Element<F>::Real;
+  const F t = r + Real(1);
+  const auto k = (bits(t) - E::kRootHalf) >> E::kMantissa;
+  const F f = select(k == 0, r, from_bits(bits(t) - (k << E::kMantissa)) - Real(1));
+  return (f - E::psi_log(f)) * Real(kLog2e) + as_real(k);
+}
+
 template <class F> struct Log1p { F log, psi; };     // u = log(1 + r) and psi(u) = r - u, each to a few rounding errors *relative*
 
 // For r >= -1/2. 1 + r = 2^k (1 + f) with 1 + f near 1.
@@ -133,11 +143,11 @@ constexpr const char *kNames = "kl,cross_entropy,renyi,alpha,mixture,tvd,support
 
 // The mixture family, of classes in units of b: D = sum b term(x), G = q xi(x). xi is up to a constant of the row, which q sum G takes off.
 template <class Real> struct Mixed {
-  static constexpr int kNear = sizeof(Real) == 4 ? 10 : 22;    // coefficients: 1e-8 or 1e-16 over |x| <= 1, whatever l
+  static constexpr int kNear = sizeof(Real) == 4 ? 8 : 22;    // coefficients: 1e-7 (xi 5e-7) or 1e-16 over |x| <= 1, whatever l
   Real l, base, other, keep, moves;                  // keep = 1 - l; moves: of (o - b) / m in xi
   Real away_log, away_psi, away_share;               // xi from psi(-u), where log m and the share would cancel
   Real b_alone, o_alone, b_moves, o_moves;           // term and xi of a class that only one of the two has, times that one
-  Real near_term[kNear], near_xi[kNear];             // term = x^2 sum c_j x^j and xi = x sum c_j x^j for |x| <= 1
+  Real near_term[kNear], near_xi[kNear];             // term = y^2 sum c_j y^j and xi = y sum c_j y^j for |x| <= 1
   bool student_base, tvd, away;
 };
 template <class F> struct MixedTerm { F term, xi; };
@@ -162,16 +172,16 @@ template <class F, class Mix> KD_HD MixedTerm<F> mixed_term(F x, const ExpM1<F> 
   else if (mix.moves != 0) xi += quotient(m.m1 * mix.moves, more + Real(1));
   return {u.psi * mix.base + of_other * mix.other, xi};
 }
-template <class F, class Real> KD_HD MixedTerm<F> mixed_near(F x, const Mixed<Real> &mix) {
-  return {x * x * polynomial(x, mix.near_term), x * polynomial(x, mix.near_xi)};
+template <class F, class Real> KD_HD MixedTerm<F> mixed_near(F y, const Mixed<Real> &mix) {
+  return {y * y * polynomial(y, mix.near_term), y * polynomial(y, mix.near_xi)};
 }
 // Either, for y = x in base 2 and the bits of its magnitude.
-template <class F, class Int, class Real> KD_HD MixedTerm<F> mixed_class(F x, F y, Int far, const Mixed<Real> &mix) {
-  return all_within(far, Real(kLog2e)) ? mixed_near(x, mix) : mixed_term(x, expm1_psi(y), mix);
+template <class F, class Int, class Real> KD_HD MixedTerm<F> mixed_class(F y, Int far, const Mixed<Real> &mix) {
+  return all_within(far, Real(kLog2e)) ? mixed_near(y, mix) : mixed_term(y * Real(kLn2), expm1_psi(y), mix);
 }
 
-// The coefficients c_j of the polynomial through n Chebyshev nodes of [-1, 1].
-template <class Real, class Of> void interpolate(int n, Of of, Real *c) {
+// The coefficients c_j of x^power sum a_j x^j as y^power sum c_j y^j, with sum a_j x^j = of(x) at n Chebyshev nodes of [-1, 1].
+template <class Real, class Of> void interpolate(int n, int power, Of of, Real *c) {
   // T_k in powers of x and at the nodes, both by T_{k+1} = 2 x T_k - T_{k-1} from T_{-1} = x
   double now[33] = {1}, before[33] = {0, 1}, sum[32] = {}, x[32], y[32], at[32], at_before[32];
   for (int i = 0; i < n; i++) { x[i] = std::cos((i + .5) * 3.14159265358979323846 / n); y[i] = of(x[i]); at[i] = 1; at_before[i] = x[i]; }
@@ -188,14 +198,14 @@ template <class Real, class Of> void interpolate(int n, Of of, Real *c) {
       before[j] = now[j]; now[j] = next;
     }
   }
-  for (int j = 0; j < n; j++) c[j] = Real(sum[j]);
+  for (int j = 0; j < n; j++) c[j] = Real(sum[j] * std::pow(kLn2, j + power));
 }
 
 inline Mixed<double> make_mixed(bool tvd, double mix, double teacher, double student) {
   Mixed<double> r{};
   r.tvd = tvd;
   if (tvd) { r.o_alone = 1; r.o_moves = .5; return r; }
-  r.student_base = mix > .5;
+  r.student_base = mix >= .5;
   const double l = r.student_base ? 1 - mix : mix, keep = 1 - l, rest = std::log1p(-l);
   const double base = r.student_base ? student : teacher, other = r.student_base ? teacher : student;
   r.l = l; r.keep = keep; r.base = base; r.other = other;
@@ -211,8 +221,8 @@ inline Mixed<double> make_mixed(bool tvd, double mix, double teacher, double stu
     r.o_moves = base * l - other * (keep + std::log(l));
   }
   const auto at = [&](double x) { return mixed_term<double>(x, ExpM1<double>{std::expm1(x), psi(x)}, r); };
-  interpolate(r.kNear, [&](double x) { return at(x).term / (x * x); }, r.near_term);
-  interpolate(r.kNear, [&](double x) { return at(x).xi / x; }, r.near_xi);
+  interpolate(r.kNear, 2, [&](double x) { return at(x).term / (x * x); }, r.near_term);
+  interpolate(r.kNear, 1, [&](double x) { return at(x).xi / x; }, r.near_xi);
   return r;
 }
 
@@ -222,8 +232,8 @@ inline Mixed<float> narrowed(const Mixed<double> &m, float) {
   Mixed<float> r{f(m.l), f(m.base), f(m.other), f(m.keep), f(m.moves), f(m.away_log), f(m.away_psi), f(m.away_share), f(m.b_alone),
                  f(m.o_alone), f(m.b_moves), f(m.o_moves), {}, {}, m.student_base, m.tvd, m.away};
   // fewer coefficients through nodes of their own: an even number leaves 0 out
-  interpolate(r.kNear, [&](double x) { return polynomial(x, m.near_term); }, r.near_term);
-  interpolate(r.kNear, [&](double x) { return polynomial(x, m.near_xi); }, r.near_xi);
+  interpolate(r.kNear, 2, [&](double x) { return polynomial(x * kLog2e, m.near_term) * (kLog2e * kLog2e); }, r.near_term);
+  interpolate(r.kNear, 1, [&](double x) { return polynomial(x * kLog2e, m.near_xi) * kLog2e; }, r.near_xi);
   return r;
 }
 
@@ -240,6 +250,7 @@ struct Plan {
   Mixed<double> mixture{};
   bool exact = false;                   // high temperature: D is a small multiple of the squares of rounding errors' size
   double patience = 64;                 // a row is swept again where the terms of its value are, without their signs, this much larger than it
+  double apart = 0;                     // of the mixture family: the F from which on D is no small number
   double k = 0;                         // 1 / T, as c ln 2, so that rows are computed at one temperature throughout
   double c = 0, c_low = 0;              // log2(e) / T, rounded to the Real of the rows, and what that left
 };
@@ -270,6 +281,7 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   if (p.mixed) {
     p.mixture = make_mixed(p.tvd, c.mix, c.teacher_part, c.student_part);
     p.student_base = p.mixture.student_base;
+    if (!p.tvd) p.apart = .015 / (p.mixture.near_term[0] * kLog2e * kLog2e);   // D is this coefficient times 2 F where F is small
     return p;
   }
   p.student_base = p.order <= .5;

@@ -23,9 +23,9 @@ template <class Real> struct References {
 };
 
 template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{}; };   // log_b, log_o: in units of T
-template <class F> struct Kept { F e, em, et; };
+template <class F> struct Kept { F e, em, et; };           // kMixed: e^y - 1 for em
 
-enum Shape { kPlain, kEntropy, kTilted, kMixed };        // what is summed besides e, em and e psi; kMixed: csrc/cuda's, both sweeps
+enum Shape { kPlain, kEntropy, kTilted, kMixed };        // what is summed besides e, em and e psi; kMixed: the same, for decisions alone
 enum Care { kFast, kExact, kMasked };                    // kExact: (o - b)/T without its rounding errors; kMasked: and -inf logits
 // What the statistics sum: e a and eo a_o, of eo = e + em; or, where both have every class, em a_o alone, as (other_log) gives the rest.
 enum Logs { kNoLogs, kBothLogs, kBriefLogs };
@@ -55,7 +55,7 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
   const Int far = bits(y) & Exp2<Real>::kAbs;                           // |y|; inf and nan come out on top
   wild = far > wild ? far : wild;
   const ExpM1<F> m = expm1_psi(y);
-  F em = e * m.m1, k1 = e * m.psi, et{}, k2{}, o_at = a + t;            // o_at: a for the other
+  F em = e * m.m1, k1 = e * (kShape == kMixed ? m.m1 - y * Real(kLn2) : m.psi), et{}, k2{}, o_at = a + t;   // o_at: a for the other
   if (kShape == kTilted) {
     const ExpM1<F> mt = expm1_psi(y * r.tilt);
     et = e * mt.m1; k2 = e * mt.psi;
@@ -91,12 +91,18 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
     // the student's own mask: sums count the class, the gradient does not
     if (kMask && r.other_is_student) { e = select(no_o, zero, e); em = select(no_o, zero, em); et = select(no_o, zero, et); }
   }
-  return {e, em, et};
+  return {e, kShape == kMixed ? m.m1 : em, et};
+}
+
+// y of the second sweep, x in base 2. rest, in base 2: what the references' rounding has left.
+template <bool kCarry, class F> KD_HD F deviation(F b, F o, const References<typename Element<F>::Real> &r, typename Element<F>::Real rest) {
+  const F t = difference<kCarry>(o, b, r.ref, r.ref_low);
+  return kCarry ? t * r.c + (t * r.c_low - rest) : t * r.c - rest;
 }
 
 // One element of the second sweep of the mixture family, whose y is x itself: q in units of e, and xi, of which G = q xi; sums of the
 // terms of D (k1) and of G (d). TVD sums what q has more (k1), what p has more (k2), and the base of the former (t).
-// eo is e e^x; rest, in base 2, what the references' rounding has left of y.
+// eo is e e^x.
 template <bool kCarry, bool kMask, class F, class Mix>
 KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &r, const Mix &mix,
                          typename Element<F>::Real rest, F e, F eo, Sums<F> &s, typename Element<F>::Int &wild) {
@@ -104,8 +110,7 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
   using Int = typename Element<F>::Int;
   constexpr Real kInf = Real(INFINITY);
   const F zero{};
-  const F t = difference<kCarry>(o, b, r.ref, r.ref_low);
-  F y = kCarry ? t * r.c + (t * r.c_low - rest) : t * r.c - rest;
+  F y = deviation<kCarry>(b, o, r, rest);
   Int no_b{}, no_o{};
   if (kMask) {
     no_b = b == -kInf; no_o = o == -kInf;
@@ -113,7 +118,6 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
   }
   const Int far = bits(y) & Exp2<Real>::kAbs;
   wild = far > wild ? far : wild;
-  const F x = y * Real(kLn2);
   F q = mix.student_base ? e : eo, term, xi;
   if (mix.tvd) {
     const F em = e * expm1_psi(y).m1;
@@ -121,7 +125,7 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
     term = larger(em, zero);
     s.k2 += larger(-em, zero); s.t += select(em > zero, e, zero);
   } else {
-    const MixedTerm<F> m = mixed_class(x, y, far, mix);
+    const MixedTerm<F> m = mixed_class(y, far, mix);
     term = e * m.term; xi = m.xi;
   }
   if (kMask) {
@@ -138,6 +142,35 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
   }
   s.k1 += term; s.d += q * xi;
   return {q, xi, zero};
+}
+
+// The same where nothing is masked, from what the first sweep has kept: e and share = e^x - 1. kTvdGap: TVD. kApart: the rest of the
+// family, in rows where D is no small number: to rounding errors of D's size, where step_mixed has them of each term's; sums of e u,
+// eo w and eo - e for apart_terms, with u = log(m / e) and w = log(eo / m), both in base 2.
+enum Second { kByClass, kApart, kTvdGap };
+template <Second kHow, bool kCarry, class F, class Mix>
+KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r, const Mix &mix, typename Element<F>::Real rest,
+                        F e, F share, Sums<F> &s) {
+  using Real = typename Element<F>::Real;
+  const F zero{}, y = deviation<kCarry>(b, o, r, rest), gap = e * share, eo = e + gap;
+  F q = mix.student_base ? e : eo, xi;
+  if (kHow == kTvdGap) {
+    s.k1 += larger(gap, zero); s.k2 += larger(-gap, zero); s.t += select(gap > zero, e, zero);
+    xi = select(y > zero, splat<F>(Real(.5)), select(y < zero, splat<F>(Real(-.5)), zero));
+  } else if (mix.l == 0) {
+    s.k2 += gap; s.t += eo * y;
+    xi = y * (mix.other * Real(kLn2));
+  } else {
+    const F more = share * mix.l, u = log2_of_1p(more), w = y - u;
+    s.s += e * u; s.k2 += gap; s.t += eo * w;
+    xi = mix.student_base ? u * (mix.base * Real(-kLn2)) : w * (mix.other * Real(kLn2));
+    if (mix.moves != 0) xi += quotient(share * mix.moves, more + Real(1));
+  }
+  s.d += q * xi;
+  return {q, xi, zero};
+}
+template <class Mix> KD_HD double apart_terms(const Mix &mix, double eu, double ow, double gap) {
+  return mix.base * (mix.l * gap - eu * kLn2) + mix.other * (ow * kLn2 - mix.keep * gap);
 }
 
 // T = inf: e is 1 (0 for a masked class), em the difference itself.

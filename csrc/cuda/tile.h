@@ -221,12 +221,12 @@ template <MixKind kMix> struct MixedAs : Mixed<float> {
     if (kMix != kOfSkewed) { moves = 0; away = false; }
   }
 };
-template <MixKind kMix> KD_DEVICE MixedTerm<float> mixed_class(float x, float y, int32_t, const MixedAs<kMix> &mix) {
-  return kMix == kOfNear ? mixed_near(x, mix) : mixed_term(x, expm1_psi(y), mix);
+template <MixKind kMix> KD_DEVICE MixedTerm<float> mixed_class(float y, int32_t, const MixedAs<kMix> &mix) {
+  return kMix == kOfNear ? mixed_near(y, mix) : mixed_term(y * float(kLn2), expm1_psi(y), mix);
 }
 
 // ---------------------------------------------------------------- the tile
-// Shape kPlain (KL, cross entropy, T = inf), kTilted, or kMixed (TVD among them), whose tiles are measured like kPlain's and then swept
+// Shape kPlain (KL, cross entropy, T = inf), kTilted, or kMixed (TVD among them), whose tiles are measured and then swept
 // again, from the row's own shift: xi is kept where em would be. The base's logits have kB bytes, the other's kO.
 //
 // A chunk is *whole* where it lies inside of the row, its gradient on 16 bytes, and no class of the tile asks for more than the fast step: of
@@ -235,7 +235,6 @@ template <MixKind kMix> KD_DEVICE MixedTerm<float> mixed_class(float x, float y,
 template <class G, Shape kShape, int kB, int kO> struct Tile {
   static constexpr bool kCarry = kB == 4 || kO == 4;  // 16-bit logits have differences without rounding errors
   static constexpr int kBytes = G::kTile * kRun * (kB + kO);
-  static constexpr Shape kFirst = kShape == kMixed ? kPlain : kShape;   // of the first sweep
   using T = Team<G>;
 
   const Job &job;
@@ -404,7 +403,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     float b[kRun], o[kRun];
     load_base(place, b); load_other(place, o);
     KD_UNROLL for (int i = 0; i < kRun; i++) {
-      keep(i, moments() ? step_moments<true>(b[i], o[i], r.ref, r.ref_low, s, wild) : step<kFirst, kCarry, true>(b[i], o[i], r, s, wild));
+      keep(i, moments() ? step_moments<true>(b[i], o[i], r.ref, r.ref_low, s, wild) : step<kShape, kCarry, true>(b[i], o[i], r, s, wild));
     }
   }
   KD_DEVICE void sweep_whole(const References<float> &r, Sums<float> &s, int32_t &wild) {   // em and et stay
@@ -412,7 +411,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       float b[kRun], o[kRun];
       unpack<kB>(base_at(place), base_f16(), b); unpack<kO>(other_at(place), other_f16(), o);
       KD_UNROLL for (int i = 0; i < kRun; i++) {
-        const Kept<float> k = step<kFirst, kCarry, false>(b[i], o[i], r, s, wild);
+        const Kept<float> k = step<kShape, kCarry, false>(b[i], o[i], r, s, wild);
         if (kShape != kMixed) em[j * kRun + i] = k.em;
         if (kShape == kTilted) et[j * kRun + i] = k.et;
       }
@@ -423,14 +422,10 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE References<float> mixed_references(const Part &p) const {
     return {float(p.top), scratch.ref_high, scratch.ref_low, job.c, kCarry ? job.c_low : 0, 0, 0, job.reach, false};
   }
-  static KD_DEVICE float distance(float b, float o, const References<float> &r, float rest) {   // y, as step_mixed has it
-    const float t = difference<kCarry>(o, b, r.ref, r.ref_low);
-    return kCarry ? t * r.c + (t * r.c_low - rest) : t * r.c - rest;
-  }
   template <bool kMask, class Mix>
   KD_DEVICE Kept<float> step_again(float b, float o, const References<float> &r, const Mix &mix, float rest, Sums<float> &s, int32_t &wild) const {
     const float a = (b - r.top) * r.c;
-    return step_mixed<kCarry, kMask>(b, o, r, mix, rest, gpu::exp2(a), gpu::exp2(a + distance(b, o, r, rest)), s, wild);
+    return step_mixed<kCarry, kMask>(b, o, r, mix, rest, gpu::exp2(a), gpu::exp2(a + deviation<kCarry>(b, o, r, rest)), s, wild);
   }
   template <class Keep> KD_DEVICE void mix_other(int place, const References<float> &r, Sums<float> &s, int32_t &wild, Keep keep) const {
     float b[kRun], o[kRun];
@@ -443,7 +438,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   // The largest |y| of a chunk, whose logits the first sweep has seen to be finite.
   KD_DEVICE float farthest(const float (&b)[kRun], const float (&o)[kRun], const References<float> &r) const {
     float most = 0;
-    KD_UNROLL for (int i = 0; i < kRun; i++) most = gpu::largest(most, std::fabs(distance(b[i], o[i], r, scratch.ref_rest)));
+    KD_UNROLL for (int i = 0; i < kRun; i++) most = gpu::largest(most, std::fabs(deviation<kCarry>(b[i], o[i], r, scratch.ref_rest)));
     return most;
   }
   // xi to the last of the chunks that stay.
@@ -514,7 +509,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       float b[kRun], o[kRun];
       load_base(place, b); load_other(place, o);
       KD_UNROLL for (int i = 0; i < kRun; i++) {
-        if (!moments()) step<kFirst, kCarry, true, kBothLogs>(b[i], o[i], r, s, wild);
+        if (!moments()) step<kShape, kCarry, true, kBothLogs>(b[i], o[i], r, s, wild);
         const float here = float(class_of(place) + i);
         if (b[i] == r.top && here < first_b) first_b = here;
         if (o[i] == top_o && here < first_o) first_o = here;
