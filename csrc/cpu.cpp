@@ -5,6 +5,7 @@
 //     sweep   one read of both rows: sums of the block, and its e, em, et (row.h) into the workspace
 //     close   the blocks are merged in order: the value, and three coefficients for each block
 //     emit    the gradient as a linear combination of what was kept, written past the caches
+// The teacher's gradient, where there is one, is closed and emitted from the same sweep (MirrorJob) before the student's.
 // Logits with a transform are transformed as a block is fetched; what a softcap and label smoothing do to a gradient class by class comes
 // between close and emit. Rows of the mixture family are swept twice, from the second-level cache, and the second sweep is what is kept.
 // The workspace is the tail of the gradient itself, whose rows are written last: no memory is asked for beyond the gradient. Blocks
@@ -19,6 +20,7 @@
 #define KD_LEVEL KD_CONCAT(level_, KD_ISA)
 
 #include <cstdlib>
+#include <optional>
 #include <type_traits>
 #include "careful.h"
 #include "modifiers.h"
@@ -43,6 +45,7 @@ template <class Real> constexpr Real kReach = sizeof(Real) == 4 ? 43 : 430;   //
 KD_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 KD_HD int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 KD_HD int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+constexpr int kKept = 6;                             // what a block keeps (RowJob::slots)
 template <class Real> constexpr int64_t kSlot = kBlock<Real> + 64 / sizeof(Real);   // one kept array of a block; a vector may be read past its end
 
 template <class Real> KD_HD double sum_of(typename Vec<Real>::D x) {
@@ -189,7 +192,10 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
   };
   each_vector<Real>(b, o, n,
       [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vo, step<kShape, kCarry, kCare == kMasked, kLogs>(vb, vo, r, s, wild)); },
-      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vo, step<kShape, kCarry, true, kLogs>(vb, vo, r, s, wild)); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) {
+        put(i, vo, step<kShape, kCarry, true, kLogs>(vb, vo, r, s, wild));
+        if (kCare != kMasked) wild = (vb == Real(-INFINITY)) ^ (vo == Real(-INFINITY)) ? I{} + Exp2<Real>::kAbs : wild;   // for kMasked
+      },
       [&]() __attribute__((always_inline)) { total.template add<kShape, kStats>(s, wild); });
   p.s = sum_of<Real>(total.s); p.d = sum_of<Real>(total.d); p.k1 = sum_of<Real>(total.k1);
   p.offset = plan.k * (double(ref) + low);
@@ -205,20 +211,32 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
   p.care = total.reach() <= reach ? int(kCare) : kLost;
 }
 
+// Where the second sweep measures from: the row's own shift, put so that a reference of the first that was right stays as it is.
+template <class Real> struct Moved {
+  double missing;                     // what the first sweep's references lacked
+  Real rest;                          // what these lack, in base 2
+  References<Real> r;
+  Moved(const Plan &plan, const Part &p, double shift, bool carry) : missing(shift - p.offset) {
+    const Real first = Real(p.ref);
+    const double before = double(first) + (p.care != kFast ? Real(p.ref - first) : 0), at = before + missing / plan.k;
+    const Real ref = Real(at), low = carry ? Real(at - ref) : 0;
+    r = {Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, 0, Exp2<Real>::kFloor / Real(plan.c), kReach<Real>, !plan.student_base};
+    rest = Real((missing - plan.k * ((double(ref) + low) - before)) * kLog2e);
+  }
+};
+
 // The second sweep of the mixture family, from the row's own shift and from what the first has kept: e and e^y - 1.
 template <Care kCare, Second kHow, class Real, class S>
 void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &member, double shift, Real *const *keep, Part &p) {
   const Mixed<Real> mix = member;                    // ours: no store can change it
-  Real *const kept_e = keep[0], *const kept_m = keep[1];
+  Real *const kept_e = keep[0], *const kept_m = keep[1], *const out_q = keep[4], *const out_xi = keep[5];
+  const bool all = !mix.student_base || out_q != kept_e;
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
-  // from where the first sweep has measured, so that a reference that was right stays as it is
-  const Real first = Real(p.ref);
-  const double before = double(first) + (kCarry ? Real(p.ref - first) : 0), missing = shift - p.offset, at = before + missing / plan.k;
-  const Real ref = Real(at), low = kCarry ? Real(at - ref) : 0, reach = kReach<Real>;
-  const References<Real> r{Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, 0, Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
-  const Real rest = Real((missing - plan.k * ((double(ref) + low) - before)) * kLog2e), less = Real(std::exp(-missing)), less_1 = Real(std::expm1(-missing));
+  const Moved<Real> m(plan, p, shift, kCarry);
+  const Real rest = m.rest, less = Real(std::exp(-m.missing)), less_1 = Real(std::expm1(-m.missing));
+  const References<Real> r = m.r;
   Accumulator<Real> total;
   Sums<F> s;
   I wild{}, unseen{};
@@ -228,8 +246,8 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
     Kept<F> k;
     if constexpr (kMask || kHow == kByClass) k = step_mixed<kCarry, kMask>(vb, vo, r, mix, rest, e, e + e * share, s, kMask || kCarry ? wild : unseen);
     else k = step_kept<kHow, kCarry>(vb, vo, r, mix, rest, e, share, s);
-    if (kMask || !mix.student_base) store(kept_e + i, k.e);
-    store(kept_m + i, k.em);
+    if (kMask || all) store(out_q + i, k.e);
+    store(out_xi + i, k.em);
   };
   each_vector<Real>(b, o, n,
       [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, std::integral_constant<bool, kCare == kMasked>{}); },
@@ -238,11 +256,31 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
   p.moved = sum_of<Real>(total.d); p.terms = sum_of<Real>(total.k1);
   p.lacks = sum_of<Real>(total.k2); p.excess = sum_of<Real>(total.t);
   if (kHow == kApart) p.terms += apart_terms(plan.mixture, sum_of<Real>(total.s), p.excess, p.lacks);
-  if (!(total.reach() <= reach)) p.care = kLost;
+  if (!(total.reach() <= r.reach)) p.care = kLost;
+}
+
+// That of kLogRatio, of whatever care.
+template <class Real, class S> void sweep_log_ratio(const S *b, const S *o, int64_t n, const Plan &plan, const Row &row, Real *const *keep, Part &p) {
+  using F = typename Vec<Real>::F;
+  using I = typename Vec<Real>::I;
+  const Moved<Real> m(plan, p, row.shift, true);
+  const Real top = Real(row.top), *const e = keep[0];
+  Real *const q = keep[4], *const xi = keep[5];
+  Accumulator<Real> total;
+  Sums<F> s;
+  I wild{};
+  const auto put = [&](int64_t i, F vb, F vo) __attribute__((always_inline)) {
+    const Kept<F> k = step_log_ratio<true, true>(vb, vo, m.r, m.rest, plan.entropy, top, load<F>(e + i), s);
+    if (q != e) store(q + i, k.e);
+    store(xi + i, k.em);
+  };
+  each_vector<Real>(b, o, n, put, put, [&]() __attribute__((always_inline)) { total.template add<kPlain>(s, wild); });
+  p.moved = sum_of<Real>(total.d); p.terms = 0;
 }
 
 template <class Real, class S>
 void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, const Row &row, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
+  if (plan.mirror == kLogRatio) return sweep_log_ratio(b, o, n, plan, row, keep, p);
   // the first sweep has seen that y is within reach of its own references, which is enough for those that are not far from them
   if (p.care == kFast && std::fabs(row.shift - p.offset) < 13) {
     if (plan.tvd) return sweep_mixed<kFast, kTvdGap>(b, o, n, plan, mix, row.shift, keep, p);
@@ -395,25 +433,26 @@ KD_HD const char *at(const void *p, int32_t dtype, const int64_t *stride, const 
 
 // What one thread works with: room for a block, and its share of the workspace.
 template <class Real> struct Desk {
-  alignas(64) Real b[kSlot<Real>], o[kSlot<Real>], slot[4 * kSlot<Real>], g[kSlot<Real>];
+  alignas(64) Real b[kSlot<Real>], o[kSlot<Real>], slot[5 * kSlot<Real>], g[kSlot<Real>];
   Real *workspace = nullptr;
   int64_t capacity = 0;                              // blocks that fit the workspace
 };
 
 template <class Real> class RowJob {
  public:
-  RowJob(const kd_call &c, const Plan &p)
-      : c_(c), plan_(p), of_student_(c.student_scale, c.student_softcap), of_teacher_(c.teacher_scale, c.teacher_softcap),
+  // first: the job whose sweeps this one, a mirror, goes on from
+  RowJob(const kd_call &c, const Plan &p, bool paired = false, const RowJob *first = nullptr)
+      : c_(c), plan_(p), paired_(paired), of_student_(c.student_scale, c.student_softcap), of_teacher_(c.teacher_scale, c.teacher_softcap),
         blocks_((c.vocab + kBlock<Real> - 1) / kBlock<Real>) {
     if (p.mixed) mix_ = narrowed(p.mixture, Real());
-    third_ = p.tilted && !p.student_base;
-    arrays_ = 2 + third_ + hard();
+    third_ = p.tilted && (paired || !p.student_base);
+    arrays_ = first ? first->arrays_ : 2 + third_ + 2 * outputs() + hard();
     size_ = element_size(c.student_dtype);
     const double unit = by_class() ? 1 : c.student_scale;
     grad_scale_ = c.grad_scale * unit; hard_grad_scale_ = c.hard_grad_scale * unit;
   }
   int64_t blocks() const { return blocks_; }
-  bool mixed() const { return plan_.mixed; }
+  bool mixed() const { return plan_.mixed && plan_.mirror != kDifference; }
   int64_t slot_bytes() const { return arrays_ * kSlot<Real> * sizeof(Real); }
   bool hard() const { return c_.labels && (c_.hard_scale != 0 || c_.hard_grad_scale != 0); }
 
@@ -421,12 +460,13 @@ template <class Real> class RowJob {
   bool by_class() const { return of_student_.softcap > 0 || smooth(); }
   bool smooth() const { return hard() && c_.label_smoothing != 0; }
 
-  struct State { Part *parts; SmoothPart *hard_parts; StatPart *stat_parts; Row row; HardRow hard; double weight; };
+  // kept: whether the workspace holds what the first sweep has left
+  struct State { Part *parts; SmoothPart *hard_parts; StatPart *stat_parts; Row row; HardRow hard; double weight; bool kept = true; };
 
   bool begin(State &s, int64_t row) const {          // false: the row counts for nothing
     s.weight = c_.weight ? c_.weight[row] : 1;
     if (s.weight != 0) return true;
-    c_.loss[row] = 0;
+    if (c_.loss) c_.loss[row] = 0;
     if (c_.grad) std::memset(grad(row), 0, c_.grad_width * size_);
     if (c_.stats) for (int i = 0; i < KD_STATS; i++) c_.stats[row * KD_STATS + i] = NAN;
     return false;
@@ -437,7 +477,7 @@ template <class Real> class RowJob {
     bool lost = false;
     for (int64_t i = lo; i < hi && !lost; i++) {     // once the row is lost, nothing that follows is used
       const int64_t n = length(i);
-      Real *keep[4];
+      Real *keep[kKept];
       slots(desk, i, lo, keep);
       with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
         if (hard()) s.hard_parts[i] = hard_block(z, n, keep[3]);
@@ -459,12 +499,22 @@ template <class Real> class RowJob {
     if (!s.row.lost && !s.row.refine && !plan_.mixed) finish(s, row, s.row.value, desk, nullptr);
   }
 
+  // Of a mirror: takes the row over from the sweeps of the other job. Not where the gradient needs more than they have kept.
+  bool take(State &s, const State &first) const {
+    s.row = first.row; s.weight = first.weight; s.kept = first.kept;
+    if (plan_.mirror == kNoMirror || first.row.lost) return false;
+    if (!plan_.tilted) return true;
+    for (int64_t i = 0; i < blocks_; i++) if (s.parts[i].care == kMasked) return false;   // what only one of the two has
+    s.row = close_row(s.parts, int(blocks_), plan_);
+    return !s.row.lost;
+  }
+
   // The second sweep of the mixture family, backwards, as the last block is still on the desk; and its close.
   void mix_blocks(State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk) const {
     for (int64_t i = hi - 1; i >= lo; i--) {
-      Real *keep[4];
+      Real *keep[kKept];
       slots(desk, i, lo, keep);
-      with_block(row, i, desk, [&](auto *z, auto *b, auto *o) { mix_block(s, s.parts[i], i, i - lo < desk.capacity || i == hi - 1, z, b, o, keep, desk); });
+      with_block(row, i, desk, [&](auto *z, auto *b, auto *o) { mix_block(s, s.parts[i], i, kept(s, i, lo, desk) || (!paired_ && i == hi - 1), z, b, o, keep, desk); });
     }
   }
   void close_mixed_row(State &s, int64_t row, Desk<Real> &desk) const {
@@ -476,25 +526,25 @@ template <class Real> class RowJob {
   void emit_blocks(const State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk, bool streaming) const {
     for (int64_t turn = lo; turn < hi; turn++) {     // from the block that was swept last, which is still on the desk
       const int64_t i = plan_.mixed ? turn : lo + hi - 1 - turn, n = length(i);
-      Real *keep[4];
+      Real *keep[kKept];
       slots(desk, i, lo, keep);
-      const bool kept_here = i - lo < desk.capacity || turn == lo, hard_kept = i - lo < desk.capacity || i == hi - 1;
+      const bool there = kept(s, i, lo, desk), kept_here = there || (!paired_ && turn == lo), hard_kept = there || (!paired_ && i == hi - 1);
       if (!kept_here || (hard() && !hard_kept)) {
         with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
           Part p = s.parts[i];
           if (hard()) hard_block(z, n, keep[3]);
           if (kept_here) return;
-          if (plan_.mixed) mix_block(s, p, i, false, z, b, o, keep, desk);
+          if (mixed()) mix_block(s, p, i, false, z, b, o, keep, desk);
           else if (!p.empty()) sweep(p.care, b, o, n, plan_, nullptr, keep, p, desk.b, desk.o);
         });
       }
-      if (s.parts[i].empty()) for (int j = 0; j < 3; j++) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
+      if (s.parts[i].empty()) for (int j : {0, 1, 2, 4, 5}) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
       const Coefficients k = coefficients(s.parts[i], s.row, plan_, s.weight * grad_scale_);
       if (plan_.student_base && plan_.tilted && s.parts[i].care == kMasked) separate_lone(keep[0], keep[2], n, k);
-      const Real *kept[4] = {keep[0]};
+      const Real *kept[4] = {mixed() ? keep[4] : keep[0]};
       double factors[4] = {k.C};
       int m = 1;
-      if (keep[1]) { kept[m] = keep[1]; factors[m++] = k.A; }
+      if (keep[1] && !(plan_.tilted && plan_.student_base)) { kept[m] = mixed() ? keep[5] : keep[1]; factors[m++] = k.A; }
       if (keep[2]) { kept[m] = keep[2]; factors[m++] = k.B; }
       write(s, row, i, n, m, kept, factors, keep[3], desk, streaming);
     }
@@ -604,12 +654,18 @@ template <class Real> class RowJob {
     with(fetch(z, c_.student_dtype, of_student_, i, n, first), fetch(v, c_.teacher_dtype, of_teacher_, i, n, second));
   }
 
-  // Where block i keeps e, em, et and the hard term's e1; null for what the family does not need.
+  // Of a pair: whether a second sweep, the job's own or the mirror's, leaves the first one's arrays for the other.
+  bool outputs() const { return paired_ && !plan_.tilted && !plan_.moments; }
+  bool kept(const State &s, int64_t i, int64_t lo, const Desk<Real> &desk) const { return s.kept && i - lo < desk.capacity; }
+
+  // Where block i keeps e, em, et and the hard term's e1, and its second sweep's q and xi; null for what the family does not need.
   void slots(Desk<Real> &desk, int64_t i, int64_t lo, Real **keep) const {
     Real *p = i - lo < desk.capacity ? desk.workspace + (i - lo) * arrays_ * kSlot<Real> : desk.slot;
     keep[0] = p; p += kSlot<Real>;
     keep[1] = !plan_.tilted || third_ ? p : nullptr; p += keep[1] ? kSlot<Real> : 0;
     keep[2] = plan_.tilted ? p : nullptr; p += keep[2] ? kSlot<Real> : 0;
+    keep[4] = keep[0]; keep[5] = keep[1];
+    if (outputs()) { keep[4] = p; keep[5] = p + kSlot<Real>; p += 2 * kSlot<Real>; }
     keep[3] = p;
   }
 
@@ -636,7 +692,7 @@ template <class Real> class RowJob {
       cross_entropy = cross_entropy_of(s.hard);
       loss += c_.hard_scale * hard_value(c_, s.hard);
     }
-    c_.loss[row] = s.weight * loss;
+    if (c_.loss) c_.loss[row] = s.weight * loss;
     if (c_.stats) put_stats(s, row, value, cross_entropy, desk, shapes);
   }
 
@@ -706,6 +762,7 @@ template <class Real> class RowJob {
 
   const kd_call &c_;
   const Plan &plan_;
+  const bool paired_;
   const Transform<Real> of_student_, of_teacher_;
   double grad_scale_, hard_grad_scale_;
   Mixed<Real> mix_{};
@@ -715,13 +772,50 @@ template <class Real> class RowJob {
   bool third_;
 };
 
-template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Real>::State &s, int64_t row, Desk<Real> &desk, bool write, bool streaming) {
+// The teacher's gradient beside the student's: `shared` from the same sweeps, `alone` for the rows for which they are not enough.
+template <class Real> struct MirrorJob {
+  using State = typename RowJob<Real>::State;
+  Plan shared_plan, alone_plan;
+  RowJob<Real> shared, alone;
+  bool streaming;
+  MirrorJob(const kd_call &c, const Plan &plan, const RowJob<Real> &job, bool wide, bool streams)
+      : shared_plan(make_mirror(plan, c, wide)), alone_plan(make_plan(c, wide)), shared(c, shared_plan, true, &job), alone(c, alone_plan),
+        streaming(streams) {
+    alone_plan.entropy = plan.entropy;               // the cross entropy's, which careful.h knows and the sweep does not
+    alone_plan.careful |= plan.entropy;
+  }
+  // parts: other ones than the first job's, whose workspace is written over (it takes as much or more for a block)
+  void run_row(State &first, int64_t row, Desk<Real> &desk, Part *parts) const {
+    State s{parts};
+    run_alone(alone, s, row, desk, true, streaming);
+    first.kept = false;
+  }
+};
+
+template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Real>::State &s, int64_t row, Desk<Real> &desk, bool write, bool streaming,
+                                     const MirrorJob<Real> *mirror = nullptr, Part *mirror_parts = nullptr) {
   s.row = Row();
-  if (!job.begin(s, row)) return;
+  s.kept = true;
+  if (!job.begin(s, row)) {
+    typename RowJob<Real>::State m{mirror_parts};
+    if (mirror) mirror->alone.begin(m, row);
+    return;
+  }
   do {
     job.sweep_blocks(s, row, 0, job.blocks(), desk);
     job.close(s, row, desk);
   } while (s.row.refine);
+  if (mirror) {                                      // first, as a gradient in place overwrites the student's logits
+    typename RowJob<Real>::State m{s.parts};
+    bool taken = mirror->shared.take(m, s);
+    if (taken && mirror->shared.mixed()) {
+      mirror->shared.mix_blocks(m, row, 0, job.blocks(), desk);
+      mirror->shared.close_mixed_row(m, row, desk);
+      taken = !m.row.lost;
+    }
+    if (taken) mirror->shared.emit_blocks(m, row, 0, job.blocks(), desk, mirror->streaming);
+    else mirror->run_row(s, row, desk, mirror_parts);
+  }
   if (job.mixed() && !s.row.lost) {
     job.mix_blocks(s, row, 0, job.blocks(), desk);
     job.close_mixed_row(s, row, desk);
@@ -729,7 +823,6 @@ template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Re
   if (s.row.lost) job.careful_row(s, row, desk, streaming);
   else if (write) job.emit_blocks(s, row, 0, job.blocks(), desk, streaming);
 }
-
 // Of the parallel region we are in, which may have fewer threads than were asked for.
 #if defined(_OPENMP)
 inline int thread_number() { return omp_get_thread_num(); }
@@ -741,16 +834,24 @@ inline int thread_count() { return 1; }
 
 template <class T> T *allocate(int64_t n) { return n > 0 ? (T *)std::malloc(n * sizeof(T)) : nullptr; }
 
-template <class Real> void run(const kd_call &c, const Plan &plan) {
-  const RowJob<Real> job(c, plan);
-  const int64_t blocks = job.blocks(), row_bytes = c.grad_width * element_size(c.student_dtype), all = c.rows * row_bytes;
-  const bool streaming = c.grad && c.fresh && all > (int64_t(8) << 20);
+// Whether a gradient goes past the caches; its pages are asked for in few faults then.
+inline bool streams(const kd_call &c) {
+  const int64_t all = c.rows * c.grad_width * element_size(c.student_dtype);
+  if (!c.grad || !c.fresh || all <= (int64_t(8) << 20)) return false;
 #if defined(__linux__)
-  if (streaming) {                                   // fewer page faults under a gradient that is new
-    const uintptr_t page = uintptr_t(2) << 20, lo = ((uintptr_t)c.grad + page - 1) / page * page, hi = ((uintptr_t)c.grad + all) / page * page;
-    if (hi > lo) madvise((void *)lo, hi - lo, MADV_HUGEPAGE);
-  }
+  const uintptr_t page = uintptr_t(2) << 20, lo = ((uintptr_t)c.grad + page - 1) / page * page, hi = ((uintptr_t)c.grad + all) / page * page;
+  if (hi > lo) madvise((void *)lo, hi - lo, MADV_HUGEPAGE);
 #endif
+  return true;
+}
+
+template <class Real> void run(const kd_call &c, const Plan &plan) {
+  const RowJob<Real> job(c, plan, c.mirror != nullptr);
+  std::optional<MirrorJob<Real>> both;
+  if (c.mirror) both.emplace(*c.mirror, plan, job, sizeof(Real) == 8, streams(*c.mirror));
+  const MirrorJob<Real> *const mirror = both ? &*both : nullptr;
+  const int64_t blocks = job.blocks(), row_bytes = c.grad_width * element_size(c.student_dtype), all = c.rows * row_bytes;
+  const bool streaming = streams(c);
   const bool small = c.rows * c.vocab < 32768;       // not worth waking a thread for
   const int threads = small || c.threads < 1 ? 1 : c.threads;
   const bool split = c.rows < 4 * threads && blocks >= 2 * threads && threads > 1;
@@ -759,8 +860,8 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   // workspace for all blocks that takes a share a of the rows saves 1 - a of the second exponentials; for a fraction f of the blocks
   // it saves f - a f^2, most at f = 1 / (2 a). So it never takes more than half of the rows.
   const int64_t share = split ? (blocks + threads - 1) / threads : blocks;
-  int64_t want = share > 1 && c.grad ? share * job.slot_bytes() + 64 : 0, tail = 0, room = 0;
-  if (want && c.fresh && !split) {
+  int64_t want = share > 1 && (c.grad || mirror) ? share * job.slot_bytes() + 64 : 0, tail = 0, room = 0;
+  if (want && c.grad && c.fresh && !split) {
     tail = smaller((threads * want + row_bytes - 1) / row_bytes, c.rows / 2);
     want = smaller(want, tail * row_bytes / threads);
     if (want < job.slot_bytes() + 64) tail = 0;
@@ -772,10 +873,11 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   char *const tail_start = tail ? (char *)c.grad + (all - tail * row_bytes) : nullptr;
   const int64_t chunk = at_least(1, smaller(16, c.rows / (8 * threads)));
 
-  Part *shared_parts = split ? allocate<Part>(blocks) : nullptr;
+  Part *shared_parts = split ? allocate<Part>(blocks) : nullptr, *shared_mirror_parts = split && mirror ? allocate<Part>(blocks) : nullptr;
   SmoothPart *shared_hard = split ? allocate<SmoothPart>(blocks) : nullptr;
   StatPart *shared_stats = split && c.stats ? allocate<StatPart>(blocks) : nullptr;
-  typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardRow(), 1};
+  typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardRow(), 1}, shared_mirror{shared_parts};
+  bool taken = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Desk<Real> desk;
@@ -792,7 +894,12 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
       for (int64_t row = 0; row < c.rows; row++) {
         bool counts = true;
 #pragma omp barrier
-        if (me == 0) { shared.row = Row(); shared.weight = job.begin(shared, row) ? shared.weight : 0; }
+        if (me == 0) {
+          shared.row = Row(); shared.kept = true;
+          shared.weight = job.begin(shared, row) ? shared.weight : 0;
+          shared_mirror = {shared_parts};
+          if (mirror && shared.weight == 0) mirror->alone.begin(shared_mirror, row);
+        }
 #pragma omp barrier
         counts = shared.weight != 0;
         while (counts) {
@@ -803,6 +910,19 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
           if (!shared.row.refine) break;
         }
         if (!counts) continue;
+        if (mirror) {
+          if (me == 0) taken = mirror->shared.take(shared_mirror, shared);
+#pragma omp barrier
+          if (taken && mirror->shared.mixed()) {
+            mirror->shared.mix_blocks(shared_mirror, row, lo, hi, desk);
+#pragma omp barrier
+            if (me == 0) { mirror->shared.close_mixed_row(shared_mirror, row, desk); taken = !shared_mirror.row.lost; }
+#pragma omp barrier
+          }
+          if (taken) mirror->shared.emit_blocks(shared_mirror, row, lo, hi, desk, mirror->streaming);
+          else if (me == 0) mirror->run_row(shared, row, desk, shared_mirror_parts);
+#pragma omp barrier
+        }
         if (job.mixed() && !shared.row.lost) {
           job.mix_blocks(shared, row, lo, hi, desk);
 #pragma omp barrier
@@ -813,16 +933,17 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
         else if (me == 0) job.careful_row(shared, row, desk, streaming);
       }
     } else {
-      Part *parts = allocate<Part>(blocks);
+      Part *parts = allocate<Part>(blocks), *mirror_parts = mirror ? allocate<Part>(blocks) : nullptr;
       SmoothPart *hard_parts = allocate<SmoothPart>(blocks);
       StatPart *stat_parts = c.stats ? allocate<StatPart>(blocks) : nullptr;
       typename RowJob<Real>::State s{parts, hard_parts, stat_parts, Row(), HardRow(), 1};
 #pragma omp for schedule(dynamic, chunk)
-      for (int64_t row = 0; row < c.rows - tail; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
+      for (int64_t row = 0; row < c.rows - tail; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming, mirror, mirror_parts);
       desk.capacity = tail ? 0 : desk.capacity;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t row = c.rows - tail; row < c.rows; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming);
+      for (int64_t row = c.rows - tail; row < c.rows; row++) run_alone(job, s, row, desk, c.grad != nullptr, streaming, mirror, mirror_parts);
       std::free(parts);
+      std::free(mirror_parts);
       std::free(hard_parts);
       std::free(stat_parts);
     }
@@ -830,6 +951,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
     stream_fence();
   }
   std::free(shared_parts);
+  std::free(shared_mirror_parts);
   std::free(shared_hard);
   std::free(shared_stats);
 }

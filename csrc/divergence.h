@@ -201,11 +201,11 @@ template <class Real, class Of> void interpolate(int n, int power, Of of, Real *
   for (int j = 0; j < n; j++) c[j] = Real(sum[j] * std::pow(kLn2, j + power));
 }
 
-inline Mixed<double> make_mixed(bool tvd, double mix, double teacher, double student) {
+inline Mixed<double> make_mixed(bool tvd, bool student_base, double mix, double teacher, double student) {
   Mixed<double> r{};
   r.tvd = tvd;
-  if (tvd) { r.o_alone = 1; r.o_moves = .5; return r; }
-  r.student_base = mix >= .5;
+  r.student_base = student_base;
+  if (tvd) { r.o_alone = 1; r.o_moves = r.b_moves = .5; return r; }
   const double l = r.student_base ? 1 - mix : mix, keep = 1 - l, rest = std::log1p(-l);
   const double base = r.student_base ? student : teacher, other = r.student_base ? teacher : student;
   r.l = l; r.keep = keep; r.base = base; r.other = other;
@@ -237,9 +237,14 @@ inline Mixed<float> narrowed(const Mixed<double> &m, float) {
   return r;
 }
 
+// The teacher's gradient, from the sums for the student's (make_mirror). kNegative: minus the student's (T = inf). kSame: as the student's, of
+// the divergence with both exchanged. kLogRatio: of KL and the cross entropy, -p log(q / p) less its mean. kDifference: of reverse KL, p - q.
+enum Mirror { kNoMirror, kNegative, kSame, kLogRatio, kDifference };
+
 // What a call asks for, with every number that does not depend on the data computed once, in fp64.
 struct Plan {
   bool student_base = false, tilted = false, entropy = false;
+  Mirror mirror = kNoMirror;
   bool mixed = false, tvd = false;      // the mixture family, and TVD in it
   bool alpha = false;                   // D is F itself
   bool moments = false;                 // T = inf: only the first two moments of z - v count
@@ -279,8 +284,8 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   p.tvd = c.family == kTvd;
   p.mixed = p.tvd || c.family == kMixture;
   if (p.mixed) {
-    p.mixture = make_mixed(p.tvd, c.mix, c.teacher_part, c.student_part);
-    p.student_base = p.mixture.student_base;
+    p.student_base = !p.tvd && c.mix >= .5;
+    p.mixture = make_mixed(p.tvd, p.student_base, c.mix, c.teacher_part, c.student_part);
     if (!p.tvd) p.apart = .015 / (p.mixture.near_term[0] * kLog2e * kLog2e);   // D is this coefficient times 2 F where F is small
     return p;
   }
@@ -289,6 +294,29 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   p.tilt = p.student_base ? p.order : 1 - p.order;
   if (!wide) p.tilt = float(p.tilt);
   return p;
+}
+
+// The plan of call.mirror that goes on from the sweeps of p, from the same base. mirror kNoMirror: there is none, and the call runs by itself.
+inline Plan make_mirror(const Plan &p, const kd_call &c, bool wide) {
+  Plan m = make_plan(c, wide);
+  if (p.careful || m.careful) return m;
+  m.student_base = !p.student_base;
+  if (p.moments) {
+    m.mirror = kNegative;
+  } else if (p.tilted || m.tilted) {
+    m.tilt = p.tilt;
+    m.mirror = p.tilted && m.tilted ? kSame : kNoMirror;   // not where an order is 1 as it is rounded
+  } else if (!p.mixed) {
+    m.entropy = p.entropy;
+    m.mirror = kLogRatio;
+  } else if (!m.mixed) {
+    m.mixed = true;
+    m.mirror = kDifference;
+  } else {
+    m.mixture = make_mixed(m.tvd, m.student_base, c.mix, c.teacher_part, c.student_part);
+    m.mirror = kSame;
+  }
+  return m;
 }
 
 // f of the family, for the scalars of a row; tilt = 0 is KL

@@ -63,7 +63,7 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
   if (kMask) {
     // p = 0 < q and the reverse, as limits: the terms of F stay finite where the divergence does
     const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b;
-    const F x = difference<false>(o, splat<F>(r.top), r.ref, r.ref_low), q = exp2_of_product(x, r.c, r.floor);
+    const F x = difference<kCarry>(o, splat<F>(r.top), r.ref, r.ref_low), q = exp2_of_product(x, r.c, r.floor);
     em = select(only_o, q, em); k1 = select(only_o, q, k1); o_at = select(only_o, x, o_at);
     const Int within = x * r.c <= r.reach;
     Int lost = only_o & ~within;
@@ -121,7 +121,8 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
   F q = mix.student_base ? e : eo, term, xi;
   if (mix.tvd) {
     const F em = e * expm1_psi(y).m1;
-    xi = select(em > zero, splat<F>(Real(.5)), select(em < zero, splat<F>(Real(-.5)), zero));
+    const Real half = Real(mix.student_base ? -.5 : .5);
+    xi = select(em > zero, splat<F>(half), select(em < zero, splat<F>(-half), zero));
     term = larger(em, zero);
     s.k2 += larger(-em, zero); s.t += select(em > zero, e, zero);
   } else {
@@ -130,7 +131,7 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
   }
   if (kMask) {
     const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b, none = no_b & no_o;
-    const F far_o = difference<false>(o, splat<F>(r.top), r.ref, r.ref_low), weight = exp2_of_product(far_o, r.c, r.floor);
+    const F far_o = difference<kCarry>(o, splat<F>(r.top), r.ref, r.ref_low), weight = exp2_of_product(far_o, r.c, r.floor);
     term = select(none, zero, select(only_o, mix.o_alone * weight, select(only_b, mix.b_alone * e, term)));   // TVD's b_alone is 0
     q = select(none, zero, select(only_o, mix.student_base ? zero : weight, select(only_b, mix.student_base ? e : zero, q)));
     xi = select(only_o, splat<F>(mix.o_moves), select(only_b, splat<F>(mix.b_moves), xi));
@@ -156,7 +157,8 @@ KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r
   F q = mix.student_base ? e : eo, xi;
   if (kHow == kTvdGap) {
     s.k1 += larger(gap, zero); s.k2 += larger(-gap, zero); s.t += select(gap > zero, e, zero);
-    xi = select(y > zero, splat<F>(Real(.5)), select(y < zero, splat<F>(Real(-.5)), zero));
+    const Real half = Real(mix.student_base ? -.5 : .5);
+    xi = select(y > zero, splat<F>(half), select(y < zero, splat<F>(-half), zero));
   } else if (mix.l == 0) {
     s.k2 += gap; s.t += eo * y;
     xi = y * (mix.other * Real(kLn2));
@@ -171,6 +173,19 @@ KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r
 }
 template <class Mix> KD_HD double apart_terms(const Mix &mix, double eu, double ow, double gap) {
   return mix.base * (mix.l * gap - eu * kLn2) + mix.other * (ow * kLn2 - mix.keep * gap);
+}
+
+// The second sweep of kLogRatio: q is e, xi is -x; of the cross entropy -x - log p, up to a constant, with `top` the row's.
+template <bool kCarry, bool kMask, class F>
+KD_HD Kept<F> step_log_ratio(F b, F o, const References<typename Element<F>::Real> &r, typename Element<F>::Real rest,
+                             bool entropy, typename Element<F>::Real top, F e, Sums<F> &s) {
+  using Real = typename Element<F>::Real;
+  F y = deviation<kCarry>(b, o, r, rest);
+  if (entropy) y += (b - top) * r.c;
+  F xi = y * Real(-kLn2);
+  if (kMask) xi = select(e > F{}, xi, F{});
+  s.d += e * xi;
+  return {e, xi, F{}};
 }
 
 // T = inf: e is 1 (0 for a masked class), em the difference itself.
@@ -349,8 +364,13 @@ template <class Crew = Alone> KD_HD void close_mixed(const Part *parts, int n, c
 // T dD/dz = A em + B et + C e over a block, times scale; q (A xi + C) in the mixture family.
 KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, double scale) {
   if (p.empty()) return {0, 0, 0};
+  if (plan.mirror == kDifference) {   // q - o, of q and e^y - 1
+    const double unit = p.unit * scale, h = r.shift - p.offset;
+    return {-unit * exp_of(-h), 0, -unit * expm1_of(-h)};
+  }
   if (plan.mixed) return {p.unit * scale, 0, -p.unit * scale * r.moved};
   const double unit = p.unit * scale * r.gain, h = r.shift - p.offset;
+  if (plan.mirror == kNegative) return {-unit, 0, unit * h};
   if (plan.moments) return {unit, 0, -unit * h};
   const double A = unit * exp_of(-h), C = unit * expm1_of(-h);
   if (!plan.tilted) return {A, 0, C};

@@ -371,6 +371,12 @@ REGISTRY: dict[str, type[Divergence]] = {
 }
 
 
+def mirror(text: str) -> str:
+    """The text of the divergence whose gradient in its student is this one's in the teacher; the cross entropy's but for H(p)."""
+    divergence = parse(text)
+    return (KL() if isinstance(divergence, CrossEntropy) else divergence).reversed.text
+
+
 def parse(text: str) -> Divergence:
     """The divergence of a text form: "kl", "renyi(0.5)", "renyi(inf)", "jsd(0.1)". parse(d.text) == d."""
     name, bracket, rest = text.strip().partition("(")

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, ops, recycle
-from .divergence import KL, CrossEntropy, Divergence, LogitMatching, parse
+from .divergence import KL, Divergence, LogitMatching, mirror, parse
 from .stats import KDStats, from_columns
-from .transforms import LogitTransform, Modifiers, wide
+from .transforms import LogitTransform, Modifiers
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -224,12 +224,15 @@ Factors = tuple[str, float, float, float, float, float, int, list[float], str]  
 
 
 class _Total(torch.autograd.Function):
-    """Sum of the row losses; the forward fills the gradient, the backward multiplies it by the upstream gradient."""
+    """Sum of the row losses; the forward fills the gradients of student and teacher, the backward multiplies them by the upstream one."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool, stats: bool):
-        rows, grad, columns = _rows_and_gradient(student, teacher, labels, weight, factors, inplace, stats)
-        ctx.save_for_backward(grad)
+    def forward(
+        ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool, stats: bool, wanted: tuple[bool, bool]
+    ):
+        rows, grads, columns = _rows_and_gradients(student, teacher, labels, weight, factors, inplace, stats, wanted)
+        ctx.wanted = wanted
+        ctx.save_for_backward(*grads)
         # applied: what the gradient as it lies there is multiplied with; spent: somebody may hold it
         ctx.applied, ctx.inplace, ctx.spent = boost, inplace, False
         if stats:
@@ -240,8 +243,8 @@ class _Total(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if ctx.inplace and ctx.spent:
             raise RuntimeError("fused_kd_loss(inplace=True): a second backward through the same loss; its logits are gone")
-        (grad,) = _times_upstream(ctx, ctx.saved_tensors, upstream)
-        return grad, None, None, None, None, None, None, None
+        grads = iter(_times_upstream(ctx, ctx.saved_tensors, upstream))
+        return *(next(grads) if wanted else None for wanted in ctx.wanted), None, None, None, None, None, None, None
 
 
 class _PerRow(torch.autograd.Function):
@@ -261,10 +264,12 @@ class _PerRow(torch.autograd.Function):
         student, teacher, labels, weight = ctx.saved_tensors
         with torch.no_grad():
             scale = upstream.double() if weight is None else torch.where(weight != 0, upstream.double() * weight, 0.0)
-            _, grad, _ = _rows_and_gradient(student, teacher, labels, scale, ctx.factors, ctx.inplace, False)
+            wanted = ctx.needs_input_grad[:2]
+            _, grads, _ = _rows_and_gradients(student, teacher, labels, scale, ctx.factors, ctx.inplace, False, wanted)
         if torch.is_grad_enabled():
-            grad = _OnceDifferentiable.apply(_anchor(), grad, torch.ones((), device=grad.device))
-        return grad, None, None, None, None, None, None
+            grads = [_OnceDifferentiable.apply(_anchor(), grad, torch.ones((), device=grad.device)) for grad in grads]
+        grads = iter(grads)
+        return *(next(grads) if x else None for x in wanted), None, None, None, None, None
 
 
 class _Silent(torch.autograd.Function):
@@ -294,28 +299,45 @@ class _OnceDifferentiable(torch.autograd.Function):
 def _rows_alone(student, teacher, labels, weight, factors: Factors, stats: bool) -> tuple[Tensor, Tensor | None]:
     """The rows' losses and statistics, without a gradient."""
     if stats:
-        return ops.loss_and_stats(student.detach(), teacher, labels, weight, None, *factors)
-    return ops.loss(student.detach(), teacher, labels, weight, *factors), None
+        return ops.loss_and_stats(student.detach(), teacher.detach(), labels, weight, None, *factors)
+    return ops.loss(student.detach(), teacher.detach(), labels, weight, *factors), None
 
 
-def _rows_and_gradient(
-    student, teacher, labels, weight, factors: Factors, inplace: bool, stats: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows' losses, the gradient (in the student's storage, in memory that is used again, or in the compiler's), and statistics."""
-    z = student.detach()
+def _rows_and_gradients(
+    student, teacher, labels, weight, factors: Factors, inplace: bool, stats: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """The rows' losses, the gradients that are wanted of student and teacher, and statistics.
+
+    A gradient is in the student's storage, in memory that is used again, or in the compiler's.
+    """
+    z, v = student.detach(), teacher.detach()
+    own, others = wanted
     if torch.compiler.is_compiling() and not inplace:
+        if others:
+            rows, grad, other, columns = ops.loss_and_new_grads(z, v, labels, weight, *factors, stats, own)
+            return rows, (grad, other) if own else (other,), columns if stats else None
         if stats:
-            return ops.loss_new_grad_and_stats(z, teacher, labels, weight, *factors)
-        return *ops.loss_and_new_grad(z, teacher, labels, weight, *factors), None
-    fake = type(student) is not Tensor  # no memory to recycle
-    grad = z if inplace else torch.empty_like(z, memory_format=torch.contiguous_format) if fake else recycle.empty(student)
-    if stats:
-        rows, columns = ops.loss_and_stats(z, teacher, labels, weight, grad, *factors)
+            rows, grad, columns = ops.loss_new_grad_and_stats(z, v, labels, weight, *factors)
+            return rows, (grad,), columns
+        rows, grad = ops.loss_and_new_grad(z, v, labels, weight, *factors)
+        return rows, (grad,), None
+    grad = None if not own else z if inplace else _gradient_for(student)
+    columns = None
+    if others:
+        other = _gradient_for(teacher)
+        rows, columns = ops.loss_and_grads(z, v, labels, weight, grad, other, *factors, stats)
+    elif stats:
+        rows, columns = ops.loss_and_stats(z, v, labels, weight, grad, *factors)
     else:
-        rows, columns = ops.loss_and_grad(z, teacher, labels, weight, grad, *factors), None
-    if inplace and not torch.compiler.is_compiling():  # autograd is told, so that whoever saved the logits finds out
+        rows = ops.loss_and_grad(z, v, labels, weight, grad, *factors)
+    if inplace and own and not torch.compiler.is_compiling():  # autograd is told, so that whoever saved the logits finds out
         torch.autograd.graph.increment_version(student)
-    return rows, grad, columns
+    return rows, (*((grad,) if own else ()), *((other,) if others else ())), columns if stats else None
+
+
+def _gradient_for(x: Tensor) -> Tensor:
+    fake = type(x) is not Tensor  # no memory to recycle
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if fake else recycle.empty(x)
 
 
 def _anchor() -> Tensor:
@@ -364,10 +386,6 @@ def _loss(
     _check_num_items(num_items, o)
     weight, denominator = _weights(student, labels, o, token_weight, num_items)
     autograd = o.backend == "eager" and not o.inplace and not torch.compiler.is_compiling()  # past the operator
-    more = None
-    if o.teacher_grad and teacher.requires_grad and not autograd:
-        # before the student's own pass, which may write over its logits
-        more = _Silent.apply(_mirrored(student.detach(), teacher, weight, o, vocab, denominator))
     hard = labels if o.hard_weight else None
     if autograd:
         columns = None
@@ -376,8 +394,7 @@ def _loss(
             _, columns = _rows_alone(student, teacher.detach(), hard, weight, unweighted, True)
         loss = _differentiable(student, teacher, hard, weight, o, vocab, denominator)
     else:
-        loss, columns = _fused(student, teacher.detach(), hard, weight, o, vocab, denominator)
-    loss = loss if more is None else loss + more
+        loss, columns = _fused(student, teacher if o.teacher_grad else teacher.detach(), hard, weight, o, vocab, denominator)
     if not o.return_stats:
         return loss
     return loss, from_columns(columns.detach(), student.shape[:-1], labels, hard is not None, weight, _value_dtype(student))
@@ -387,13 +404,16 @@ def _fused(
     student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
     """The loss by the operator, into which every factor goes that is known, and its statistics."""
-    needs_grad = torch.is_grad_enabled() and student.requires_grad
-    factors, weight, post, boost = _folded(student.dtype, student.shape[:-1], weight, o, vocab, denominator, needs_grad)
+    wanted = (torch.is_grad_enabled() and student.requires_grad, torch.is_grad_enabled() and teacher.requires_grad)
+    needs_grad = any(wanted)
+    half = torch.float16 in (x.dtype for x, has in zip((student, teacher), wanted, strict=True) if has)
+    dtype = torch.float16 if half else student.dtype
+    factors, weight, post, boost = _folded(dtype, student.shape[:-1], weight, o, vocab, denominator, needs_grad)
     x, y = _rows_addressable(student), _rows_addressable(teacher)
     if o.reduction == "none":
         return _PerRow.apply(x, y, labels, weight, factors, o.inplace, o.return_stats)
     if needs_grad:
-        total, columns = _Total.apply(x, y, labels, weight, factors, boost, o.inplace, o.return_stats)
+        total, columns = _Total.apply(x, y, labels, weight, factors, boost, o.inplace, o.return_stats, wanted)
     else:
         total, columns = _rows_alone(x, y, labels, weight, factors, o.return_stats)
         total = total.sum().to(_value_dtype(student))
@@ -461,21 +481,10 @@ def _reduced(rows: Tensor, weight: Tensor | None, o: Options, denominator) -> Te
 
 def _mirror(o: Options) -> Options:
     """The soft term, of student and teacher exchanged; KL's for the cross entropy, whose entropy of the teacher is not in it."""
-    divergence = (KL() if isinstance(o.divergence, CrossEntropy) else o.divergence).reversed
+    divergence = parse(mirror(o.text))
     soft = dict(hard_weight=0.0, label_smoothing=0.0, z_loss=0.0, inplace=False, return_stats=False)
     transforms = dict(student_transform=o.teacher_transform, teacher_transform=o.student_transform)
     return dataclasses.replace(o, divergence=divergence, text=divergence.text, **soft, **transforms)
-
-
-def _mirrored(student, teacher, weight: Tensor | None, o: Options, vocab: int, denominator) -> Tensor:
-    """The soft term once more, with its gradient in the teacher's logits: the student's, of the divergence the other way round."""
-    loss, _ = _fused(teacher, student, None, weight, _mirror(o), vocab, denominator)
-    if isinstance(o.divergence, CrossEntropy):  # KL and the teacher's entropy
-        log_p = _TemperedLogSoftmax.apply(wide(o.teacher_transform(teacher[..., :vocab])), float(o.temperature), o.backend)
-        log_p = torch.where(log_p > -math.inf, log_p, 0.0), log_p > -math.inf
-        entropy = -torch.where(log_p[1], log_p[0].exp() * log_p[0], 0.0).sum(-1, dtype=torch.float64)
-        loss = loss + _reduced(o.value_scale * entropy, weight, o, denominator).to(loss.dtype)
-    return loss
 
 
 def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, denominator) -> Tensor:
@@ -541,8 +550,8 @@ def fused_kd_loss(
         num_items: number or 0-d tensor, in place of mean's denominator: gradient accumulation, data parallel.
         vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
         inplace: the gradient takes the student logits' storage; they are gone afterwards, and one backward is possible.
-        teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. It takes a
-            second pass of the same cost, and leaves the hard term alone.
+        teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. On the CPU from
+            the same sweeps; on a GPU it takes a second pass. The hard term has none.
         student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the logits of the model, for
             both terms; the gradient is in what is given.
         label_smoothing: eps in [0, 1): the hard term is (1 - eps) CE + eps times the mean of -log q over the classes (at T = 1), as in

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from . import backends
+from . import divergence as math_of
 from .stats import COLUMNS
+from .transforms import Modifiers, wide
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -25,7 +27,8 @@ _library = torch.library.Library("kdkernels", "DEF")
 #                   (1 - label_smoothing) CE + label_smoothing (lse - mean z) + z_loss lse^2, lse and the mean over the classes not at -inf
 # returns           (rows,) float64: weight * (value_scale * D + hard_scale * CE), D the limit of T^2 D at T = inf
 #                   grad = weight * (grad_scale * T dD/dz + hard_grad_scale * dCE/dz)
-# a backend's `loss` takes stats besides, None or (rows, COLUMNS) float64 to be filled (stats.py); nan for a row of weight 0
+# a backend's `loss` takes stats besides, None or (rows, COLUMNS) float64 to be filled (stats.py); nan for a row of weight 0; and may take
+# mirror, None or the operator's arguments for the same rows with student and teacher exchanged, whose grad it fills from the same sweeps
 _OPTIONS = ", ".join(
     ["str divergence", *(f"float {x}" for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale"))]
     + ["int vocab", "float[] modifiers", "str backend"]
@@ -41,20 +44,61 @@ _library.define(
 _library.define(
     f"loss_new_grad_and_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
+# with the teacher's gradient, in its shape and dtype, grad_scale * T dD/dv, from the same sweeps where the backend can; statistics and the
+# student's gradient are empty unless they are asked for
+_library.define(
+    f"loss_and_grads(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor(a!)? grad, Tensor(b!) teacher_grad, {_OPTIONS},"
+    " bool stats) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"loss_and_new_grads(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}, bool stats, bool student_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 # log softmax(x / T) over the last dimension, or, given upstream, the gradient (upstream - softmax * sum(upstream)) / T
 _library.define("log_softmax(Tensor logits, Tensor? upstream, float temperature, str backend) -> Tensor")
 
 
-def _run(student, teacher, labels, weight, grad, divergence, temperature, *rest, stats: bool = False) -> tuple[Tensor, Tensor | None]:
+def _run(
+    student, teacher, labels, weight, grad, divergence, temperature, *rest, stats: bool = False, teacher_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     *factors, vocab, modifiers, backend = rest
     run = backends.resolve(backend, student.device, student.dtype, teacher.dtype)
     if run.name != "cpu" and labels is not None and student.device.type == "cpu":
         check_labels(labels, weight, vocab)
-    call = student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab, modifiers
-    if not stats:
-        return run.loss(*call), None
-    columns = torch.empty(math.prod(student.shape[:-1]), COLUMNS, dtype=torch.float64, device=student.device)
-    return run.loss(*call, stats=columns), columns
+    more = {}
+    if teacher_grad is not None:
+        # as its student's, of the divergence with both exchanged
+        _, grad_scale, *_ = factors
+        changed = Modifiers(*modifiers)
+        swapped = [*changed[2:4], *changed[:2], 0.0, 0.0] if modifiers else []
+        scales = 0.0, grad_scale, 0.0, 0.0
+        mirror = teacher, student, None, weight, teacher_grad, math_of.mirror(divergence), temperature, *scales, vocab, swapped
+        if run.name == "cpu":
+            more["mirror"] = mirror
+        else:  # first: a gradient in place overwrites the student's logits
+            run.loss(*mirror)
+            if isinstance(math_of.parse(divergence), math_of.CrossEntropy):
+                _add_entropy_gradient(run, teacher, weight, teacher_grad, temperature, grad_scale, changed.transforms[1], vocab)
+    if stats:
+        more["stats"] = torch.empty(math.prod(student.shape[:-1]), COLUMNS, dtype=torch.float64, device=student.device)
+    rows = run.loss(student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab, modifiers, **more)
+    return rows, more.get("stats")
+
+
+def _add_entropy_gradient(
+    run, v: Tensor, weight: Tensor | None, grad: Tensor, temperature: float, scale: float, transform, vocab: int
+) -> None:
+    """grad += weight * scale * T dH(p)/dv = -p (log p + H(p)) of the teacher, by PyTorch."""
+    x = wide(transform(v[..., :vocab]))
+    log_p = run.log_softmax(x, None, temperature)
+    masked = log_p == -math.inf
+    log_p = torch.where(masked, 0.0, log_p)
+    p = torch.where(masked, 0.0, log_p.exp())
+    g = scale * transform.slope(x) * p * ((p * log_p).sum(-1, keepdim=True) - log_p)
+    if weight is not None:
+        w = weight.unsqueeze(-1)
+        g = torch.where(w != 0, w * g, 0.0)
+    grad[..., :vocab] += g.to(grad.dtype)
 
 
 @torch.library.impl(_library, "loss_and_grad", "CompositeExplicitAutograd")
@@ -69,7 +113,7 @@ def _loss(student, teacher, labels, weight, *options) -> Tensor:
 
 @torch.library.impl(_library, "loss_and_new_grad", "CompositeExplicitAutograd")
 def _loss_and_new_grad(student, teacher, labels, weight, *options) -> tuple[Tensor, Tensor]:
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    grad = _new_grad(student)
     return _loss_and_grad(student, teacher, labels, weight, grad, *options), grad
 
 
@@ -80,9 +124,28 @@ def _loss_and_stats(student, teacher, labels, weight, grad, *options) -> tuple[T
 
 @torch.library.impl(_library, "loss_new_grad_and_stats", "CompositeExplicitAutograd")
 def _loss_new_grad_and_stats(student, teacher, labels, weight, *options) -> tuple[Tensor, Tensor, Tensor]:
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    grad = _new_grad(student)
     rows, columns = _run(student, teacher, labels, weight, grad, *options, stats=True)
     return rows, grad, columns
+
+
+@torch.library.impl(_library, "loss_and_grads", "CompositeExplicitAutograd")
+def _loss_and_grads(student, teacher, labels, weight, grad, teacher_grad, *options) -> tuple[Tensor, Tensor]:
+    *options, stats = options
+    rows, columns = _run(student, teacher, labels, weight, grad, *options, stats=stats, teacher_grad=teacher_grad)
+    return rows, columns if stats else rows.new_empty(0)
+
+
+@torch.library.impl(_library, "loss_and_new_grads", "CompositeExplicitAutograd")
+def _loss_and_new_grads(student, teacher, labels, weight, *options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *options, student_grad = options
+    grad, other = _new_grad(student, student_grad), _new_grad(teacher)
+    rows, columns = _loss_and_grads(student, teacher, labels, weight, grad if student_grad else None, other, *options)
+    return rows, grad, other, columns
+
+
+def _new_grad(logits: Tensor, asked: bool = True) -> Tensor:
+    return torch.empty(logits.shape if asked else 0, dtype=logits.dtype, device=logits.device)
 
 
 @torch.library.impl(_library, "log_softmax", "CompositeExplicitAutograd")
@@ -98,7 +161,7 @@ def _(student, *rest):
 
 @torch.library.register_fake("kdkernels::loss_and_new_grad", lib=_library)
 def _(student, *rest):
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    grad = _new_grad(student)
     return student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64), grad
 
 
@@ -111,8 +174,26 @@ def _(student, *rest):
 @torch.library.register_fake("kdkernels::loss_new_grad_and_stats", lib=_library)
 def _(student, *rest):
     rows = math.prod(student.shape[:-1])
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    grad = _new_grad(student)
     return student.new_empty(rows, dtype=torch.float64), grad, student.new_empty(rows, COLUMNS, dtype=torch.float64)
+
+
+@torch.library.register_fake("kdkernels::loss_and_grads", lib=_library)
+def _(student, *rest):
+    rows = math.prod(student.shape[:-1])
+    return student.new_empty(rows, dtype=torch.float64), _new_columns(student, rows, rest[-1])
+
+
+@torch.library.register_fake("kdkernels::loss_and_new_grads", lib=_library)
+def _(student, teacher, *rest):
+    *_, stats, student_grad = rest
+    rows = math.prod(student.shape[:-1])
+    grads = _new_grad(student, student_grad), _new_grad(teacher)
+    return student.new_empty(rows, dtype=torch.float64), *grads, _new_columns(student, rows, stats)
+
+
+def _new_columns(student: Tensor, rows: int, asked: bool) -> Tensor:
+    return student.new_empty((rows, COLUMNS) if asked else 0, dtype=torch.float64)
 
 
 @torch.library.register_fake("kdkernels::log_softmax", lib=_library)
@@ -134,5 +215,7 @@ loss = torch.ops.kdkernels.loss.default
 loss_and_grad = torch.ops.kdkernels.loss_and_grad.default
 loss_and_new_grad = torch.ops.kdkernels.loss_and_new_grad.default
 loss_and_stats = torch.ops.kdkernels.loss_and_stats.default
+loss_and_grads = torch.ops.kdkernels.loss_and_grads.default
+loss_and_new_grads = torch.ops.kdkernels.loss_and_new_grads.default
 loss_new_grad_and_stats = torch.ops.kdkernels.loss_new_grad_and_stats.default
 log_softmax = torch.ops.kdkernels.log_softmax.default

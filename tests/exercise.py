@@ -15,18 +15,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def compare(z, v, y, **options):
+    """Both gradients: of the student, and, where one is asked for, of the teacher."""
     a, b = (z.clone().requires_grad_() for _ in range(2))
+    v, expected_v = (v.clone().requires_grad_(options.get("teacher_grad", False)) for _ in range(2))
     x = a * 1
     loss = fused_kd_loss(x, v, y, hard_weight=0.25, backend="cpu", **options)
     loss.sum().backward()
     options.pop("inplace", None)
-    expected = fused_kd_loss(b, v, y, hard_weight=0.25, backend="eager", **options)
+    expected = fused_kd_loss(b, expected_v, y, hard_weight=0.25, backend="eager", **options)
     expected.sum().backward()
     spread = 60 / options.get("temperature", 1)
     torch.testing.assert_close(loss, expected, rtol=1e-4 + 1e-6 * spread, atol=1e-6, equal_nan=True)
     if options.get("divergence") == "tvd":  # the sign of what is within rounding of 0 is anybody's guess
         return
-    torch.testing.assert_close(a.grad, b.grad, rtol=2e-2, atol=1e-2 if z.dtype in (torch.bfloat16, torch.float16) else 1e-5, equal_nan=True)
+    for x, right in ((a, b), (v, expected_v)):
+        if x.requires_grad:
+            atol = 1e-2 if x.dtype in (torch.bfloat16, torch.float16) else 1e-5
+            torch.testing.assert_close(x.grad, right.grad, rtol=2e-2, atol=atol, equal_nan=True)
 
 
 def main():
@@ -57,6 +62,8 @@ def main():
             compare(
                 z, v, y % vocab if vocab > 2 else None, divergence=divergence, temperature=T, t_squared=math.isinf(T)
             ) if vocab > 2 else None
+            if T == 2 and vocab > 2:
+                compare(z, v, y % vocab, divergence=divergence, temperature=T, teacher_grad=True)
             fused_kd_loss(z, v, divergence=divergence, temperature=T, t_squared=True, backend="cpu")
     for student, teacher in itertools.product(DTYPES, DTYPES):
         for vocab in (5, 4100):
@@ -77,9 +84,11 @@ def main():
     z, v = make_rows("plain", 40, 9000)  # the tail of the gradient is the workspace; then a split row; then a broken one
     for divergence in ("renyi(0.7)", "jsd(0.3)"):
         compare(z, v, torch.zeros(40, dtype=torch.int64), divergence=divergence)
+        compare(z, v, torch.zeros(40, dtype=torch.int64), divergence=divergence, teacher_grad=True, inplace=True)
     z, v = make_rows("plain", 1, 70000)
     for divergence in ("kl", "jsd(0.3)"):
         compare(z, v, torch.tensor([69999]), divergence=divergence)
+        compare(z, v, torch.tensor([69999]), divergence=divergence, teacher_grad=True)
     z[0, 5] = math.nan
     fused_kd_loss(z, v, backend="cpu")
     for dtype in DTYPES:

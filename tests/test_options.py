@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from rows import BACKENDS, DOUBLE_BACKENDS, KINDS, make_rows, with_masks
 
-from kdkernels import KDLoss, LogitTransform, decoupled_kd_loss, fused_kd_loss, logit_matching_loss, parse, standardize_logits
+from kdkernels import KDLoss, LogitTransform, decoupled_kd_loss, fused_kd_loss, logit_matching_loss, ops, parse, standardize_logits
 from kdkernels.transforms import Modifiers
 
 SIDES = ["kl", "cross_entropy", "reverse_kl", "renyi(0.5)", "renyi(inf)", "reverse_renyi(3)", "alpha(-0.5)", "jsd(0.3)", "skew_kl(0.2)"]
@@ -74,6 +74,44 @@ def test_teacher_gradient_at_infinity(backend):
     ):
         a, b = torch.autograd.grad(f(), (z, v))
         torch.testing.assert_close(a, -b)
+
+
+@pytest.mark.parametrize("divergence", [*SIDES, "jsd(0.5)", "reverse_renyi(0.4)", "alpha(0.5)", "alpha(1e-17)"])
+def test_teacher_gradient_shares_sweeps(divergence):
+    """One call's gradients are those of two calls: rows with masks, outliers, offsets; few and many classes and rows; any dtype."""
+    cases = [(kind, 3, vocab, where) for kind in KINDS for vocab in (5, 300) for where in ("", "student", "teacher", "both")]
+    # several blocks; a workspace that runs out; a row for all threads
+    cases += [("peaked_teacher", 2, 4100, ""), ("plain", 10, 9000, ""), ("plain", 1, 33000, ""), ("plain", 1, 33000, "teacher")]
+    for kind, rows, vocab, where in cases:
+        z, v = make_rows(kind, rows, vocab)
+        z, v = with_masks(z, v, where) if where else (z, v)
+        check_both_gradients(divergence, z, v, 2.0 if vocab == 300 else 1.0)
+    labels, weight = torch.randint(0, 4200, (4,)), torch.tensor([1.0, 0.0, 0.3, 2.0], dtype=torch.float64)
+    dtypes = (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)
+    for T, (student, teacher) in zip((2.0, 100.0, math.inf), dtypes, strict=True):
+        if not math.isinf(T) or parse(divergence).form.limit is not None:
+            z, v = make_rows("plain", 4, 4200, student, teacher)
+            check_both_gradients(divergence, z, v, T, labels, weight, [1.0, 5.0, 0.5, 10.0, 0.1, 1e-4])
+
+
+def check_both_gradients(divergence, z, v, T, labels=None, weight=None, modifiers=()):
+    hard = 0.0 if labels is None else 0.5
+    options = divergence, T, 1.0, 1.0, hard, hard, z.shape[-1], list(modifiers)
+    alone, exact = torch.empty_like(z), torch.empty_like(v, dtype=torch.float64)
+    expected = ops.loss_and_grad(z, v, labels, weight, alone, *options, "cpu")
+    ops.loss_and_grads(z.double(), v.double(), labels, weight, None, exact, *options, "eager", False)
+    norm = exact.norm(dim=-1)
+    rounding = 0 if v.dtype == torch.float32 else torch.finfo(v.dtype).eps
+    bound = torch.maximum((3e-6 + rounding) * norm, 1e-6 * (1 + expected.abs().nan_to_num(0, 0, 0)))
+    for inplace in (False, True):
+        grad, other = torch.empty_like(z), torch.empty_like(v)
+        student = grad.copy_(z) if inplace else z
+        value, _ = ops.loss_and_grads(student, v, labels, weight, grad, other, *options, "cpu", False)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0, equal_nan=True)
+        torch.testing.assert_close(grad, alone, rtol=1e-6, atol=1e-12, equal_nan=True)
+        assert torch.equal(other.isnan().any(-1), exact.isnan().any(-1))
+        within = (other.double() - exact).norm(dim=-1) <= bound
+        assert within[expected < 1e30].all(), (divergence, T, z.shape)
 
 
 def test_teacher_gradient_is_asked_for():

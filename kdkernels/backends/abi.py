@@ -35,6 +35,7 @@ class Call(ctypes.Structure):
         ("bad_row", c_int64),
         *((x, c_void_p) for x in ("stream", "workspace")),
         ("workspace_size", c_int64),
+        ("mirror", c_void_p),
     ]
 
 

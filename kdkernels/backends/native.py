@@ -39,9 +39,13 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> s
     return found if isinstance(found, str) else None
 
 
-def loss(student, teacher, labels, weight, grad, *options, stats=None) -> Tensor:
+def loss(student, teacher, labels, weight, grad, *options, stats=None, mirror=None) -> Tensor:
     """The operator's contract (ops.py)."""
     call, out, alive = abi.loss_call(student, teacher, labels, weight, grad, *options, stats=stats, threads=torch.get_num_threads())
+    if mirror is not None:
+        other, _, kept = abi.loss_call(*mirror)
+        other.loss = None
+        call.mirror, alive = ctypes.addressof(other), (*alive, other, kept)
     status = library().loss(ctypes.byref(call))
     if status == _BAD_LABEL:
         label = alive[2].view(-1)[call.bad_row].item()
