@@ -6,7 +6,6 @@ so that the gradient comes out final and the backward has nothing to do for an u
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, ops, recycle
-from .divergence import KL, Divergence, LogitMatching, mirror, parse
+from .divergence import KL, Divergence, LogitMatching, parse
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform, Modifiers
 
@@ -272,18 +271,6 @@ class _PerRow(torch.autograd.Function):
         return *(next(grads) if x else None for x in wanted), None, None, None, None, None
 
 
-class _Silent(torch.autograd.Function):
-    """0, with the gradient of what it is given."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return upstream
-
-
 class _OnceDifferentiable(torch.autograd.Function):
     """grad * factor, with an error where a second derivative is asked for."""
 
@@ -472,19 +459,6 @@ def _weights(student, labels, o: Options, token_weight, num_items) -> tuple[Tens
         if isinstance(denominator, Tensor):
             denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, torch.float64))
     return weight, denominator
-
-
-def _reduced(rows: Tensor, weight: Tensor | None, o: Options, denominator) -> Tensor:
-    rows = rows if weight is None else torch.where(weight != 0, weight * rows, 0.0)
-    return (rows if o.reduction == "none" else rows.sum() / denominator).to(_value_dtype(rows))
-
-
-def _mirror(o: Options) -> Options:
-    """The soft term, of student and teacher exchanged; KL's for the cross entropy, whose entropy of the teacher is not in it."""
-    divergence = parse(mirror(o.text))
-    soft = dict(hard_weight=0.0, label_smoothing=0.0, z_loss=0.0, inplace=False, return_stats=False)
-    transforms = dict(student_transform=o.teacher_transform, teacher_transform=o.student_transform)
-    return dataclasses.replace(o, divergence=divergence, text=divergence.text, **soft, **transforms)
 
 
 def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, denominator) -> Tensor:

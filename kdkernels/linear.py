@@ -1,7 +1,8 @@
 """Distillation from hidden states: projection, loss and gradient of a chunk of tokens at a time.
 
 A chunk's logits lie in two buffers, the student's and the teacher's, which all chunks take in turn. The operator of ops.py writes the
-gradient over the student's logits; what remains of it are products with the weight and the hidden states, and the sum of its rows.
+gradient over the student's logits, and the teacher's, where it has one, to a third; what remains of each are products with the weight
+and the hidden states, and the sum of its rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import functional, ops
-from .divergence import CrossEntropy, Divergence
+from .divergence import Divergence
 from .functional import AS_THEY_ARE, DTYPES, Factors, Options
 from .stats import COLUMNS, KDStats, from_columns
 from .transforms import LogitTransform
@@ -31,7 +32,7 @@ TeacherLogits = Tensor | Callable[[int, int], Tensor]
 class Setup(NamedTuple):
     """What a pass over the chunks is told besides its tensors and the loss's own arguments."""
 
-    needs: tuple[bool, bool, bool]  # gradients in hidden states, weight, bias
+    needs: tuple[bool, ...]  # gradients in hidden states, weight and bias of the student, then of the teacher
     dtype: torch.dtype  # of the student's products
     teacher_dtype: torch.dtype
     logits_dtype: torch.dtype | None  # None: that of the products
@@ -43,9 +44,20 @@ class Setup(NamedTuple):
         """What products in `dtype` are rounded to."""
         return dtype if self.logits_dtype is None or dtype.itemsize > self.logits_dtype.itemsize else self.logits_dtype
 
-    def of_gradient(self, dtype: torch.dtype) -> torch.dtype:
+    @property
+    def models(self) -> tuple[tuple[tuple[bool, ...], torch.dtype], ...]:
+        """What each model needs, and the dtype of its products."""
+        return (self.needs[:3], self.dtype), (self.needs[3:], self.teacher_dtype)
+
+    @property
+    def underflows(self) -> bool:
+        """Whether a gradient goes through fp16."""
+        return any(any(needs) and dtype == torch.float16 for needs, dtype in self.models)
+
+    @staticmethod
+    def of_gradient(dtype: torch.dtype, of_products: torch.dtype) -> torch.dtype:
         """Of the gradient in a parameter of `dtype` until its last factor is known, before which it would underflow in fp16."""
-        return dtype if dtype == self.dtype != torch.float16 else torch.float32
+        return dtype if dtype == of_products != torch.float16 else torch.float32
 
 
 # ---------------------------------------------------------------- chunks
@@ -74,8 +86,8 @@ def _run(
     upstream: Tensor | None,  # (...) float64: one more factor of the rows
     setup: Setup,
     factors: Factors,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(rows, gradients in hidden, weight and bias, statistics) as ops.py has them; an empty tensor for what is not asked for."""
+) -> tuple[Tensor, ...]:
+    """(rows, gradients as in setup.needs, statistics) as ops.py has them; an empty tensor for what is not asked for."""
     vocab, device, dtype, stats = factors[6], hidden.device, setup.dtype, setup.stats
     tokens = math.prod(hidden.shape[:-1])
     labels, row_weight, upstream = (x if x is None else x.reshape(tokens) for x in (labels, row_weight, upstream))
@@ -87,22 +99,27 @@ def _run(
     teacher = _Teacher(
         teacher_hidden, teacher_weight, teacher_bias, teacher_logits, setup, tokens, vocab, device, gathered=index is not None
     )
-    logits_dtype = setup.of_logits(dtype)
-    wants_grad = any(setup.needs)
-    narrowed = dtype.itemsize if wants_grad and logits_dtype != dtype else 0  # the gradient, as the products take it
-    size = chunk_tokens(count, vocab, logits_dtype.itemsize + max(teacher.itemsize, narrowed), setup.memory_budget)
-    first, second = (
-        torch.empty(size * vocab * x, dtype=torch.uint8, device=device) for x in (logits_dtype.itemsize, max(teacher.buffered, narrowed))
+    logits_dtype, others_dtype = (setup.of_logits(x) for x in (dtype, setup.teacher_dtype))
+    own, others = (any(needs) for needs, _ in setup.models)
+    # bytes a class: of gradients as the products take them, where these are narrower, in the teacher's buffer; of the teacher's gradient
+    narrowed = max(
+        dtype.itemsize if own and logits_dtype != dtype else 0,
+        setup.teacher_dtype.itemsize if others and others_dtype != setup.teacher_dtype else 0,
+    )
+    more = others_dtype.itemsize if others else 0
+    size = chunk_tokens(count, vocab, logits_dtype.itemsize + max(teacher.itemsize, narrowed) + more, setup.memory_budget)
+    first, second, third = (
+        torch.empty(size * vocab * x, dtype=torch.uint8, device=device)
+        for x in (logits_dtype.itemsize, max(teacher.buffered, narrowed), more)
     )
     h, head = hidden.reshape(tokens, hidden.shape[-1]), weight[:vocab].to(dtype)
     head_bias = None if bias is None else bias[:vocab].to(dtype)
-    fresh = torch.empty if index is None else torch.zeros
-    rows = fresh(tokens, dtype=torch.float64, device=device)
+    rows = (torch.empty if index is None else torch.zeros)(tokens, dtype=torch.float64, device=device)
     columns = torch.full((tokens if stats else 0, COLUMNS), math.nan, dtype=torch.float64, device=device)
-    dh = fresh((tokens, h.shape[1]) if setup.needs[0] else 0, dtype=setup.of_gradient(hidden.dtype), device=device)
-    dw, db = (
-        _Accumulator(x, vocab, setup, single=size >= count) if need else None
-        for x, need in zip((weight, bias), setup.needs[1:], strict=True)
+    models = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
+    mine, theirs = (
+        _Gradients(*model, *needs_of, vocab, tokens, device, single=size >= count, all_written=index is None)
+        for model, needs_of in zip(models, setup.models, strict=True)
     )
     with torch.autocast(device.type, enabled=False):
         for start in range(0, count, size):
@@ -112,27 +129,59 @@ def _run(
             z = _project(x, head, head_bias, _shaped(first, (stop - start, vocab), logits_dtype))
             v = teacher.logits(at, second)
             y, w = (a if a is None else a[at] for a in (labels, row_weight))
-            grad = z if wants_grad else None
-            if stats:
+            grad, dv = z if own else None, None
+            if others:
+                dv = _shaped(third, v.shape, others_dtype)
+                rows[at], found = ops.loss_and_grads(z, v, y, w, grad, dv, *factors, stats)
+                if stats:
+                    columns[at] = found
+            elif stats:
                 rows[at], columns[at] = ops.loss_and_stats(z, v, y, w, grad, *factors)
-            elif wants_grad:
+            elif own:
                 rows[at] = ops.loss_and_grad(z, v, y, w, grad, *factors)
             else:
                 rows[at] = ops.loss(z, v, y, w, *factors)
-            if narrowed:
-                z = _shaped(second, z.shape, dtype).copy_(z)
-            if setup.needs[0] and index is None:
-                _product(z, head, dh[at])
-            elif setup.needs[0]:
-                dh[at] = _product(z, head, dh.new_empty(x.shape))
-            if dw is not None:
-                _product(z.t(), x, dw.total, add=start > 0)
-            if db is not None:
-                _sum_rows(z, db.total, add=start > 0)
-    first = second = z = v = None  # before gradients are cast
-    dh = dh.view(hidden.shape) if setup.needs[0] else dh
-    dw, db = (rows.new_empty(0) if x is None else x.finish(count) for x in (dw, db))
-    return rows, dh, dw, db, columns
+            if own:
+                mine.add(_narrowed(z, second, dtype), x, head, at, start > 0)
+            if others:
+                theirs.add(_narrowed(dv, second, setup.teacher_dtype), teacher.inputs(at), teacher.weight, at, start > 0)
+    first = second = third = z = v = dv = None  # before gradients are cast
+    return rows, *mine.finish(count), *theirs.finish(count), columns
+
+
+def _narrowed(x: Tensor, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else _shaped(buffer, x.shape, dtype).copy_(x)
+
+
+class _Gradients:
+    """In a model's hidden states, weight and bias, of those that need one."""
+
+    def __init__(self, hidden, weight, bias, needs, dtype: torch.dtype, vocab: int, tokens: int, device, single: bool, all_written: bool):
+        self.in_hidden, self.like, self.device = needs[0], hidden, device
+        if needs[0]:
+            fresh = torch.empty if all_written else torch.zeros
+            self.hidden = fresh((tokens, hidden.shape[-1]), dtype=Setup.of_gradient(hidden.dtype, dtype), device=device)
+        self.weight, self.bias = (
+            _Accumulator(x, Setup.of_gradient(x.dtype, dtype), vocab, single) if need else None
+            for x, need in zip((weight, bias), needs[1:], strict=True)
+        )
+
+    def add(self, dz: Tensor, x: Tensor, head: Tensor, at: slice | Tensor, more: bool) -> None:
+        """Of a chunk: the logits' gradient, the hidden states, and the head; more: it is not the first."""
+        if self.in_hidden and isinstance(at, slice):
+            _product(dz, head, self.hidden[at])
+        elif self.in_hidden:
+            self.hidden[at] = _product(dz, head, self.hidden.new_empty(x.shape))
+        if self.weight is not None:
+            _product(dz.t(), x, self.weight.total, add=more)
+        if self.bias is not None:
+            _sum_rows(dz, self.bias.total, add=more)
+
+    def finish(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all `count` tokens; an empty tensor for each that needs none."""
+        nothing = functools.partial(torch.empty, 0, device=self.device)
+        dh = self.hidden.view(self.like.shape) if self.in_hidden else nothing()
+        return dh, *(nothing() if x is None else x.finish(count) for x in (self.weight, self.bias))
 
 
 def _counted(
@@ -182,7 +231,7 @@ class _Teacher:
     def logits(self, at: slice | Tensor, buffer: Tensor) -> Tensor:
         """(chunk, vocab or more)."""
         if self.hidden is not None:
-            x = self.hidden[at].to(self.setup.teacher_dtype)
+            x = self.inputs(at)
             dtype = self.setup.of_logits(x.dtype)
             return _project(x, self.weight, self.bias, _shaped(buffer, (len(x), self.vocab), dtype))
         if callable(self.source):
@@ -193,6 +242,10 @@ class _Teacher:
         if isinstance(at, slice):
             return self.flat[at]
         return torch.index_select(self.flat[:, : self.vocab], 0, at, out=_shaped(buffer, (len(at), self.vocab), self.flat.dtype))
+
+    def inputs(self, at: slice | Tensor) -> Tensor:
+        """The hidden states as the products take them."""
+        return self.hidden[at].to(self.setup.teacher_dtype)
 
     def _called(self, start: int, stop: int) -> Tensor:
         v = self.source(start, stop)
@@ -217,8 +270,8 @@ def _flat(x: Tensor) -> Tensor | None:
 class _Accumulator:
     """The gradient in a parameter, of whose first `vocab` rows `total` is the sum over the chunks."""
 
-    def __init__(self, like: Tensor, vocab: int, setup: Setup, single: bool):
-        self.dtype = setup.of_gradient(like.dtype)
+    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, single: bool):
+        self.dtype = dtype
         self.whole = torch.empty(
             like.shape, dtype=self.dtype if single else torch.promote_types(self.dtype, torch.float32), device=like.device
         )
@@ -311,9 +364,7 @@ _SETUP = (
     "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int memory_budget, SymInt? num_counted, bool stats"
 )
 _library, _optional = ops._library, ", ".join(f"Tensor? {x}" for x in (*_TENSORS[2:], *_ROWS))
-_library.define(
-    f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {ops._OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define(f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {ops._OPTIONS}) -> ({', '.join(['Tensor'] * 8)})")
 
 
 @torch.library.impl(_library, "linear_loss", "CompositeExplicitAutograd")
@@ -323,15 +374,16 @@ def _linear_loss(*arguments):
 
 
 @torch.library.register_fake("kdkernels::linear_loss", lib=_library)
-def _(hidden, weight, bias, *arguments):
-    setup = Setup(*arguments[len(_TENSORS) + len(_ROWS) - 3 :][: len(Setup._fields)])
+def _(*arguments):
+    tensors, setup = arguments[: len(_TENSORS)], Setup(*arguments[len(_TENSORS) + len(_ROWS) :][: len(Setup._fields)])
+    hidden = tensors[0]
     rows, double = math.prod(hidden.shape[:-1]), torch.float64
-
-    def grad(x, need, otherwise):
-        return torch.empty(x.shape, dtype=setup.of_gradient(x.dtype), device=x.device) if need else hidden.new_empty(0, dtype=otherwise)
-
-    dh, dw, db = map(grad, (hidden, weight, bias), setup.needs, (setup.of_gradient(hidden.dtype), double, double))
-    return hidden.new_empty(rows, dtype=double), dh, dw, db, hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=double)
+    grads = []
+    for i, need in enumerate(setup.needs):
+        x, (_, of_products) = tensors[i], setup.models[i // 3]
+        shape, dtype = (x.shape, setup.of_gradient(x.dtype, of_products)) if need else ((0,), torch.float32)
+        grads.append(torch.empty(shape, dtype=dtype, device=hidden.device))
+    return hidden.new_empty(rows, dtype=double), *grads, hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=double)
 
 
 def _pass(tensors: tuple, labels, row_weight, upstream, setup: Setup, factors: Factors):
@@ -348,7 +400,7 @@ class _Total(torch.autograd.Function):
     def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, boost: float, *tensors):
         rows, *grads, columns = _pass(tensors, labels, row_weight, None, setup, factors)
         ctx.save_for_backward(*(g for g, need in zip(grads, setup.needs, strict=True) if need))
-        ctx.needs, ctx.dtypes = setup.needs, [None if x is None else x.dtype for x in tensors[:3]]
+        ctx.needs, ctx.dtypes = setup.needs, [None if x is None else x.dtype for x in tensors[:6]]
         ctx.applied, ctx.spent = boost, False  # as functional._Total has them
         ctx.mark_non_differentiable(columns)
         return rows.sum().to(functional._value_dtype(tensors[0])), columns
@@ -356,7 +408,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         grads = iter(functional._times_upstream(ctx, ctx.saved_tensors, upstream))
-        return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), *[None] * 4
+        return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), None
 
 
 class _PerRow(torch.autograd.Function):
@@ -364,7 +416,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, *tensors):
-        rows, *_, columns = _pass(tensors, labels, row_weight, None, setup._replace(needs=(False, False, False)), factors)
+        rows, *_, columns = _pass(tensors, labels, row_weight, None, setup._replace(needs=(False,) * 6), factors)
         *tensors_alone, logits = tensors
         ctx.called = logits if callable(logits) else None
         ctx.save_for_backward(*tensors_alone, None if callable(logits) else logits, labels, row_weight)
@@ -377,7 +429,7 @@ class _PerRow(torch.autograd.Function):
         *tensors, logits, labels, row_weight = ctx.saved_tensors
         with torch.no_grad():
             upstream, factors, post = upstream.double(), ctx.factors, None
-            if ctx.setup.dtype == torch.float16:  # near 1 until it is in fp32, whatever the loss scale
+            if ctx.setup.underflows:  # near 1 until it is in fp32, whatever the loss scale
                 factors, boost = functional._boosted(factors)
                 most = upstream.abs().amax() if upstream.numel() else upstream.new_ones(())
                 most = torch.where(most > 0, most, 1.0)
@@ -388,7 +440,7 @@ class _PerRow(torch.autograd.Function):
             one = torch.ones((), device=upstream.device)
             grads = [functional._OnceDifferentiable.apply(functional._anchor(), g, one) for g in grads]
         wanted = (g for g, need in zip(grads, ctx.setup.needs, strict=True) if need)
-        return *[None] * 4, *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:3]]), *[None] * 4
+        return *[None] * 4, *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:6]]), None
 
 
 def _cast(grads, needs, dtypes) -> list[Tensor | None]:
@@ -403,7 +455,8 @@ def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options,
     """(loss, statistics) of checked arguments; `functional._fused` for hidden states."""
     hidden = tensors[0]
     wants_grad = any(setup.needs)
-    factors, row_weight, post, boost = functional._folded(setup.dtype, hidden.shape[:-1], row_weight, o, vocab, denominator, wants_grad)
+    dtype = torch.float16 if setup.underflows else setup.dtype
+    factors, row_weight, post, boost = functional._folded(dtype, hidden.shape[:-1], row_weight, o, vocab, denominator, wants_grad)
     if o.reduction == "none":
         return _PerRow.apply(labels, row_weight, setup, factors, *tensors)
     if wants_grad:
@@ -473,8 +526,6 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
     for name, x in zip(_TENSORS[3:], (*teacher, logits), strict=True):
         if isinstance(x, Tensor) and x.requires_grad and not o.teacher_grad:
             raise ValueError(f"{name}: receives a gradient only with teacher_grad=True; pass that, or {name}.detach()")
-    if o.teacher_grad and isinstance(o.divergence, CrossEntropy):
-        raise ValueError('teacher_grad: the cross entropy\'s is not computed by chunks; "kl" has the same gradient in the student')
     # a callable's is seen when it is called
     teacher_vocab = len(teacher[1]) if logits is None else len(weight) if callable(logits) else logits.shape[-1]
     vocab = functional._common_vocab(len(weight), teacher_vocab, o)
@@ -562,7 +613,8 @@ def fused_linear_kd_loss(
             too, where counting them would mean waiting for it; on a CPU they always are. A wrong number gives nan on a GPU and an error on
             a CPU. A callable is asked for all tokens.
         vocab_size: the first vocab_size classes of both; required where V and V' differ. Only these are projected.
-        teacher_grad: the gradient in the teacher's hidden states, weight and bias too, from a second pass over the chunks.
+        teacher_grad: the gradient in the teacher's hidden states, weight and bias too, from the same pass. That in its logits has a share
+            of the budget.
         logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded, and doubles their bytes. None rounds them.
         memory_budget: bytes of a chunk's logits, see above.
 
@@ -600,18 +652,9 @@ def fused_linear_kd_loss(
     row_weight, denominator = functional._weights(student_hidden, labels, o, token_weight, num_items)
     hard = labels if o.hard_weight else None
 
-    def needs(*model):
-        return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in model)
-
-    setup = Setup(needs(*tensors[:3]), student_dtype, teacher_dtype, logits_dtype, memory_budget, num_counted, return_stats)
-    student, teacher = tensors[:3], tensors[3:6]
-    fixed = tuple(x if x is None else x.detach() for x in teacher)
-    loss, columns = _linear_loss_of((*student, *fixed, teacher_logits), hard, row_weight, denominator, o, vocab, setup)
-    if any(needs(*teacher)):  # the other way round: the teacher learns
-        fixed = tuple(x if x is None else x.detach() for x in student)
-        setup = setup._replace(needs=needs(*teacher), dtype=teacher_dtype, teacher_dtype=student_dtype, stats=False)
-        mirrored, _ = _linear_loss_of((*teacher, *fixed, None), None, row_weight, denominator, functional._mirror(o), vocab, setup)
-        loss = loss + functional._Silent.apply(mirrored).to(loss.dtype)
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:6])
+    setup = Setup(needs, student_dtype, teacher_dtype, logits_dtype, memory_budget, num_counted, return_stats)
+    loss, columns = _linear_loss_of(tensors, hard, row_weight, denominator, o, vocab, setup)
     if not return_stats:
         return loss
     return loss, from_columns(columns.detach(), student_hidden.shape[:-1], labels, hard is not None, row_weight, loss.dtype)
