@@ -60,7 +60,7 @@ template <class F, class Crew> class Careful {
       F terms{}, moved{};
       classes([&](F z, F v) { const Kept<F> x = mixed(z, v); terms += x.e; moved += x.em; });
       moved_ = crew_.sum(moved);
-      if (plan_.entropy) {            // kLogRatio's: the entropy of the student counts in its gradient
+      if (plan_.entropy) {            // the cross entropy's with both exchanged: the student's entropy counts in its gradient
         F entropy{};
         classes([&](F z, F) { entropy += own_entropy(z); });
         entropy_z_ = crew_.sum(entropy);

@@ -245,7 +245,7 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
     const F e = load<F>(kept_e + i), share = load<F>(kept_m + i) * less + less_1;
     Kept<F> k;
     if constexpr (kMask || kHow == kByClass) k = step_mixed<kCarry, kMask>(vb, vo, r, mix, rest, e, e + e * share, s, kMask || kCarry ? wild : unseen);
-    else k = step_kept<kHow, kCarry>(vb, vo, r, mix, rest, e, share, s);
+    else k = step_kept<kHow>(vb, vo, r, mix, rest, e, share, s);
     if (kMask || all) store(out_q + i, k.e);
     store(out_xi + i, k.em);
   };
@@ -270,8 +270,8 @@ template <class Real, class S> void sweep_log_ratio(const S *b, const S *o, int6
   Sums<F> s;
   I wild{};
   const auto put = [&](int64_t i, F vb, F vo) __attribute__((always_inline)) {
-    const Kept<F> k = step_log_ratio<true, true>(vb, vo, m.r, m.rest, plan.entropy, top, load<F>(e + i), s);
-    if (q != e) store(q + i, k.e);
+    const Kept<F> k = step_log_ratio(vb, vo, m.r, m.rest, plan.entropy, top, load<F>(e + i), s);
+    store(q + i, k.e);
     store(xi + i, k.em);
   };
   each_vector<Real>(b, o, n, put, put, [&]() __attribute__((always_inline)) { total.template add<kPlain>(s, wild); });
@@ -357,8 +357,13 @@ void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart
   }
   if (!std::isfinite(p.top)) { p.care = kLost; return; }
   sweep(plan.moments || (plan.exact && !Half<S>::value) ? kExact : kFast, b, o, n, plan, stats, keep, p, wide_b, wide_o);
+  if (p.care == kLost) return sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
   // brief logs cancel where the references were far off and little of the other is left
-  if (p.care == kLost || (stats && p.s + p.d < .25 * p.s)) return sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
+  if (stats && !plan.moments && p.s + p.d < .25 * p.s) {
+    sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
+    if (p.care == kMasked) p.care = kExact;          // which is the same without masks
+    return;
+  }
   // The rounding of o - b, 2^-24 of the offset, must stay under 1e-6 of the differences that remain; 16-bit logits have none.
   if (Half<S>::value || p.care != kFast) return;
   const double d = p.d / p.s, own = p.k1 / p.s - (d - std::log1p(d)), off = plan.k * p.ref;
@@ -775,11 +780,11 @@ template <class Real> class RowJob {
 // The teacher's gradient beside the student's: `shared` from the same sweeps, `alone` for the rows for which they are not enough.
 template <class Real> struct MirrorJob {
   using State = typename RowJob<Real>::State;
-  Plan shared_plan, alone_plan;
+  Plan alone_plan, shared_plan;
   RowJob<Real> shared, alone;
   bool streaming;
   MirrorJob(const kd_call &c, const Plan &plan, const RowJob<Real> &job, bool wide, bool streams)
-      : shared_plan(make_mirror(plan, c, wide)), alone_plan(make_plan(c, wide)), shared(c, shared_plan, true, &job), alone(c, alone_plan),
+      : alone_plan(make_plan(c, wide)), shared_plan(make_mirror(plan, alone_plan, c)), shared(c, shared_plan, true, &job), alone(c, alone_plan),
         streaming(streams) {
     alone_plan.entropy = plan.entropy;               // the cross entropy's, which careful.h knows and the sweep does not
     alone_plan.careful |= plan.entropy;
@@ -863,8 +868,8 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   int64_t want = share > 1 && (c.grad || mirror) ? share * job.slot_bytes() + 64 : 0, tail = 0, room = 0;
   if (want && c.grad && c.fresh && !split) {
     tail = smaller((threads * want + row_bytes - 1) / row_bytes, c.rows / 2);
-    want = smaller(want, tail * row_bytes / threads);
-    if (want < job.slot_bytes() + 64) tail = 0;
+    const int64_t found = smaller(want, tail * row_bytes / threads);
+    if (found < job.slot_bytes() + 64) tail = 0; else want = found;
   }
   if (!tail) {
     const int64_t most = at_least(int64_t(double(all) * .009), int64_t(512) << 10) / threads;
@@ -1063,7 +1068,12 @@ Level choose() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return {"x86-64-v4", kd_loss_v4, kd_log_softmax_v4};
 #endif
 #if defined(KD_HAS_v3)
-  if (most >= '3' && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+#if defined(__clang__) || __GNUC__ >= 11
+  const bool halves = __builtin_cpu_supports("f16c");
+#else
+  const bool halves = true;                          // these compilers cannot ask; what has avx2 has it
+#endif
+  if (most >= '3' && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && halves)
     return {"x86-64-v3", kd_loss_v3, kd_log_softmax_v3};
 #endif
 #if defined(KD_HAS_v2)

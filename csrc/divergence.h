@@ -296,9 +296,8 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   return p;
 }
 
-// The plan of call.mirror that goes on from the sweeps of p, from the same base. mirror kNoMirror: there is none, and the call runs by itself.
-inline Plan make_mirror(const Plan &p, const kd_call &c, bool wide) {
-  Plan m = make_plan(c, wide);
+// The plan of call.mirror, whose own is m, that goes on from the sweeps of p, from the same base. kNoMirror: there is none.
+inline Plan make_mirror(const Plan &p, Plan m, const kd_call &c) {
   if (p.careful || m.careful) return m;
   m.student_base = !p.student_base;
   if (p.moments) {

@@ -1,4 +1,4 @@
-// Vectors of floats and their 16-bit forms, written with the compiler's generic vectors: no intrinsics but the streaming store.
+// Vectors of floats and their 16-bit forms, written with the compiler's generic vectors; intrinsics where compilers make more of these than they are.
 // The mathematics is templated on F, a vector here and a plain float or double on a GPU; select, bits and the casts below are all
 // it needs to be told about the difference.
 #pragma once
@@ -116,7 +116,7 @@ KD_HD VF widen(VH h, bf16) {
 KD_HD VF widen(VH h, f16) {
 #if defined(__AVX512F__)
   return (VF)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
   return (VF)_mm256_cvtph_ps((__m128i)h);
 #else
   const VI u = __builtin_convertvector(h, VI), magnitude = u & 0x7fff, sign = (u & 0x8000) << 16;
@@ -133,7 +133,7 @@ KD_HD VH narrow(VF x, bf16) {   // to nearest, ties to even; a nan of arithmetic
 KD_HD VH narrow(VF x, f16) {
 #if defined(__AVX512F__)
   return (VH)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
   return (VH)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const VI u = (VI)x & 0x7fffffff, sign = ((VI)x >> 16) & 0x8000;

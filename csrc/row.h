@@ -25,7 +25,7 @@ template <class Real> struct References {
 template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{}; };   // log_b, log_o: in units of T
 template <class F> struct Kept { F e, em, et; };           // kMixed: e^y - 1 for em
 
-enum Shape { kPlain, kEntropy, kTilted, kMixed };        // what is summed besides e, em and e psi; kMixed: the same, for decisions alone
+enum Shape { kPlain, kEntropy, kTilted, kMixed };        // what is summed besides e, em and e psi; kMixed: the same, less exactly
 enum Care { kFast, kExact, kMasked };                    // kExact: (o - b)/T without its rounding errors; kMasked: and -inf logits
 // What the statistics sum: e a and eo a_o, of eo = e + em; or, where both have every class, em a_o alone, as (other_log) gives the rest.
 enum Logs { kNoLogs, kBothLogs, kBriefLogs };
@@ -74,7 +74,6 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
     } else {
       lost |= only_b;
     }
-    if (kLogs == kBriefLogs) lost |= only_o | only_b;
     wild = lost ? Int{} + Exp2<Real>::kAbs : wild;
   }
   s.s += kShape == kEntropy ? select(a == Real(0), zero, e) : e;        // the largest is left out: log1p of the others keeps digits
@@ -149,11 +148,11 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
 // family, in rows where D is no small number: to rounding errors of D's size, where step_mixed has them of each term's; sums of e u,
 // eo w and eo - e for apart_terms, with u = log(m / e) and w = log(eo / m), both in base 2.
 enum Second { kByClass, kApart, kTvdGap };
-template <Second kHow, bool kCarry, class F, class Mix>
+template <Second kHow, class F, class Mix>
 KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r, const Mix &mix, typename Element<F>::Real rest,
                         F e, F share, Sums<F> &s) {
   using Real = typename Element<F>::Real;
-  const F zero{}, y = deviation<kCarry>(b, o, r, rest), gap = e * share, eo = e + gap;
+  const F zero{}, y = deviation<false>(b, o, r, rest), gap = e * share, eo = e + gap;
   F q = mix.student_base ? e : eo, xi;
   if (kHow == kTvdGap) {
     s.k1 += larger(gap, zero); s.k2 += larger(-gap, zero); s.t += select(gap > zero, e, zero);
@@ -176,14 +175,13 @@ template <class Mix> KD_HD double apart_terms(const Mix &mix, double eu, double 
 }
 
 // The second sweep of kLogRatio: q is e, xi is -x; of the cross entropy -x - log p, up to a constant, with `top` the row's.
-template <bool kCarry, bool kMask, class F>
+template <class F>
 KD_HD Kept<F> step_log_ratio(F b, F o, const References<typename Element<F>::Real> &r, typename Element<F>::Real rest,
                              bool entropy, typename Element<F>::Real top, F e, Sums<F> &s) {
   using Real = typename Element<F>::Real;
-  F y = deviation<kCarry>(b, o, r, rest);
+  F y = deviation<true>(b, o, r, rest);
   if (entropy) y += (b - top) * r.c;
-  F xi = y * Real(-kLn2);
-  if (kMask) xi = select(e > F{}, xi, F{});
+  const F xi = select(e > F{}, y * Real(-kLn2), F{});   // a masked class has no y
   s.d += e * xi;
   return {e, xi, F{}};
 }
@@ -364,7 +362,7 @@ template <class Crew = Alone> KD_HD void close_mixed(const Part *parts, int n, c
 // T dD/dz = A em + B et + C e over a block, times scale; q (A xi + C) in the mixture family.
 KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, double scale) {
   if (p.empty()) return {0, 0, 0};
-  if (plan.mirror == kDifference) {   // q - o, of q and e^y - 1
+  if (plan.mirror == kDifference) {   // b - o, of e and e^y - 1
     const double unit = p.unit * scale, h = r.shift - p.offset;
     return {-unit * exp_of(-h), 0, -unit * expm1_of(-h)};
   }

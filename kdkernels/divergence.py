@@ -286,6 +286,8 @@ class JSD(Divergence):
         b = self.beta
         if b in (0, 1):
             return _REVERSE_KL if b else _KL
+        if 1 - b == 1:
+            raise ValueError(f"jsd: beta is 0 or at least 2e-16, so that 1 - beta is below 1; got {b!r}")
         return Form("mixture", limit=b * (1 - b), mix=1 - b, teacher=b, student=1 - b)
 
 
@@ -307,7 +309,7 @@ class SkewKL(Divergence):
         return SkewReverseKL(self.lam)
 
     def _make_form(self) -> Form:
-        return Form("mixture", limit=(1 - self.lam) ** 2, mix=1 - self.lam, teacher=1.0) if self.lam else _KL
+        return Form("mixture", limit=(1 - self.lam) ** 2, mix=1 - self.lam, teacher=1.0) if 1 - self.lam < 1 else _KL
 
 
 @dataclass(frozen=True)

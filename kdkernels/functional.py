@@ -233,7 +233,7 @@ class _Total(torch.autograd.Function):
         ctx.wanted = wanted
         ctx.save_for_backward(*grads)
         # applied: what the gradient as it lies there is multiplied with; spent: somebody may hold it
-        ctx.applied, ctx.inplace, ctx.spent = boost, inplace, False
+        ctx.applied, ctx.inplace, ctx.spent = boost, inplace and wanted[0], False
         if stats:
             ctx.mark_non_differentiable(columns)
         return rows.sum().to(_value_dtype(student)), columns
@@ -299,7 +299,7 @@ def _rows_and_gradients(
     """
     z, v = student.detach(), teacher.detach()
     own, others = wanted
-    if torch.compiler.is_compiling() and not inplace:
+    if torch.compiler.is_compiling() and (others or not inplace):
         if others:
             rows, grad, other, columns = ops.loss_and_new_grads(z, v, labels, weight, *factors, stats, own)
             return rows, (grad, other) if own else (other,), columns if stats else None
@@ -393,9 +393,8 @@ def _fused(
     """The loss by the operator, into which every factor goes that is known, and its statistics."""
     wanted = (torch.is_grad_enabled() and student.requires_grad, torch.is_grad_enabled() and teacher.requires_grad)
     needs_grad = any(wanted)
-    half = torch.float16 in (x.dtype for x, has in zip((student, teacher), wanted, strict=True) if has)
-    dtype = torch.float16 if half else student.dtype
-    factors, weight, post, boost = _folded(dtype, student.shape[:-1], weight, o, vocab, denominator, needs_grad)
+    underflows = torch.float16 in (x.dtype for x, has in zip((student, teacher), wanted, strict=True) if has)
+    factors, weight, post, boost = _folded(underflows, student.shape[:-1], weight, o, vocab, denominator)
     x, y = _rows_addressable(student), _rows_addressable(teacher)
     if o.reduction == "none":
         return _PerRow.apply(x, y, labels, weight, factors, o.inplace, o.return_stats)
@@ -407,14 +406,14 @@ def _fused(
     return total if post is None else (total * post).to(total.dtype), columns
 
 
-def _folded(dtype, leading, weight: Tensor | None, o: Options, vocab: int, denominator, needs_grad: bool):
+def _folded(underflows: bool, leading, weight: Tensor | None, o: Options, vocab: int, denominator):
     """(operator's arguments, weights, post, boost): value and gradient lack the factor post, and the gradient has one too much, boost."""
     value, grad, hard = o.value_scale, o.grad_scale, float(o.hard_weight)
     hard_grad = hard
     post, boosted = None, False
     if o.reduction == "none":
         pass
-    elif dtype == torch.float16 and needs_grad:
+    elif underflows:
         # Divided by the number of rows before the upstream gradient (a loss scale, often 65536) has multiplied it, an fp16 gradient
         # would underflow. It is kept near 1 instead, and the backward applies upstream and denominator together.
         if weight is not None:

@@ -145,7 +145,7 @@ def _run(
                 mine.add(_narrowed(z, second, dtype), x, head, at, start > 0)
             if others:
                 theirs.add(_narrowed(dv, second, setup.teacher_dtype), teacher.inputs(at), teacher.weight, at, start > 0)
-    first = second = third = z = v = dv = None  # before gradients are cast
+    first = second = third = z = v = grad = dv = None  # before gradients are cast
     return rows, *mine.finish(count), *theirs.finish(count), columns
 
 
@@ -179,7 +179,7 @@ class _Gradients:
 
     def finish(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of all `count` tokens; an empty tensor for each that needs none."""
-        nothing = functools.partial(torch.empty, 0, device=self.device)
+        nothing = functools.partial(torch.empty, 0, dtype=torch.float32, device=self.device)
         dh = self.hidden.view(self.like.shape) if self.in_hidden else nothing()
         return dh, *(nothing() if x is None else x.finish(count) for x in (self.weight, self.bias))
 
@@ -455,8 +455,7 @@ def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options,
     """(loss, statistics) of checked arguments; `functional._fused` for hidden states."""
     hidden = tensors[0]
     wants_grad = any(setup.needs)
-    dtype = torch.float16 if setup.underflows else setup.dtype
-    factors, row_weight, post, boost = functional._folded(dtype, hidden.shape[:-1], row_weight, o, vocab, denominator, wants_grad)
+    factors, row_weight, post, boost = functional._folded(setup.underflows, hidden.shape[:-1], row_weight, o, vocab, denominator)
     if o.reduction == "none":
         return _PerRow.apply(labels, row_weight, setup, factors, *tensors)
     if wants_grad:

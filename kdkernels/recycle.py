@@ -2,7 +2,8 @@
 
 A new gradient of a few hundred megabytes is fresh memory in every step: the kernel zeroes each page on first touch, which can cost more
 than the loss itself (on a virtual machine, twice as much). PyTorch's CPU allocator gives freed memory back at once; here the last
-block is kept, marked MADV_FREE: the system may take its pages whenever it needs memory, and until it does the next step finds them.
+two blocks (a student's and a teacher's) are kept, marked MADV_FREE: the system may take their pages whenever it needs memory, and until
+it does the next step finds them.
 KDKERNELS_RECYCLE=0 turns this off.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 SMALLEST = 8 << 20  # below this, malloc reuses memory by itself often enough
 _possible = os.environ.get("KDKERNELS_RECYCLE") != "0" and hasattr(mmap, "MADV_FREE")
 _lock = threading.RLock()  # a finalizer may run inside `empty`
-_kept: mmap.mmap | None = None
+_kept: list[mmap.mmap] = []  # the larger one last
 
 
 def empty(like: Tensor) -> Tensor:
@@ -35,24 +36,22 @@ def empty(like: Tensor) -> Tensor:
 
 
 def clear() -> None:
-    """Give the kept block back."""
-    global _kept
+    """Give the kept blocks back."""
     with _lock:
-        _kept = None
+        _kept.clear()
 
 
 def _take(size: int) -> mmap.mmap:
-    global _kept
     with _lock:
-        if _kept is not None and size <= len(_kept):  # pages beyond size stay marked
-            block, _kept = _kept, None
-            return block
+        for i, block in enumerate(_kept):
+            if size <= len(block):  # pages beyond size stay marked
+                return _kept.pop(i)
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _release(block: mmap.mmap) -> None:
-    global _kept
     with _lock:
-        if _kept is None or len(_kept) < len(block):
-            block.madvise(mmap.MADV_FREE)
-            _kept = block
+        block.madvise(mmap.MADV_FREE)
+        _kept.append(block)
+        _kept.sort(key=len)
+        del _kept[:-2]

@@ -97,3 +97,10 @@ def test_importing_loads_no_library():
         "assert 'kdkernels.backends.native' not in new and 'kdkernels/_cpu.so' not in open('/proc/self/maps').read()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parameters_that_vanish_beside_one():
+    """1 - lam rounds to 1: skew KL is KL; JSD, which is 0 there, is refused."""
+    assert parse("skew_kl(1e-17)").form == parse("kl").form
+    with pytest.raises(ValueError, match="jsd: beta"):
+        parse("jsd(1e-17)")

@@ -22,6 +22,11 @@ def test_opcheck(backend, full):
     torch.library.opcheck(torch.ops.kdkernels.loss.default, (z, v, y, w, *factors))
     torch.library.opcheck(torch.ops.kdkernels.loss_and_grad.default, (z, v, y, w, torch.empty_like(z), *factors))
     torch.library.opcheck(torch.ops.kdkernels.log_softmax.default, (z, v if full else None, 2.0, backend))
+    grad = torch.empty_like(z) if full else None
+    if full:  # without labels one of the statistics is nan, which does not equal itself
+        torch.library.opcheck(torch.ops.kdkernels.loss_and_stats.default, (z, v, y, w, grad, *factors))
+    torch.library.opcheck(torch.ops.kdkernels.loss_and_grads.default, (z, v, y, w, grad, torch.empty_like(v), *factors, full))
+    torch.library.opcheck(torch.ops.kdkernels.loss_and_new_grads.default, (z, v, y, w, *factors, full, full))
 
 
 CASES = {

@@ -15,7 +15,7 @@ ROWS, VOCAB = 64, 40000  # 10 MB in fp32
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(recycle, "_kept", None)
+    monkeypatch.setattr(recycle, "_kept", [])
 
 
 def gradient(z, v):

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import abi
 
 name = "cpu"
+TAKES_MIRROR = True  # loss: both gradients from the same sweeps
 
 LIBRARY = Path(__file__).parent.parent / "_cpu.so"
 _BAD_LABEL = 1
