@@ -157,12 +157,12 @@ template <class F> KD_HD F quotient(F a, F b) { return a / b; }
 KD_DEVICE float quotient(float a, float b) { return a * gpu::reciprocal(b); }   // within 2^-22
 #endif
 
-// A class, for l > 0 or l = 0 (reverse KL): m is e^x - 1 and psi(x). Mix: a Mixed<Real>, or one that knows more when it is compiled.
+// A class, for l > 0 or l = 0 (reverse KL, or a weight that rounds to 0): m is e^x - 1 and psi(x). Mix: a Mixed<Real>, or one that knows more when it is compiled.
 template <class F, class Mix> KD_HD MixedTerm<F> mixed_term(F x, const ExpM1<F> &m, const Mix &mix) {
   using Real = typename Element<F>::Real;
   const F ratio = m.m1 + Real(1);
   const auto near = (x > Real(-.5)) & (x < Real(.5));
-  if (mix.l == 0) return {mix.other * select(near, m.m1 * m.m1 - ratio * m.psi, ratio * x - m.m1), x * mix.other};
+  if (mix.l == 0) return {mix.other * select(near, m.m1 * m.m1 - ratio * m.psi, ratio * x - m.m1), (mix.student_base ? -m.m1 : x) * mix.other};
   const F more = m.m1 * mix.l;
   const Log1p<F> u = log1p_psi(more);
   const F w = x - u.log;                             // log(o / m); log(b / m) is -u

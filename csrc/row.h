@@ -160,7 +160,7 @@ KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r
     xi = select(y > zero, splat<F>(half), select(y < zero, splat<F>(-half), zero));
   } else if (mix.l == 0) {
     s.k2 += gap; s.t += eo * y;
-    xi = y * (mix.other * Real(kLn2));
+    xi = mix.student_base ? share * -mix.other : y * (mix.other * Real(kLn2));
   } else {
     const F more = share * mix.l, u = log2_of_1p(more), w = y - u;
     s.s += e * u; s.k2 += gap; s.t += eo * w;

@@ -280,14 +280,14 @@ class JSD(Divergence):
 
     @property
     def reversed(self) -> Divergence:
+        if 0 < self.beta < 1 == 1 - self.beta:
+            raise ValueError(f"jsd: the other way round beta = 1 - {self.beta!r}, which rounds to 1, is reverse KL")
         return JSD(1 - self.beta)
 
     def _make_form(self) -> Form:
         b = self.beta
         if b in (0, 1):
             return _REVERSE_KL if b else _KL
-        if 1 - b == 1:
-            raise ValueError(f"jsd: beta is 0 or at least 2e-16, so that 1 - beta is below 1; got {b!r}")
         return Form("mixture", limit=b * (1 - b), mix=1 - b, teacher=b, student=1 - b)
 
 

@@ -100,7 +100,14 @@ def test_importing_loads_no_library():
 
 
 def test_parameters_that_vanish_beside_one():
-    """1 - lam rounds to 1: skew KL is KL; JSD, which is 0 there, is refused."""
+    """1 - lam rounds to 1: skew KL is KL, JSD is KL times beta; the other way round it would be another one."""
     assert parse("skew_kl(1e-17)").form == parse("kl").form
-    with pytest.raises(ValueError, match="jsd: beta"):
-        parse("jsd(1e-17)")
+    with pytest.raises(ValueError, match="jsd: the other way round"):
+        parse("jsd(1e-17)").reversed  # noqa: B018
+    z, v = torch.randn(2, 3, 40)
+    grads = []
+    for name in ("kl", "jsd(1e-17)"):
+        x = z.clone().requires_grad_()
+        fused_kd_loss(x, v, divergence=name, backend="cpu").backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1] * 1e17, grads[0], rtol=1e-5, atol=1e-7)
