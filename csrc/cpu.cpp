@@ -335,7 +335,7 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPa
     if constexpr (!Half<S>::value) return care == kMasked ? sweep_moments<true>(b, o, n, keep, p) : sweep_moments<false>(b, o, n, keep, p);
   } else if (plan.tilted) {
     with(std::integral_constant<Shape, kTilted>{});
-  } else if (plan.mixed) {
+  } else if (plan.mixed && plan.mirror != kLogRatio) {   // whose e is that of the first job, bit for bit
     with(std::integral_constant<Shape, kMixed>{});
   } else if (plan.entropy) {
     with(std::integral_constant<Shape, kEntropy>{});
@@ -828,6 +828,7 @@ template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Re
   if (s.row.lost) job.careful_row(s, row, desk, streaming);
   else if (write) job.emit_blocks(s, row, 0, job.blocks(), desk, streaming);
 }
+
 // Of the parallel region we are in, which may have fewer threads than were asked for.
 #if defined(_OPENMP)
 inline int thread_number() { return omp_get_thread_num(); }

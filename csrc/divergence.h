@@ -284,7 +284,7 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   p.tvd = c.family == kTvd;
   p.mixed = p.tvd || c.family == kMixture;
   if (p.mixed) {
-    p.student_base = !p.tvd && c.mix >= .5;
+    p.student_base = !p.tvd && c.mix >= .5;          // at 1/2 either would do (Form.sides takes the teacher): q is e itself then
     p.mixture = make_mixed(p.tvd, p.student_base, c.mix, c.teacher_part, c.student_part);
     if (!p.tvd) p.apart = .015 / (p.mixture.near_term[0] * kLog2e * kLog2e);   // D is this coefficient times 2 F where F is small
     return p;

@@ -115,6 +115,28 @@ def check_both_gradients(divergence, z, v, T, labels=None, weight=None, modifier
         assert within[expected < 1e30].all(), (divergence, T, z.shape)
 
 
+@pytest.mark.parametrize("divergence", ["kl", "cross_entropy", "jsd(0.3)", "renyi(0.5)"])
+def test_teacher_gradient_bits_do_not_depend_on_threads_or_batch(divergence):
+    """What was kept and what was swept again, in place or for want of room, are the same; and what the threads of a split row make."""
+    z, v = make_rows("plain", 5, 20000)
+    options = divergence, 2.0, 1.0, 1.0, 0.0, 0.0, 20000, []
+    threads = torch.get_num_threads()
+
+    def gradients(rows, inplace):
+        grad, other = (z[rows].clone() if inplace else torch.empty_like(z[rows])), torch.empty_like(v[rows])
+        ops.loss_and_grads(grad if inplace else z[rows], v[rows], None, None, grad, other, *options, "cpu", False)
+        return grad, other
+
+    expected = gradients(slice(0, 5), False)
+    try:
+        for n, rows, inplace in itertools.product((1, 3), (slice(0, 1), slice(2, 4), slice(0, 5)), (False, True)):
+            torch.set_num_threads(n)
+            for mine, right in zip(gradients(rows, inplace), expected, strict=True):
+                assert torch.equal(mine, right[rows]), (n, rows, inplace)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_teacher_gradient_compiled_in_place():
     z, v = make_rows("plain", 3, 50)
     results = []
