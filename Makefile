@@ -7,14 +7,15 @@ SOURCES = $(wildcard csrc/* csrc/cuda/*) setup.py pyproject.toml
 
 .PHONY: bench regress test slow simt aot lint format clean
 
+# --no-compile: modules are compiled when they are first imported, and most never are
 .venv/ready: constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ruff
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy setuptools wheel ruff
 	touch $@
 
 # editable, so that the tests see these sources; run again when the C++ changes
 .venv/installed: .venv/ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q --no-compile --no-build-isolation -c constraints.txt -e '.[test]'
 	touch $@
 
 bench: .venv/installed
