@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdkernels import divergence as math_of
 from kdkernels.backends import triton as backend
 from kdkernels.backends.triton_plan import FAMILIES, WINDOW, Device
 from kdkernels.stats import COLUMNS
@@ -77,12 +78,13 @@ class Case:
     grad: bool = True
     modifiers: Modifiers | None = None
     stats: bool = False
+    mutual: bool = False
 
     @property
     def text(self) -> str:
         m = self.modifiers or Modifiers()
         flags = [("hard", self.hard), ("smoothed", m.label_smoothing), ("weighted", self.weighted), ("value only", not self.grad)]
-        flags += [("stats", self.stats), ("capped", m.student_softcap), ("scaled", not m.student_softcap and m.student_scale != 1)]
+        flags += [("stats", self.stats), ("both sides", self.mutual), ("capped", m.student_softcap), ("scaled", not m.student_softcap and m.student_scale != 1)]
         flags = "".join(f" {x}" for x, on in flags if on)
         dtypes = self.student if self.student == self.teacher else f"{self.student}/{self.teacher}"
         return f"{self.divergence} T={self.temperature:g} {self.rows} x {self.vocab} {dtypes}{flags}"
@@ -90,20 +92,28 @@ class Case:
     def launches(self, device: Device) -> list[backend.Launch]:
         z, v = (torch.empty(self.rows, self.vocab, dtype=getattr(torch, x), device="meta") for x in (self.student, self.teacher))
         per_row = {x: torch.empty(self.rows, dtype=x, device="meta") for x in (torch.int64, torch.float64)}
+        scales = 1.0, 1.0, *((0.1, 0.1) if self.hard else (0.0, 0.0))
+        weight, mirror = per_row[torch.float64] if self.weighted else None, None
+        if self.mutual:
+            m = Modifiers(*self.modifiers or ())
+            other = [*m[2:4], *m[:2], 0.0, 0.0] if self.modifiers else ()
+            name = math_of.mirror(self.divergence)
+            mirror = v, z, None, weight, torch.empty_like(v), name, self.temperature, 0.0, 1.0, 0.0, 0.0, self.vocab, other
         return backend.launches(
             z,
             v,
             per_row[torch.int64] if self.hard else None,
-            per_row[torch.float64] if self.weighted else None,
+            weight,
             torch.empty_like(z) if self.grad else None,
             self.divergence,
             self.temperature,
-            *(1.0, 1.0, *((0.1, 0.1) if self.hard else (0.0, 0.0))),
+            *scales,
             self.vocab,
             self.modifiers or (),
             torch.empty(self.rows, dtype=torch.float64, device="meta"),
-            device,
-            torch.empty(self.rows, COLUMNS, dtype=torch.float64, device="meta") if self.stats else None,
+            device=device,
+            stats=torch.empty(self.rows, COLUMNS, dtype=torch.float64, device="meta") if self.stats else None,
+            mirror=mirror,
         )
 
 
@@ -134,6 +144,15 @@ def covering() -> list[Case]:
         Case("tvd"),
         Case(hard=True, modifiers=ALL),
         Case("renyi(0.5)", vocab=2048, hard=True, modifiers=ALL, stats=True),
+        Case(mutual=True),
+        Case("cross_entropy", vocab=50257, hard=True, mutual=True),
+        Case("reverse_kl", vocab=2048, mutual=True),
+        Case("renyi(2.0)", vocab=128256, mutual=True),
+        Case(vocab=2048, hard=True, modifiers=ALL, mutual=True),
+        Case("jsd(0.5)", mutual=True),
+        Case("skew_kl(0.1)", vocab=128256, hard=True, mutual=True),
+        Case("tvd", vocab=2048, student="float32", teacher="float32", hard=True, mutual=True),
+        Case(temperature=math.inf, vocab=50257, mutual=True),
     ]
 
 

@@ -213,9 +213,12 @@ template <class F, class Crew> class Careful {
     }
     const F p = exp_v(v) * inv_v_, d = log_ratio(z, v);
     const bool plain = !plan_.tilted || infinite_;
-    const F x = plain ? F{} : b_ * d - log_r_, w = plain ? p : tilted(z, v) * inv_u_;
-    const Int near = (abs_of(d) < .5) & (abs_of(x) < .5) & ~(no_z | no_v);
-    const F g = select(near, p * (near_zero(d, near).m1 - near_zero(x, near).m1), q - w);
+    const F w = plain ? p : tilted(z, v) * inv_u_;
+    // log(w / p), or log(w / q), which is 0 as the order goes to 0
+    const F x = plain ? F{} : plan_.student_base ? -plan_.order * d - log_r_ : b_ * d - log_r_;
+    const bool of_q = !plain && plan_.student_base;
+    const Int near = ((abs_of(d) < .5) | (splat<F>(of_q) > F{})) & (abs_of(x) < .5) & ~(no_z | no_v);
+    const F m1 = near_zero(x, near).m1, g = select(near, of_q ? -q * m1 : p * (near_zero(d, near).m1 - m1), q - w);
     return select(no_z, F{}, g * gain_);                  // a masked class of the student is not moved
   }
 

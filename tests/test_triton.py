@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds import gradient_bound, spread_of, value_bound
+from bounds import gradient_bound, gradient_bound_of, spread_of, value_bound
 from oracle import divergence_row, hard_row
 from rows import make_rows, with_masks
 
@@ -136,6 +136,61 @@ def test_gradients_take_the_logits_place(shape, name, on):
     torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits, out, rtol=1e-4, atol=1e-7)
     assert (base[:, :3] == 7).all() and (base[:, vocab:] == 7).all()
+
+
+def check_both(z, v, name, T=1.0, y=None, weight=None, modifiers=(), student=True, inplace=False):
+    """Both gradients of one call against the reference in fp64, at the bounds."""
+    hard = 0.0 if y is None else 0.3
+    options = name, T, 1.0, 1.0, hard, hard, z.shape[-1] - 2, list(modifiers)
+    exact = [torch.empty(x.shape, dtype=torch.float64) for x in (z, v)]
+    D, _ = torch.ops.kdkernels.loss_and_grads(z.double(), v.double(), y, weight, *exact, *options, "eager", False)
+    mine = [z.clone() if inplace else torch.full_like(z, 7.0), torch.full_like(v, 7.0)]
+    asked = [mine[0] if student else None, mine[1]]
+    loss, _ = torch.ops.kdkernels.loss_and_grads(mine[0] if inplace else z, v, y, weight, *asked, *options, "triton", False)
+    torch.testing.assert_close(loss, D, rtol=2e-6 * (1 + spread_of(z, v, T)), atol=1e-30, equal_nan=True)
+    for g, e in list(zip(mine, exact, strict=True))[0 if student else 1 :]:
+        cast = torch.finfo(g.dtype).eps if g.dtype.itemsize < 4 else 0.0
+        for i in range(len(z)):
+            assert (g[i, -2:] == 0).all() and torch.equal(g[i].isnan(), e[i].isnan())
+            if D[i] < 1e30 and not e[i].isnan().any():
+                norm = float(e[i].norm())
+                assert float((g[i].double() - e[i]).norm()) <= gradient_bound_of(norm, float(D[i])) + cast * norm, (name, T)
+
+
+@pytest.mark.parametrize("name", [*FORMS, *REVERSED, "kl", "cross_entropy", "renyi(0.3)", "renyi(inf)", "alpha(1e-17)"])
+def test_both_gradients_of_every_divergence(name):
+    """With labels, weights, masks; of rows that the fast kernels lose; with T = inf, where there is a limit."""
+    y, weight = torch.tensor([3, 30]), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    for kind, where in (("plain", ""), ("plain", "student"), ("plain", "teacher"), ("plain", "both"), ("outlier", ""), ("offset", "")):
+        z, v = make_rows(kind, 2, 60)
+        z, v = with_masks(z, v, where) if where else (z, v)
+        check_both(z, v, name, 0.5 if kind == "outlier" else 1.5, None if where else y, weight)
+    if backend.math_of.parse(name).form.limit is not None:
+        check_both(*make_rows("plain", 2, 60), name, math.inf, y)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "student"),
+    [("rows", "kl", True), ("rows", "cross_entropy", True), ("rows", "renyi(0.3)", False), ("rows", "jsd(0.1)", True)]
+    + [("parts", "cross_entropy", True), ("parts", "renyi(2)", True), ("parts", "skew_kl(0.1)", False)],
+)
+def test_both_gradients_in_every_shape(shape, name, student, on):
+    """From the same sweeps, with modifiers, in place or without the student's; rows whose largest logit the sample has missed."""
+    vocab, device = PATHS[shape]
+    on(device)
+    z, v = make_rows("plain", 1, vocab, torch.bfloat16 if shape == "rows" else torch.float32, torch.float32)
+    v[:, 100] += 40
+    check_both(z, v, name, 1.5, torch.tensor([vocab // 2]), None, MODIFIED if shape == "parts" else (), student, student)
+
+
+def test_both_gradients_take_one_pass(on):
+    z, v = make_rows("plain", 3, 700)
+    out, grads, options = torch.empty(3, dtype=torch.float64), (torch.empty_like(z), torch.empty_like(v)), (1.0, 1.0, 1.0, 0.0, 0.0, 700, ())
+    names = {"kl": "reverse_kl", "cross_entropy": "reverse_kl", "reverse_kl": "kl", "jsd(0.3)": "jsd(0.7)", "tvd": "tvd"}
+    for name, turned in {**names, "renyi(0.3)": "reverse_renyi(0.3)", "renyi(3)": "reverse_renyi(3)", "alpha(0.5)": "alpha(0.5)"}.items():
+        mirror = v, z, None, None, grads[1], turned, *options
+        found = backend.launches(z, v, None, None, grads[0], name, *options, out, device=Device(2, 32 << 20), mirror=mirror)
+        assert [x.kernel for x in found] == ["loss_rows", "careful_rows", "careful_rows"]
 
 
 MODIFIED = [0.5, 4.0, 2.0, 0.0, 0.1, 1e-2]  # the student scaled and capped, the teacher scaled, label smoothing and the z-loss
@@ -377,7 +432,7 @@ def test_what_is_compiled_depends_on_no_number():
         z = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
         out = torch.empty(rows, dtype=torch.float64, device="meta")
         factors = (weight, weight, 0.1 * weight, 0.2 * weight)
-        found = backend.launches(z, z, out.long(), None, z, divergence, T, *factors, vocab, modifiers, out, Device(132, 50 << 20))
+        found = backend.launches(z, z, out.long(), None, z, divergence, T, *factors, vocab, modifiers, out, device=Device(132, 50 << 20))
         return [
             (x.kernel, x.warps, *sorted((k, v) for k, v in x.arguments.items() if k.isupper() and not hasattr(v, "dtype"))) for x in found
         ]
@@ -441,7 +496,7 @@ def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
     z, v = make_rows("plain", 3, 100)
     out, grad = torch.empty(3, dtype=torch.float64), torch.zeros_like(z)
     y = torch.tensor([5, 10**12, -7])
-    for x in backend.launches(z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, (), out, Device(2, 32 << 20)):
+    for x in backend.launches(z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, (), out, device=Device(2, 32 << 20)):
         x.run(z.device)
     assert out[0].isfinite() and out[1:].isnan().all() and grad[0].isfinite().all()
 
@@ -505,7 +560,7 @@ def test_ordinary_rows_are_left_to_no_other_kernel(shape, on):
     for kind, T, divergence in itertools.product(("plain", "independent", "peaked_teacher"), (1.0, 4.0), ("kl", "renyi(0.5)", "renyi(2)")):
         z, v = make_rows(kind, 1, vocab)
         out = torch.empty(1, dtype=torch.float64)
-        *fast, _ = backend.launches(z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, (), out, device)
+        *fast, _ = backend.launches(z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, (), out, device=device)
         for launch in fast:
             launch.run(z.device)
         assert out.isfinite().all(), (kind, T, divergence)

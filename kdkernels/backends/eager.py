@@ -257,16 +257,20 @@ class _Row:
             sign = -1 if form.reverse else 1
             least, share, rest = self._least(sign)
             return sign * torch.where(least, -share * rest, q)
-        w, x, unit = p, torch.zeros_like(d), form.factor
+        w, x, own, unit = p, torch.zeros_like(d), None, form.factor  # x = log(w / p), own = log(w / q)
         if form.family in ("renyi", "alpha") and form.order != 1:
             tilted, log_r, F, disjoint = self.tilted(form.order)
             lost = (self.only_v if form.order > 1 else self.only_z).any(-1, keepdim=True) if not 0 < form.order < 1 else disjoint
             w, x = torch.where(lost, p, tilted), torch.where(lost, 0.0, (1 - form.order) * d - log_r)
+            own = torch.where(lost, math.inf, -form.order * d - log_r)
             unit = form.factor
             if form.family == "alpha":
                 unit = torch.where(lost, 0.0 if 0 < form.order < 1 else math.nan, log_r.exp() / form.order)
-        near = (d.abs() < 0.5) & (x.abs() < 0.5) & ~self.masked
-        return torch.where(self.no_z, 0.0, unit * torch.where(near, p * (torch.expm1(d) - torch.expm1(x)), q - w))
+        if form.order > 0.5:
+            near, less = (d.abs() < 0.5) & (x.abs() < 0.5), p * (torch.expm1(d) - torch.expm1(x))
+        else:  # w is nearer to q, and q itself as the order goes to 0
+            near, less = own.abs() < 0.5, -q * torch.expm1(own)
+        return torch.where(self.no_z, 0.0, unit * torch.where(near & ~self.masked, less, q - w))
 
     def _lost(self, rows: Tensor) -> Tensor:
         """+inf, with nan for its gradient in the rows that are asked for, where the formula has an infinite moment."""

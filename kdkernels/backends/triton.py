@@ -45,12 +45,14 @@ from .triton_plan import (
 )
 
 name = "triton"
+TAKES_MIRROR = True  # loss: both gradients from the same sweeps
 
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
 MOST_REGISTERS = 128  # of a thread, with 512 of them on a multiprocessor
 HEAVY_REGISTERS = 168  # with 384, for mixtures, orders, hard labels and transforms, where a program has no more
-HEAVIEST_REGISTERS = 224  # for mixtures and transformed whole rows with hard labels, which spill with 168: two programs to a multiprocessor
+# for mixtures, and transformed rows that are whole or give both gradients, with hard labels, which spill with 168: two programs to a multiprocessor
+HEAVIEST_REGISTERS = 224
 FILE_REGISTERS = 64 << 10  # of a multiprocessor
 SOFTMAX_BLOCK = 2048
 SCALE_BLOCK = 8192
@@ -140,6 +142,22 @@ def numbers(text: str, temperature: float) -> Numbers:
     return simple("ENTROPY" if form.family == "cross_entropy" else "KL", TEACHER)
 
 
+MIXTURES = ("MIXTURE", "SKEWED", "TVD")
+
+
+def mutual(n: Numbers, m: Numbers) -> str | None:
+    """The family that gives both gradients of a call with numbers n, m those of its mirror; None where they share no sums."""
+    if n.family == "ENTROPY":
+        return "MUTUAL_ENTROPY"
+    if n.family in MIXTURES:
+        return n.family if m.family in MIXTURES else None
+    if n.family != m.family or n.family in ("SUPPORT", "EXTREME"):
+        return None
+    # the same weights from the same side, of which order 1/2 has two; not where an order or its complement is rounded to 1
+    alike = n.family == "MOMENTS" or n.tilt == m.tilt and (n.tilt == 0.5 or (n.base == TEACHER) != (m.base == TEACHER))
+    return ("MUTUAL_KL" if n.family == "KL" else n.family) if alike else None
+
+
 def _mixture(sides: math_of.Sides, simple: Callable[..., Numbers]) -> Numbers:
     base = STUDENT if sides.student_base else TEACHER
     if sides.mix == 0:  # KL(o, b), which KL is with b and o exchanged
@@ -202,7 +220,7 @@ class Launch:
         kernel(self.kernel)[(self.grid,)](**self.arguments, **self.options(device.type == "cuda" and not torch.version.hip))
 
 
-def launches(
+def _arguments(
     student,
     teacher,
     labels,
@@ -217,37 +235,30 @@ def launches(
     vocab,
     modifiers,
     out,
-    device,
     stats=None,
-) -> list[Launch]:
-    """What `loss` launches, in its order, on a device of such figures; `out` receives the rows' losses, `stats` their statistics."""
+    other=None,
+) -> tuple[Numbers, int, dict, dict]:
+    """(the numbers of a call, how its rows lie, what every kernel takes of it, where the gradient `other` lies)."""
     n, m = numbers(divergence, temperature), Modifiers(*modifiers)
     hard = labels is not None and (hard_scale != 0 or hard_grad_scale != 0 or stats is not None)
     capped, scaled = m.student_softcap or m.teacher_softcap, (m.student_scale, m.teacher_scale) != (1.0, 1.0)
-    transform = CAPPED if capped else SCALED if scaled else 0
-    rows = out.numel()
-    sizes = student.element_size(), teacher.element_size()
-    tensors = [student, teacher, student if grad is None else grad]
-    inner, access, strides = _layout(tensors, run(*sizes), vocab)
-    mixture = n.family in ("MIXTURE", "SKEWED", "TVD")
-    # a mixture's three sweeps with labels leave a whole row half of the registers, and so do modifiers and statistics
-    modified = transform or stats is not None or hard and m.label_smoothing
-    whole = REGISTERS_WHOLE // (2 if mixture and hard else 1) // (2 if modified else 1)
-    chosen = plan(rows, vocab, *sizes, access == WINDOW, device, whole)
+    G = student if grad is None else grad
+    tensors = [student, teacher, G, G if other is None else other]
+    inner, access, strides = _layout(tensors, run(student.element_size(), teacher.element_size()), vocab)
     # the value's factor, T^2 in it, as two numbers that a float holds
     value_scale *= n.value
     value_unit = 2.0 ** (math.frexp(value_scale)[1] // 2) if math.isfinite(value_scale) else 1.0
     arguments = dict(
         Z=student,
         V=teacher,
-        G=tensors[2],
+        G=G,
         LABELS=labels.contiguous() if hard else out,
         WEIGHTS=out if weight is None else weight.contiguous(),
         LOSS=out,
         STATS=out if stats is None else stats,
-        rows=rows,
+        rows=out.numel(),
         inner=inner,
-        **dict(zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides, strict=True)),
+        **dict(zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides[:6], strict=True)),
         vocab=vocab,
         width=student.shape[-1],
         k=n.k,
@@ -274,48 +285,80 @@ def launches(
         HARD=(SMOOTHED if m.label_smoothing else CROSS_ENTROPY) if hard else 0,
         WEIGHTED=weight is not None,
         GRAD=grad is not None,
-        TRANSFORM=transform,
+        TRANSFORM=CAPPED if capped else SCALED if scaled else 0,
         TELL=stats is not None,
     )
-    registers = HEAVY_REGISTERS if mixture or transform else MOST_REGISTERS
+    return n, access, arguments, dict(H=tensors[3], h_outer=strides[6], h_inner=strides[7], h_width=tensors[3].shape[-1])
+
+
+def _careful(arguments: dict, every: bool, **changes) -> Launch:
+    """The kernel for every row, or for those that others have lost."""
+    rows = arguments["rows"]
+    lines = dict(ALL=True, ROWS=1) if every else dict(ALL=False, ROWS=CAREFUL_ROWS)
+    mixture = FAMILIES[arguments["FAMILY"]] in MIXTURES
+    registers = HEAVY_REGISTERS if mixture or arguments["TRANSFORM"] else MOST_REGISTERS
+    taken = dict(MARKS=arguments["LOSS"], BLOCK=CAREFUL_BLOCK) | arguments | lines | changes
+    return Launch("careful_rows", rows if every else -(-rows // CAREFUL_ROWS), taken, CAREFUL_WARPS, registers)
+
+
+def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
+    """What `loss` launches, in its order, on a device of such figures. call: the operator's arguments and the rows' losses, to be written."""
+    student, teacher, out = call[0], call[1], call[-1]
+    n, access, arguments, where = _arguments(*call, stats, None if mirror is None else mirror[4])
+    first, rest, together = [], [], None
+    if mirror is not None:
+        other = *mirror, torch.empty_like(out)
+        m, _, of_other, _ = _arguments(*other)
+        together = mutual(n, m)
+        if together is None:  # first, as a gradient in place overwrites the student's logits
+            first = launches(*other, device=device)
+            n, access, arguments, where = _arguments(*call, stats)
+        else:
+            changed = dict(FAMILY=FAMILIES.index(together)) if together == "MUTUAL_ENTROPY" else {}
+            rest = [_careful(of_other, False, MARKS=out, **changed)]
     if n.family in ("SUPPORT", "EXTREME"):  # no sum of terms: every row is one for fp64
-        return [Launch("careful_rows", rows, arguments | dict(ALL=True, ROWS=1, BLOCK=CAREFUL_BLOCK), CAREFUL_WARPS, registers)]
-    rest = Launch(
-        "careful_rows",
-        -(-rows // CAREFUL_ROWS),
-        arguments | dict(ALL=False, ROWS=CAREFUL_ROWS, BLOCK=CAREFUL_BLOCK),
-        CAREFUL_WARPS,
-        registers,
-    )
+        return [*first, _careful(arguments, True)]
+    rest = [*rest, _careful(arguments, False)]
+    rows, vocab, hard, transform = out.numel(), arguments["vocab"], arguments["HARD"], arguments["TRANSFORM"]
+    mixture = n.family in MIXTURES
+    # a mixture's three sweeps with labels leave a whole row half of the registers, and so do modifiers and statistics, and both gradients
+    modified = transform or stats is not None or hard == SMOOTHED
+    whole = REGISTERS_WHOLE // (2 if mixture and hard or together else 1) // (2 if modified else 1)
+    chosen = plan(rows, vocab, student.element_size(), teacher.element_size(), access == WINDOW, device, whole)
     carry = bool(transform) or torch.float32 in (student.dtype, teacher.dtype)
-    heavy = hard or transform or n.family not in ("KL", "ENTROPY", "MOMENTS") or chosen.whole and stats is not None
+    heavy = hard or transform or together or n.family not in ("KL", "ENTROPY", "MOMENTS") or chosen.whole and stats is not None
     heavy = heavy and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
     registers = HEAVY_REGISTERS if heavy else MOST_REGISTERS
-    if heavy and hard and (mixture or transform and chosen.whole):
+    if heavy and hard and (mixture or transform and (chosen.whole or together)):
         registers = HEAVIEST_REGISTERS
+    arguments = arguments | where | dict(mutual_scale=0.0, MUTUAL=together is not None)
+    if together is not None:
+        # at T = inf, where the gradients are each other's negatives, with the sign of what the student's is computed from
+        sign = -1.0 if n.family == "MOMENTS" else 1.0
+        arguments |= dict(mutual_scale=sign * of_other["grad_scale"], FAMILY=FAMILIES.index(together))
     arguments = arguments | dict(c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
     if chosen.parts == 1:
-        return [Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), rest]
+        return [*first, Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), *rest]
     arguments |= dict(
         STATE=torch.empty(rows * chosen.parts * SLOTS, dtype=torch.float64, device=out.device),
         COUNTERS=torch.zeros(1 + 2 * rows, dtype=torch.int32, device=out.device),
         PARTS=chosen.parts,
     )
     if not interpreting():
-        return [Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers), rest]
+        return [*first, Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers), *rest]
     # programs that run one after another cannot wait for each other
     phases = (PUBLISH, AGAIN, MIX, FINISH) if mixture else (PUBLISH, AGAIN, FINISH)
-    return [*(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in phases), rest]
+    return [*first, *(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in phases), *rest]
 
 
-def loss(student, teacher, labels, weight, grad, *options, stats=None):
+def loss(student, *call, stats=None, mirror=None):
     """The operator's contract (ops.py)."""
     if stats is not None:
         stats.fill_(math.nan)  # of rows that count for nothing
     out = torch.empty(math.prod(student.shape[:-1]), dtype=torch.float64, device=student.device)
     if out.numel():
         with _on(student.device):
-            for launch in launches(student, teacher, labels, weight, grad, *options, out, figures(student.device), stats):
+            for launch in launches(student, *call, out, device=figures(student.device), stats=stats, mirror=mirror):
                 launch.run(student.device)
     return out
 

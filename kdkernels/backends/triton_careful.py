@@ -12,6 +12,7 @@ from .triton_kernels import (
     EXTREME,
     INF,
     MOMENTS,
+    MUTUAL_ENTROPY,
     NOWHERE,
     NUMBERS,
     POWER,
@@ -26,6 +27,7 @@ from .triton_kernels import (
     kl_terms,
     label_of,
     log1p64,
+    logs,
     long,
     magnitude,
     mixes,
@@ -33,7 +35,6 @@ from .triton_kernels import (
     mixture_term,
     power_terms,
     psi_series,
-    reverses,
     select,
     side,
     tell_terms,
@@ -48,19 +49,22 @@ REACH64 = tl.constexpr(700.0)
 
 @triton.jit(do_not_specialize=NUMBERS)
 def careful_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS, STATS,
+    Z, V, G, LABELS, WEIGHTS, LOSS, MARKS, STATS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
     k, tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
     TRANSFORM: tl.constexpr, TELL: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The operator's contract in the textbook's order and fp64, for every row or for those that are lost; ROWS rows to a program."""
+    """The operator's contract in the textbook's order and fp64, for every row or for those whose loss in MARKS is lost; ROWS to a program.
+
+    A MUTUAL_ENTROPY is seen from the teacher: the gradient is that of -sum q log p in the logits of q, and the value reverse KL's.
+    """
     first = tl.program_id(0) * ROWS
     some = tl.full([], 1, tl.int32)
     if not ALL:
         several = first + tl.arange(0, ROWS)
-        losses = tl.load(LOSS + several, mask=several < rows, other=0.0)
+        losses = tl.load(MARKS + several, mask=several < rows, other=0.0)
         some = tl.max(is_lost(losses).to(tl.int32), 0)
     if some > 0:
         for index in tl.range(first, tl.minimum(first + ROWS, rows)):
@@ -68,7 +72,7 @@ def careful_rows(
             weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
             lost = tl.full([], 1, tl.int32)
             if not ALL:
-                lost = is_lost(tl.load(LOSS + row)).to(tl.int32)
+                lost = is_lost(tl.load(MARKS + row)).to(tl.int32)
             g_at = row // inner * g_outer + row % inner * g_inner
             if ALL & GRAD:
                 write_zeros(G + g_at, tl.where(weight == 0.0, 0, vocab), width, BLOCK)
@@ -210,7 +214,7 @@ def careful_row(
         near = tl.abs(sum_d) < 0.5 * sum_v
         shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
 
-    infinite = has_lone_q if reverses(FAMILY, BASE_Z) else has_lone_p
+    infinite = has_lone_q if logs(FAMILY, BASE_Z) else has_lone_p
     most = wide(INF)  # what an infinite value is; the factor of a negative order's is negative
     log_r, mu, sum_u, set_top, sum_set, outside = shift * 0.0, shift * 0.0, shift * 0.0 + 1.0, mz, shift * 0.0, shift * 0.0
     moved, gain = shift * 0.0, shift * 0.0 + 1.0
@@ -268,10 +272,13 @@ def careful_row(
                 elif mixes(FAMILY):
                     term, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
                     slopes += q * xi
-                elif reverses(FAMILY, BASE_Z):
+                elif logs(FAMILY, BASE_Z):
+                    if FAMILY == MUTUAL_ENTROPY:
+                        slopes += tl.where(both, q * (tl.log(sum_v) - (v - mv) * k), 0.0)
+                    else:
+                        slopes += tl.where(both, q * d, 0.0)
                     _, term = kl_terms(q, p, -d, psi_series, magnitude, select)
                     term = tl.where(both, term, p)
-                    slopes += tl.where(both, q * d, 0.0)
                 else:
                     _, term = kl_terms(p, q, d, psi_series, magnitude, select)
                     term = tl.where(both, term, q)
@@ -279,13 +286,14 @@ def careful_row(
                 own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
         F = tl.maximum(tl.sum(f, 0), 0.0)
         moved = tl.sum(slopes, 0)
-        if reverses(FAMILY, BASE_Z):
+        if logs(FAMILY, BASE_Z):
             gain = tl.where(infinite, float("nan"), gain)
         if FAMILY == MOMENTS:
             infinite = tl.where(tilt == 0.0, has_lone_p if BASE_Z else has_lone_q, has_lone_p | has_lone_q)
             value = tilt * F / count
         elif FAMILY >= POWER:
             near = tl.abs(log_r) < 0.4
+            log_r = tl.where(near, log1p64(tl.where(near, -b * order * F, 0.0)), log_r)
             if FAMILY == ALPHA:
                 value = tl.where(near, F, expm164(log_r) / (-b * order))
                 between = (order > 0.0) & (order < 1.0)
@@ -293,7 +301,6 @@ def careful_row(
                 gain = tl.where(infinite, tl.where(between, 0.0, float("nan")), tl.exp(log_r) / order)
                 most = tl.where(infinite & between, value, most)
             else:
-                log_r = tl.where(near, log1p64(tl.where(near, -b * order * F, 0.0)), log_r)
                 value = -log_r / b
                 most = tl.where(order < 0.0, -INF, most)
         else:
@@ -349,15 +356,21 @@ def careful_row(
                     if mixes(FAMILY):
                         _, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
                         g = q * (xi - moved)
-                    elif reverses(FAMILY, BASE_Z):
+                    elif logs(FAMILY, BASE_Z):
+                        if FAMILY == MUTUAL_ENTROPY:
+                            d = tl.log(sum_v) - (v - mv) * k
                         g = q * (d - moved)
                     else:
                         x, w = zero, p
                         if FAMILY >= POWER:
                             x = tl.where(infinite, 0.0, b * d - log_r)
                             w = tl.where(infinite, p, tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u)
-                        alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
-                        g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)
+                        if FAMILY >= POWER and BASE_Z:  # w is nearer to q, and q itself as the order goes to 0
+                            x = tl.where(infinite, INF, -order * d - log_r)
+                            g = tl.where(both & (tl.abs(x) < 0.5), -near_expm1(q, x), q - w)
+                        else:
+                            alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
+                            g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)
                 g = tl.where(z == -INF, 0.0, gain * g)
             g = soft * g
             if HARD:

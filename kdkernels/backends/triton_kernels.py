@@ -16,6 +16,9 @@ Reverse KL is KL seen from the student: the first sweep sums its terms, and e y 
 mixture family and TVD are not linear in what K lacks: with h from a first sweep, a second sums D and the mean of xi, and a third writes
 the gradient q (xi - mean). The weights and l of a mixture are numbers of the call; `tilt` is l there.
 
+A MUTUAL call writes the teacher's gradient as well: of KL and reverse KL, which are then the same sums, e (A y + C) to the base and
+A em + C e to the other; in the power family what the call with both exchanged would write; of mixtures p (xi - mean) with the base's xi.
+
 Where a model scales or caps its logits, that is done to each as it is read, in every sweep, in fp32, so that b and o above are what a model
 would have given in fp32; the second sweep has the derivative from the same exponential. All that is left of a hard term with label
 smoothing and z-loss are two more sums of the first sweep and scalars of the row. Statistics (stats.py) are sums of the first sweep too; of
@@ -61,7 +64,9 @@ def select(condition, x, y):
     return tl.where(condition, x, y)
 
 
-KL, ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (tl.constexpr(i) for i in range(len(triton_plan.FAMILIES)))
+KL, ENTROPY, MUTUAL_KL, MUTUAL_ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (
+    tl.constexpr(i) for i in range(len(triton_plan.FAMILIES))
+)
 STUDENT = tl.constexpr(triton_plan.STUDENT)
 EVEN, WINDOW, SCALAR = (tl.constexpr(x) for x in (triton_plan.EVEN, triton_plan.WINDOW, triton_plan.SCALAR))
 AGAIN, MIX, FINISH, BOTH = (tl.constexpr(x) for x in (triton_plan.AGAIN, triton_plan.MIX, triton_plan.FINISH, triton_plan.BOTH))
@@ -69,6 +74,7 @@ SMOOTHED, SCALED, CAPPED = (tl.constexpr(x) for x in (triton_plan.SMOOTHED, trit
 SUM_SLOTS, SLOTS = tl.constexpr(triton_plan.SUM_SLOTS), tl.constexpr(triton_plan.SLOTS)
 COLUMNS = tl.constexpr(stats.COLUMNS)
 NUMBERS = ["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"]  # compiled for any value
+MUTUAL_NUMBERS = [*NUMBERS, "h_outer", "h_inner", "h_width"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -144,6 +150,23 @@ def reverses(FAMILY, BASE_Z):
 
 
 @triton.constexpr_function
+def entropic(FAMILY):
+    return FAMILY in (ENTROPY.value, MUTUAL_ENTROPY.value)
+
+
+@triton.constexpr_function
+def logs(FAMILY, BASE_Z):
+    """Whether the base's gradient asks for e times a logarithm, less its mean: of KL and the cross entropy."""
+    return FAMILY in (MUTUAL_KL.value, MUTUAL_ENTROPY.value) or FAMILY == KL.value and bool(BASE_Z)
+
+
+@triton.constexpr_function
+def writes(sides, teacher):
+    """Whether a call that has so many of `of_sides` writes the student's, or the teacher's, gradient."""
+    return sides > 1 if teacher else sides < 3
+
+
+@triton.constexpr_function
 def splits(FAMILY, BASE_Z):
     """Whether what K rounds off counts in every sweep, as nothing later is linear in it."""
     return MIXTURE.value <= FAMILY <= TVD.value or FAMILY == KL.value and bool(BASE_Z)
@@ -170,6 +193,30 @@ def side(X, scale, softcap, steepness, TRANSFORM: tl.constexpr):
         return X, scale
     else:
         return (X,)
+
+
+@triton.jit
+def of_sides(student, teacher, GRAD: tl.constexpr, MUTUAL: tl.constexpr):
+    """What belongs to the gradients a call asks for: (the student's,), (the student's, the teacher's), or, without the student's, three.
+
+    As with `side`, the length is known when compiled.
+    """
+    if not MUTUAL:
+        return (student,)
+    elif GRAD:
+        return student, teacher
+    else:
+        return student, teacher, teacher
+
+
+@triton.jit
+def with_weight(weight, scales):
+    if len(scales) == 1:
+        return (weight * scales[0],)
+    elif len(scales) == 2:
+        return weight * scales[0], weight * scales[1]
+    else:
+        return weight * scales[0], weight * scales[1], weight * scales[2]
 
 
 @triton.jit
@@ -266,12 +313,12 @@ def scaled_difference(b, o, k, K, K_low, CARRY: tl.constexpr, WHOLLY: tl.constex
 
 @triton.jit
 def terms(
-    b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt,
+    b, o, a, e, eo, top, k, K, K_low, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term only where VALUE.
 
-    For reverse KL et is e y.
+    Where the base's gradient is one of `logs`, et is e y; of the cross entropy e (y + log b), with the base's `top` for a reference.
     """
     y = scaled_difference(b, o, k, K, K_low, CARRY, splits(FAMILY, BASE_Z))
     if FAMILY == MOMENTS:
@@ -282,7 +329,7 @@ def terms(
         e = tl.where(both, 1.0, 0.0)
         return e, y, y, e, tl.where(lone, INF, 0.5 * y * y)
     else:
-        if VALUE or FAMILY >= POWER:
+        if VALUE or FAMILY >= POWER or logs(FAMILY, BASE_Z):
             y = tl.minimum(y, BIG)  # +inf, and the nan of a class that neither has; e is 0 there
         if FAMILY >= POWER:
             eu = tl.math.exp2(tl.fma(y, tilt * LOG2E, a))
@@ -290,7 +337,9 @@ def terms(
             return e, em, et, eu, term
         else:
             em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
-            return e, em, e * y if reverses(FAMILY, BASE_Z) else em, e, term
+            if FAMILY == MUTUAL_ENTROPY:
+                y += tl.maximum((b - top) * k, -BIG)
+            return e, em, e * y if logs(FAMILY, BASE_Z) else em, e, term
 
 
 @triton.jit
@@ -342,8 +391,8 @@ def interior(first, last, final, ACCESS: tl.constexpr, WHOLE: tl.constexpr, TILE
 
 @triton.jit
 def first_tile(
-    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k, tilt,
-    inverse_tilt,
+    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, top0, K, K_low, N, w, hard_M, c, k,
+    tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
     ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -375,11 +424,11 @@ def first_tile(
             moved_o += tl.sum(eo * tl.maximum(a_o, -BIG), 1)
         eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
     e, em, et, eu, term = terms(
-        b, o, a, e, eo, k, K, K_low if splits(FAMILY, BASE_Z) else 0.0, tilt, inverse_tilt, FAMILY, BASE_Z, VALUE, CARRY
+        b, o, a, e, eo, top0, k, K, K_low if splits(FAMILY, BASE_Z) else 0.0, tilt, inverse_tilt, FAMILY, BASE_Z, VALUE, CARRY
     )
     s += tl.sum(e, 1)
     d += tl.sum(em, 1)
-    if FAMILY >= POWER or reverses(FAMILY, BASE_Z):
+    if FAMILY >= POWER or logs(FAMILY, BASE_Z):
         p += tl.sum(et, 1)
     if FAMILY >= POWER:
         u += tl.sum(eu, 1)
@@ -398,6 +447,12 @@ def first_tile(
     if TELL:
         told = moved, moved_o, best, best_o, run, run_o
     return top, top_o, M, M_o, s, so, d, p, u, hard, f, told
+
+
+@triton.jit
+def deeper(s, top, new, k):
+    """What a sum of e log b, s that of e, gains where its reference goes from `top` to another."""
+    return s * ((wide(top) - new) * k)
 
 
 @triton.jit
@@ -441,14 +496,15 @@ def first_sweep(
     inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
     for at in tl.range(inner, end, RB * R):
         top, top_o, M, M_o, s, so, d, p, u, hard, f, told = first_tile(
-            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c, k,
-            tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
+            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, top0, K, K_low, N, w, hard_M,
+            c, k, tilt, inverse_tilt,
+            FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             top, top_o, M, M_o, s, so, d, p, u, hard, f, told = first_tile(
-                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, K, K_low, N, w, hard_M, c,
-                k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, ACCESS, WHOLE, RB, R,
+                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, top0, K, K_low, N, w,
+                hard_M, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     largest, largest_o = tl.max(top, 0), tl.max(top_o, 0)
     unit = tl.full([RB], 1.0, tl.float32)
@@ -468,47 +524,67 @@ def first_sweep(
         if FAMILY != MOMENTS:
             moved = tl.sum((told[0] + M.to(tl.float64) * s) * unit, 0)
             moved_o = tl.sum((told[1] + M_o.to(tl.float64) * so) * unit_o, 0) * so_over_e
+    sum_p = total(p * unit)
+    if FAMILY == MUTUAL_ENTROPY:
+        # from a largest that the sample had far too low, logarithms have lost their digits: again, from the true one
+        sum_p = tl.where((largest - top0) * k < 16.0, sum_p + deeper(total(s * unit), top0, largest, k), INF)
     return (
-        largest, largest_o, total(s * unit), total(so * unit_o) * so_over_e, total(d * unit), total(p * unit), total(u * unit),
+        largest, largest_o, total(s * unit), total(so * unit_o) * so_over_e, total(d * unit), sum_p, total(u * unit),
         (total(hard[0]), exponents, classes), total(f * unit), (moved, moved_o, best, best_o, place, place_o),
     )  # fmt: skip
 
 
 @triton.jit
 def second_tile(
-    at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct, hard,
+    at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, factors, direct, hard,
     c, k, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' sums with the tile at `at` added; writes its gradient."""
+    """The lanes' sums with the tile at `at` added; writes its gradients."""
     b, o, slope_b, slope_o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
     a = tl.fma(b, c, -M)
     e = tl.math.exp2(a)
     if reverses(FAMILY, BASE_Z) and GRAD:
         y = tl.minimum(scaled_difference(b, o, k, K, K_low, CARRY, True), BIG)
-        em, et, eu = e * y, e, e
+        em, et, eu = e, e * y, e
     else:
         eo = tl.math.exp2(tl.fma(o, c, -(M + N))) * w
-        e, em, et, eu, term = terms(b, o, a, e, eo, k, K, K_low, tilt, inverse_tilt, FAMILY, BASE_Z, True, CARRY)
+        e, em, et, eu, term = terms(b, o, a, e, eo, top, k, K, K_low, tilt, inverse_tilt, FAMILY, BASE_Z, True, CARRY)
         d += tl.sum(et if FAMILY >= POWER and BASE_Z else em, 1)
         f += tl.sum(term, 1)
-    if FAMILY == ENTROPY:
+    if entropic(FAMILY):
         others += tl.sum(tl.where(b == top, 0.0, e), 1)
         ties += tl.sum(tl.where(b == top, 1.0, 0.0), 1)
         own -= tl.sum(tl.where(e > 0.0, e * ((b - top) * c), 0.0), 1)
     if GRAD:
-        z = b if BASE_Z else o
-        if FAMILY >= POWER and BASE_Z:
-            g = P * tl.where(direct, eu, et) + C * e  # 0 at once for a class that the student masks
-        else:
-            g = A * em + C * e
-            if FAMILY >= POWER:
-                g += P * tl.where(direct, eu, et)
-            g = tl.where(z == -INF, 0.0, g)  # what the student masks is not moved
-        g = with_hard(g, z, slope_b if BASE_Z else slope_o, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
-        store(G, at, edge, vocab, g, ACCESS, RB, R)
+        if writes(len(G), False):
+            z, slope = (b, slope_b) if BASE_Z else (o, slope_o)
+            g = soft_gradient(b, o, e, em, et, eu, factors[0], direct, FAMILY, BASE_Z)
+            g = with_hard(g, z, slope, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
+            store(G[0], at, edge, vocab, g, ACCESS, RB, R)
+        if writes(len(G), True):
+            g = soft_gradient(b, o, e, em, et, eu, factors[1], direct, FAMILY, not BASE_Z)
+            if len(BASE) > 2:
+                g *= slope_o if BASE_Z else slope_b
+            store(G[1], at, edge, vocab, g, ACCESS, RB, R)
     return d, f, others, ties, own
+
+
+@triton.jit
+def soft_gradient(b, o, e, em, et, eu, factors, direct, FAMILY: tl.constexpr, OF_BASE: tl.constexpr):
+    """Of the divergence, in what the softmax of the base, or of the other, is of; `factors` as `coefficients` gives them."""
+    A, P, C = factors
+    if FAMILY >= POWER:
+        et = tl.where(direct, eu, et)
+    if OF_BASE:
+        g = P * et + C * e
+        return tl.where(b == -INF, 0.0, g) if logs(FAMILY, True) else g  # what is masked is not moved; others have 0 there at once
+    else:
+        g = A * em + C * e
+        if FAMILY >= POWER:
+            g += P * et
+        return tl.where(o == -INF, 0.0, g)
 
 
 @triton.jit
@@ -528,13 +604,13 @@ def with_hard(g, z, slope, at, label_at, hard, CURVED: tl.constexpr, HARD: tl.co
 
 @triton.jit
 def second_sweep(
-    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard, c, k, tilt, inverse_tilt,
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, factors, direct, hard, c, k, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Sums of em and of the terms of F; for the base's entropy: of e but the largest, how many are largest, of -e log2(e / the largest).
 
-    Writes the gradient A em + P et + C e, or A em + P eu + C e (reverse KL: e y for em), and the hard term's.
+    Writes the gradients, with `factors` (A, P, C) for each: A em + P et + C e, or A em + P eu + C e, and the hard term's.
     """
     N, w = exponent_shift(K, K_low, c, k)
     M = tl.ceil(top * c)
@@ -546,13 +622,13 @@ def second_sweep(
     for forward in tl.range(inner, end, RB * R):
         d, f, others, ties, own = second_tile(
             from_end - (forward - inner), d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w,
-            A, P, C, direct, hard, c, k, tilt, inverse_tilt,
+            factors, direct, hard, c, k, tilt, inverse_tilt,
             FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             d, f, others, ties, own = second_tile(
-                at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, A, P, C, direct,
+                at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, factors, direct,
                 hard, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     sum_d, sum_f = total(d), total(f)
@@ -578,18 +654,19 @@ def log1p_psi(r):
 @triton.jit
 def mixed_terms(
     b, o, M, K, K_low, N, w, c, k, mix, base, other,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, SUMS: tl.constexpr, CARRY: tl.constexpr,
+    FAMILY: tl.constexpr, SUMS: tl.constexpr, OF_BASE: tl.constexpr, OF_OTHER: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """(q, xi, the term of D, what b has more, b where o has more) of a tile, the last three only for SUMS, the last two for TVD.
+    """(e, eo, xi of the base, xi of the other, the terms summed) of a tile, each only where it is asked for.
 
-    The gradient is q (xi - sum q xi). y is cut off where e^y would be beyond reach: e and eo hold the rest, also of a class that only one
-    has, and are 0 for one that neither has.
+    The gradient in the base is e (xi - the mean of xi under e), that in the other the same with eo. The terms are those of D; TVD's are of
+    what o has more, of what b has more, and of b where o has more. y is cut off where e^y would be beyond reach: e and eo hold the rest,
+    also of a class that only one has, and are 0 for one that neither has.
     """
     y = scaled_difference(b, o, k, K, K_low, CARRY, True)
     e, eo = b, o
-    if SUMS or BASE_Z:
+    if SUMS or OF_BASE:
         e = tl.math.exp2(tl.fma(b, c, -M))
-    if SUMS or not BASE_Z:
+    if SUMS or OF_OTHER:
         eo = tl.math.exp2(tl.fma(o, c, -(M + N))) * w
     if FAMILY == TVD:
         xi = tl.where(y > 0.0, 0.5, tl.where(y < 0.0, -0.5, 0.0))
@@ -597,7 +674,7 @@ def mixed_terms(
         if SUMS:
             gap, _ = kl_terms(e, eo, y, psi_short, magnitude, select)
         more = tl.maximum(gap, 0.0)
-        return eo, xi, more, more - gap, tl.where(gap > 0.0, e, 0.0)
+        return e, eo, -xi, xi, (more, more - gap, tl.where(gap > 0.0, e, 0.0))
     else:
         x = tl.minimum(tl.maximum(y, -REACH), REACH)
         s = psi_short(x)
@@ -606,84 +683,112 @@ def mixed_terms(
         # where o has nearly all of m, log(o / m) is the difference of large numbers
         most = -tl.log(tl.full([], 0.0, tl.float32) + mix)
         ahead = tl.where(x > most + 17.0, most, x - u)
-        xi = mixture_slope(m1, u, psi_u, ahead, mix, base, other, BASE_Z, FAMILY == SKEWED)
+        of_b = u
+        of_o = u
+        if OF_BASE:
+            of_b = mixture_slope(m1, u, psi_u, ahead, mix, base, other, True, FAMILY == SKEWED)
+        if OF_OTHER:
+            of_o = mixture_slope(m1, u, psi_u, ahead, mix, base, other, False, FAMILY == SKEWED)
         term = u
         if SUMS:
             term = mixture_term(e, eo, x, m1, s, u, psi_u, ahead, mix, base, other, magnitude, select, FAMILY == SKEWED)
-        if BASE_Z:
-            return e, xi, term, term, term
-        else:
-            return eo, xi, term, term, term
+        return e, eo, of_b, of_o, (term,)
 
 
 @triton.jit
 def mixed_tile(
-    at, f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, A, C, hard, c, k, mix, base, other,
+    at, sums, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, factors, hard, c, k, mix, base, other,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' sums with the tile at `at` added; or, for GRAD, its gradient written."""
+    """The lanes' sums with the tile at `at` added; or, for GRAD, its gradients written."""
     b, o, slope_b, slope_o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first" if GRAD else "evict_last", WHOLE, RB, R)
-    q, xi, term, more_b, less_b = mixed_terms(b, o, M, K, K_low, N, w, c, k, mix, base, other, FAMILY, BASE_Z, not GRAD, CARRY)
-    if GRAD:
-        g = q * tl.fma(xi, A, C)
-        z, slope = (b, slope_b) if BASE_Z else (o, slope_o)
-        g = with_hard(g, z, slope, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
-        store(G, at, edge, vocab, g, ACCESS, RB, R)
-    else:
-        f += tl.sum(term, 1)
-        mass += tl.sum(q, 1)
-        moved += tl.sum(q * xi, 1)
+    q, p, xi, xi_p, terms = mixed_terms(
+        b, o, M, K, K_low, N, w, c, k, mix, base, other,
+        FAMILY, not GRAD, writes(len(G), not BASE_Z), writes(len(G), BASE_Z), CARRY,
+    )  # fmt: skip
+    if not BASE_Z:
+        q, p, xi, xi_p = p, q, xi_p, xi
+    if not GRAD:
+        f, lack, less, mass, moved, mass_p, moved_p = sums
+        f += tl.sum(terms[0], 1)
         if FAMILY == TVD:
-            lack += tl.sum(more_b, 1)
-            less += tl.sum(less_b, 1)
-    return f, mass, moved, lack, less
+            lack += tl.sum(terms[1], 1)
+            less += tl.sum(terms[2], 1)
+        if writes(len(G), False):
+            mass += tl.sum(q, 1)
+            moved += tl.sum(q * xi, 1)
+        if writes(len(G), True):
+            mass_p += tl.sum(p, 1)
+            moved_p += tl.sum(p * xi_p, 1)
+        sums = f, lack, less, mass, moved, mass_p, moved_p
+    if GRAD and writes(len(G), False):
+        A, C = factors[0]
+        z, slope = (b, slope_b) if BASE_Z else (o, slope_o)
+        g = with_hard(q * tl.fma(xi, A, C), z, slope, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
+        store(G[0], at, edge, vocab, g, ACCESS, RB, R)
+    if GRAD and writes(len(G), True):
+        A, C = factors[1]
+        g = p * tl.fma(xi_p, A, C)
+        if len(BASE) > 2:
+            g *= slope_o if BASE_Z else slope_b
+        store(G[1], at, edge, vocab, g, ACCESS, RB, R)
+    return sums
 
 
 @triton.jit
 def mixed_sweep(
-    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, A, C, hard, c, k, mix, base, other,
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, factors, hard, c, k, mix, base, other,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the terms of D, of q, of q xi, of what b has more and of b where o has more; or, for GRAD, the gradient q (A xi + C).
+    """Sums of the terms of D, of what b has more, of b where o has more, and of q, q xi, p, p xi for the gradients that are asked for; or,
+    for GRAD, these, q (A xi + C), with `factors` (A, C) for each.
 
-    The sums are taken backwards, as the end of the row is what the first sweep has just seen, and the gradient forwards again.
+    The sums are taken backwards, as the end of the row is what the first sweep has just seen, and the gradients forwards again.
     """
     N, w = exponent_shift(K, K_low, c, k)
     M = tl.ceil(top * c)
-    f = tl.zeros([RB], tl.float32)
-    mass, moved, lack, less = f, f, f, f
+    zero = tl.zeros([RB], tl.float32)
+    sums = zero, zero, zero, zero, zero, zero, zero
     final = last_tile(first, last, RB * R)
     inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
     from_end = last_tile(inner, end, RB * R)
     for forward in tl.range(inner, end, RB * R):
-        f, mass, moved, lack, less = mixed_tile(
-            forward if GRAD else from_end - (forward - inner), f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label,
-            M, K, K_low, N, w, A, C, hard, c, k, mix, base, other,
+        sums = mixed_tile(
+            forward if GRAD else from_end - (forward - inner), sums, BASE, OTHER, G, b0, o0, edge, vocab, label,
+            M, K, K_low, N, w, factors, hard, c, k, mix, base, other,
             FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
-            f, mass, moved, lack, less = mixed_tile(
-                at, f, mass, moved, lack, less, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, A, C,
+            sums = mixed_tile(
+                at, sums, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, factors,
                 hard, c, k, mix, base, other, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
-    return total(f), total(mass), total(moved), total(lack), total(less)
+    return total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3]), total(sums[4]), total(sums[5]), total(sums[6])
 
 
 @triton.jit
-def mixed_value(s, f, lack, less, FAMILY: tl.constexpr):
+def mixed_value(s, sums, FAMILY: tl.constexpr):
     """D. TVD is what one of the two has more, or the other; of the two sums the one over less of o, by whose weight it is in error."""
+    f, lack, less = sums[0], sums[1], sums[2]
     if FAMILY == TVD:
         f = tl.where(less + f > 0.5 * s, lack, f)
     return tl.maximum(f, 0.0) / s
 
 
 @triton.jit
-def mixed_coefficients(s, mass, moved, scale):
-    """(A, C): scale T dD/dz = q (A xi + C), q summing to `mass`, near s."""
-    return (scale / s).to(tl.float32), (-scale / s * (moved / mass)).to(tl.float32)
+def mixed_coefficients(s, sums, scales):
+    """(A, C) for each gradient: scale T dD/dz = q (A xi + C), q summing to `mass`, near s."""
+    _, _, _, mass, moved, mass_p, moved_p = sums
+    scale = scales[0]
+    own = (scale / s).to(tl.float32), (-scale / s * (moved / mass)).to(tl.float32)
+    if len(scales) < 2:
+        return (own,)
+    else:
+        scale = scales[1]
+        return own, ((scale / s).to(tl.float32), (-scale / s * (moved_p / mass_p)).to(tl.float32))
 
 
 @triton.jit
@@ -730,6 +835,8 @@ def judged(
     log_r = log_power_sum(s, p, u, h, tilt) if FAMILY >= POWER else h * 0.0
     if not reverses(FAMILY, BASE_Z):
         again = poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY)
+        if FAMILY == MUTUAL_ENTROPY:
+            again |= finite(p) == 0
         if mixes(FAMILY):
             again |= (s - tl.math.exp2(tl.fma(top, c, -tl.ceil(top * c))) < 1e-5 * s) & (h != 0.0)
     elif GRAD:
@@ -818,31 +925,41 @@ def first_value(s, d, p, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.con
 
 
 @triton.jit
-def coefficients(s, left, log_r, direct, scale, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
-    """(A, P, C): scale T dD/dz = A em + P et + C e, where y is d + left; with eu for et where `direct`."""
+def last_value(s, d, f, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr):
+    """`divergence` of a second sweep's sums, of which d is next to nothing, or far from 1 what R is.
+
+    Where a tiny order meets classes that only the student has, terms are so large that d, a difference of theirs, is their rounding.
+    """
+    if FAMILY >= POWER and BASE_Z:
+        d = tl.where(tl.abs(d) < 0.5 * s, d, 0.0)
+    return divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)[0]
+
+
+@triton.jit
+def coefficients(s, left, mean, log_r, direct, scale, tilt, FAMILY: tl.constexpr, OF_BASE: tl.constexpr):
+    """(A, P, C): scale T dD in the base's logits is P et + C e, in the other's A em + P et + C e, where y is d + left; with eu for et where
+    `direct`. mean: of what et is e times, where the base's gradient is one of `logs`; not finite where D is infinite.
+    """
     unit = scale / s
     if FAMILY == MOMENTS:
-        return (unit * tilt).to(tl.float32), 0.0, (-unit * tilt * left).to(tl.float32)
+        A, C = (unit * tilt).to(tl.float32), (-unit * tilt * left).to(tl.float32)
+        return (0.0, A, C) if OF_BASE else (A, 0.0, C)
+    elif OF_BASE and logs(FAMILY, True):
+        unit = tl.where(finite(mean), unit, float("nan"))
+        return 0.0, (-unit).to(tl.float32), (unit * mean).to(tl.float32)
     else:
         x = expm164(-left)
         if FAMILY == ALPHA:
-            unit *= tl.exp(log_r) / (tilt if BASE_Z else 1.0 - wide(tilt))
+            unit *= tl.exp(log_r) / (tilt if OF_BASE else 1.0 - wide(tilt))
         if FAMILY >= POWER:
             P = (-unit * tl.exp(-tilt * left - log_r)).to(tl.float32)
             less = tl.where(direct, -1.0, expm164(-tilt * left - log_r))
-            if BASE_Z:
+            if OF_BASE:
                 return 0.0, P, (-unit * less).to(tl.float32)
             else:
                 return (unit * (1.0 + x)).to(tl.float32), P, (unit * (x - less)).to(tl.float32)
         else:
             return (unit * (1.0 + x)).to(tl.float32), 0.0, (unit * x).to(tl.float32)
-
-
-@triton.jit
-def reverse_coefficients(s, p, value, scale):
-    """(A, C): scale T dD/dz = e (A y + C) for reverse KL, p the sum of e y, whatever y is relative to; nan where D is infinite."""
-    unit = tl.where(finite(value), scale / s, float("nan"))
-    return (-unit).to(tl.float32), (unit * (p / s)).to(tl.float32)
 
 
 @triton.jit
@@ -971,14 +1088,14 @@ def label_of(LABELS, Z, row, edge, vocab):
 # ---------------------------------------------------------------- the kernels: a row to a program
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=MUTUAL_NUMBERS)
 def loss_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS, STATS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width, h_width,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale, hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr,
+    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr,
     RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The operator's contract (ops.py); a row that `careful_rows` has to compute is left as it is, and its loss says so."""
@@ -988,23 +1105,27 @@ def loss_rows(
         z_at, edge = row_at(row, inner, z_outer, z_inner, R, ACCESS)
         v_at, _ = row_at(row, inner, v_outer, v_inner, R, ACCESS)
         g_at, _ = row_at(row, inner, g_outer, g_inner, R, ACCESS)
+        h_at, _ = row_at(row, inner, h_outer, h_inner, R, ACCESS)
         if GRAD:
             write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
+        if MUTUAL:
+            write_zeros(H + h_at + edge, tl.where(weight == 0.0, 0, vocab), h_width, RB * R)
         if weight == 0.0:
             tl.store(LOSS + row, weight)
         else:
             one_row(
                 side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale, v_softcap, v_steepness, TRANSFORM),
-                G + g_at, LABELS, LOSS, STATS + row * COLUMNS, row, weight, edge, vocab,
-                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, WHOLE, RB, R,
+                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS, row, weight, edge, vocab,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit,
+                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing, z_loss, factor,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD or MUTUAL, TELL, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
 
 
 @triton.jit
 def one_row(
     Z, V, G, LABELS, LOSS, STATS, row, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale, smoothing, z_loss,
     factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
     TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -1038,6 +1159,7 @@ def one_row(
             K, K_low = repeated(K, K_low, h, going & (turn == 0), c, k, FAMILY, BASE_Z, CARRY)
     loss = lost_row()
     if ok:
+        scales = with_weight(weight, grad_scales)
         if TELL:
             tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY, BASE_Z)
         hard_value, cross_entropy, hard_gradient = hard_of(hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD)
@@ -1045,20 +1167,18 @@ def one_row(
         if mixes(FAMILY):
             K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
             value = mixed_row(
-                BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, weight * grad_scale, hard_gradient,
+                BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scales, hard_gradient,
                 c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
-        elif again | GRAD | (FAMILY == ENTROPY):
-            K, K_low, A, P, C, direct = plan_second(
-                s, p, h, log_r, value, K, K_low, weight * grad_scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
-            )  # fmt: skip
+        elif again | GRAD | entropic(FAMILY):
+            K, K_low, factors, direct = plan_second(s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY)
             d, f, others, ties, own = second_sweep(
-                BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_gradient,
+                BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, factors, direct, hard_gradient,
                 c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
             if not (reverses(FAMILY, BASE_Z) and GRAD):
-                value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
-            if FAMILY == ENTROPY:
+                value = last_value(s, d, f, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+            if entropic(FAMILY):
                 value += entropy(others, ties, own, top, c)
         loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
         if TELL:
@@ -1068,20 +1188,19 @@ def one_row(
 
 @triton.jit
 def mixed_row(
-    BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scale, hard, c, k, mix, base, other,
+    BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scales, hard, c, k, mix, base, other,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """D of a row of the mixture family, whose first sweep has found K; writes its gradient."""
-    f, mass, moved, lack, less = mixed_sweep(
-        BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, 0.0, 0.0, hard,
+    sums = mixed_sweep(
+        BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, scales, hard,
         c, k, mix, base, other, FAMILY, BASE_Z, False, False, CARRY, ACCESS, WHOLE, RB, R,
     )  # fmt: skip
-    value = mixed_value(s, f, lack, less, FAMILY)
+    value = mixed_value(s, sums, FAMILY)
     if GRAD:
-        A, C = mixed_coefficients(s, mass, moved, scale)
         mixed_sweep(
-            BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, A, C, hard,
+            BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, mixed_coefficients(s, sums, scales), hard,
             c, k, mix, base, other, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     return value
@@ -1089,18 +1208,23 @@ def mixed_row(
 
 @triton.jit
 def plan_second(
-    s, p, h, log_r, value, K, K_low, scale, c, k, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr
+    s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr
 ):
-    """(K, K_low, A, P, C, direct): what a second sweep refers to, and the gradient's coefficients there."""
+    """(K, K_low, factors, direct): what a second sweep refers to, and there the coefficients of each gradient."""
     direct = far(log_r)
+    mean = p / s
     if reverses(FAMILY, BASE_Z) and GRAD:
         # y as it was summed: near its mean, K, where its rounding is least, and the same in the gradient as in the mean
-        A, C = reverse_coefficients(s, p, value, scale)
-        return K, K_low, A, 0.0, C, direct
+        mean = tl.where(finite(value), mean, float("nan"))
+        return K, K_low, (coefficients(s, h, mean, log_r, direct, scales[0], tilt, FAMILY, True),), direct
     else:
-        K, K_low, left = shifted(K, K_low, h, direct, c, k, FAMILY, BASE_Z, CARRY)
-        A, P, C = coefficients(s, left, log_r, direct, scale, tilt, FAMILY, BASE_Z)
-        return K, K_low, A, P, C, direct
+        high, low, left = shifted(K, K_low, h, direct, c, k, FAMILY, BASE_Z, CARRY)
+        mean += (wide(K) - high) + (wide(K_low) - low)
+        own = coefficients(s, left, mean, log_r, direct, scales[0], tilt, FAMILY, BASE_Z)
+        if len(scales) < 2:
+            return high, low, (own,), direct
+        else:
+            return high, low, (own, coefficients(s, left, mean, log_r, direct, scales[1], tilt, FAMILY, not BASE_Z)), direct
 
 
 @triton.jit
@@ -1123,15 +1247,15 @@ def hard_of(hard, label_logit, hard_M, scale, smoothing, z_loss, HARD: tl.conste
 # ---------------------------------------------------------------- several programs to a row
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=MUTUAL_NUMBERS)
 def loss_parts(
-    Z, V, G, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNTERS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+    Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNTERS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width, h_width,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale, hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
-    RB: tl.constexpr, R: tl.constexpr,
+    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr,
+    PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """`loss_rows` with PARTS programs to a row, which exchange their sums through STATE, [rows, PARTS, SLOTS].
 
@@ -1151,18 +1275,23 @@ def loss_parts(
         z_at, edge = row_at(row, inner, z_outer, z_inner, R, ACCESS)
         v_at, _ = row_at(row, inner, v_outer, v_inner, R, ACCESS)
         g_at, _ = row_at(row, inner, g_outer, g_inner, R, ACCESS)
-        if GRAD and PHASE >= FINISH:
+        h_at, _ = row_at(row, inner, h_outer, h_inner, R, ACCESS)
+        if PHASE >= FINISH:
             if part == 0:
-                write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
+                if GRAD:
+                    write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
+                if MUTUAL:
+                    write_zeros(H + h_at + edge, tl.where(weight == 0.0, 0, vocab), h_width, RB * R)
         if weight == 0.0:
             tl.store(LOSS + row, weight)
         else:
             one_part(
                 side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale, v_softcap, v_steepness, TRANSFORM),
-                G + g_at, LABELS, LOSS, STATS + row * COLUMNS, STATE + row * (PARTS * SLOTS),
+                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS, STATE + row * (PARTS * SLOTS),
                 COUNTERS + 1 + 2 * row, row, part, weight, edge, vocab,
-                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
-                smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit,
+                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing, z_loss, factor,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD or MUTUAL, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         if PHASE == BOTH:
             ticket = tl.atomic_add(COUNTERS, 1)
@@ -1173,7 +1302,7 @@ def loss_parts(
 @triton.jit
 def one_part(
     Z, V, G, LABELS, LOSS, STATS, STATE, COUNTERS, row, part, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale, smoothing, z_loss,
     factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
     TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
     RB: tl.constexpr, R: tl.constexpr,
@@ -1211,7 +1340,7 @@ def one_part(
                 while arrived < (turn + 1) * PARTS:
                     arrived = tl.atomic_add(COUNTERS, 0, sem="acquire")
             if (PHASE >= MIX) | (turn < PHASE):
-                top, top_o, K, K_low, s, so, d, p, u, hard, f, told = merged_sums(SUMS, part, c, FAMILY, HARD, TELL, PARTS)
+                top, top_o, K, K_low, s, so, d, p, u, hard, f, told = merged_sums(SUMS, part, c, k, FAMILY, HARD, TELL, PARTS)
                 # in later phases the gradient may have taken the logits' place
                 hard_M = tl.load(SUMS + part * SLOTS + 10).to(tl.float32)
                 label_logit = tl.load(SUMS + part * SLOTS + 11).to(tl.float32)
@@ -1226,7 +1355,7 @@ def one_part(
             finish(
                 BASE, OTHER, G, LOSS, STATS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
                 label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
-                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale,
                 smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         else:
@@ -1272,7 +1401,7 @@ def merged(STATE, slot: tl.constexpr, unit, PARTS: tl.constexpr):
 
 
 @triton.jit
-def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL: tl.constexpr, PARTS: tl.constexpr):
+def merged_sums(SUMS, part, c, k, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL: tl.constexpr, PARTS: tl.constexpr):
     """What `first_sweep` returns, of all parts together, and (K, K_low)."""
     tops = tl.load(SUMS + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
     tops_o = tl.load(SUMS + 1 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
@@ -1281,6 +1410,9 @@ def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL: t
     unit = one
     if FAMILY != MOMENTS:
         unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
+    p = merged(SUMS, 6, unit, PARTS)
+    if FAMILY == MUTUAL_ENTROPY:
+        p += tl.sum(deeper(unit * tl.load(SUMS + 3 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg"), tops, top, k), 0)
     exponents, classes = wide(0.0), wide(0.0)
     if HARD == SMOOTHED:
         exponents, classes = merged(SUMS, 13, one, PARTS), merged(SUMS, 14, one, PARTS)
@@ -1292,7 +1424,7 @@ def merged_sums(SUMS, part, c, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL: t
         best_o, place_o = merged_class(SUMS, 18, PARTS)
     return (
         top, top_o, tl.load(SUMS + part * SLOTS + 2).to(tl.float32), tl.load(SUMS + part * SLOTS + 12).to(tl.float32),
-        merged(SUMS, 3, unit, PARTS), merged(SUMS, 4, unit, PARTS), merged(SUMS, 5, unit, PARTS), merged(SUMS, 6, unit, PARTS),
+        merged(SUMS, 3, unit, PARTS), merged(SUMS, 4, unit, PARTS), merged(SUMS, 5, unit, PARTS), p,
         merged(SUMS, 7, unit, PARTS), (merged(SUMS, 8, one, PARTS), exponents, classes), merged(SUMS, 9, unit, PARTS),
         (moved, moved_o, best, best_o, place, place_o),
     )  # fmt: skip
@@ -1311,22 +1443,23 @@ def merged_class(SUMS, slot: tl.constexpr, PARTS: tl.constexpr):
 def finish(
     BASE, OTHER, G, LOSS, STATS, STATE, DONE, row, part, first, last, weight, edge, vocab,
     label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale, smoothing, z_loss,
     factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
     TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
     RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The other sweeps of a part; whoever is last adds the parts up."""
     hard_value, cross_entropy, hard_gradient = hard_of(hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD)
+    scales = with_weight(weight, grad_scales)
     if mixes(FAMILY):
         K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
         last_one = part == 0
         if PHASE != FINISH:
-            f, mass, moved, lack, less = mixed_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, 0.0, 0.0, hard_gradient,
+            sums = mixed_sweep(
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, scales, hard_gradient,
                 c, k, tilt, base_share, other_share, FAMILY, BASE_Z, False, False, CARRY, ACCESS, False, RB, R,
             )  # fmt: skip
-            publish_second(STATE + part * SLOTS, f, mass, moved, lack, less)
+            publish_second(STATE + part * SLOTS, sums)
         if PHASE == BOTH:
             tl.debug_barrier()
             arrived = tl.atomic_add(DONE, 1, sem="acq_rel") + 1
@@ -1336,12 +1469,12 @@ def finish(
             else:
                 last_one = arrived == PARTS
         if PHASE >= FINISH:
-            f, mass, moved, lack, less = merged_second(STATE, PARTS)
-            value = mixed_value(s, f, lack, less, FAMILY)
+            sums = merged_second(STATE, PARTS)
+            value = mixed_value(s, sums, FAMILY)
             if GRAD:
-                A, C = mixed_coefficients(s, mass, moved, weight * grad_scale)
+                factors = mixed_coefficients(s, sums, scales)
                 mixed_sweep(
-                    BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, C, hard_gradient,
+                    BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors, hard_gradient,
                     c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, False, RB, R,
                 )  # fmt: skip
             if last_one:
@@ -1351,22 +1484,20 @@ def finish(
     elif PHASE >= FINISH:
         value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
         last_one = part == 0
-        if again | GRAD | (FAMILY == ENTROPY):
-            K, K_low, A, P, C, direct = plan_second(
-                s, p, h, log_r, value, K, K_low, weight * grad_scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
-            )  # fmt: skip
+        if again | GRAD | entropic(FAMILY):
+            K, K_low, factors, direct = plan_second(s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY)
             d, f, others, ties, own = second_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, A, P, C, direct, hard_gradient,
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors, direct, hard_gradient,
                 c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
             )  # fmt: skip
             if not (reverses(FAMILY, BASE_Z) and GRAD):
-                publish_second(STATE + part * SLOTS, d, f, others, ties, own)
+                publish_second(STATE + part * SLOTS, (d, f, others, ties, own))
                 tl.debug_barrier()
                 last_one = tl.atomic_add(DONE, 1, sem="acq_rel") == PARTS - 1
                 if last_one:
-                    d, f, others, ties, own = merged_second(STATE, PARTS)
-                    value, _ = divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)
-                    if FAMILY == ENTROPY:
+                    d, f, others, ties, own, _, _ = merged_second(STATE, PARTS)
+                    value = last_value(s, d, f, log_r, tilt, FAMILY, BASE_Z, CENTERED)
+                    if entropic(FAMILY):
                         value += entropy(others, ties, own, top, c)
         if last_one:
             tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
@@ -1375,21 +1506,18 @@ def finish(
 
 
 @triton.jit
-def publish_second(SLOT, x0, x1, x2, x3, x4):
-    tl.store(SLOT, x0)
-    tl.store(SLOT + 1, x1)
-    tl.store(SLOT + 2, x2)
-    tl.store(SLOT + 3, x3)
-    tl.store(SLOT + 4, x4)
+def publish_second(SLOT, sums):
+    for i in tl.static_range(len(sums)):
+        tl.store(SLOT + i, sums[i])
 
 
 @triton.jit
 def merged_second(STATE, PARTS: tl.constexpr):
-    """What the second sweep returns, of all parts together."""
+    """What the sweep after the first returns, of all parts together."""
     one = tl.full([PARTS], 1.0, tl.float64)
     return (
         merged(STATE, 0, one, PARTS), merged(STATE, 1, one, PARTS), merged(STATE, 2, one, PARTS), merged(STATE, 3, one, PARTS),
-        merged(STATE, 4, one, PARTS),
+        merged(STATE, 4, one, PARTS), merged(STATE, 5, one, PARTS), merged(STATE, 6, one, PARTS),
     )  # fmt: skip
 
 

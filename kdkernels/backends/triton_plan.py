@@ -18,9 +18,9 @@ WHOLE_CLASSES_PER_THREAD = 8
 TILE_WARPS = 4  # with a run of R classes of each row to a thread: twice as many classes take 40 registers more
 
 # what the launcher and the kernels say to each other
-# KL (from the student's side: reverse KL); with the teacher's entropy; T = inf; JSD and the skewed; TVD; other orders, and their F itself;
-# what has no sum of terms
-FAMILIES = ("KL", "ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME")
+# KL (from the student's side: reverse KL); with the teacher's entropy; the same with both gradients; T = inf; JSD and the skewed; TVD; other
+# orders, and their F itself; what has no sum of terms
+FAMILIES = ("KL", "ENTROPY", "MUTUAL_KL", "MUTUAL_ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME")
 # whose side a row is seen from: the teacher's, the student's, and the student's with a tilt below -1
 TEACHER, STUDENT, STEEP = range(3)
 # every row starts and ends on 16 bytes; the rows of all tensors are off by the same number of classes; they are not: a class an access
@@ -31,7 +31,7 @@ SCALED, CAPPED = 1, 2
 # phases of a row that several programs share: the sums, once and again, those of a mixture, and the rest; or all of it
 PUBLISH, AGAIN, MIX, FINISH, BOTH = range(5)
 SUM_SLOTS = 21  # fp64 numbers that a part publishes each time
-SLOTS = 48  # of its state: twice those, and what the second sweep sums, at most 5
+SLOTS = 50  # of its state: twice those, and what the sweep after them sums, at most 7
 
 
 @dataclass(frozen=True)
