@@ -84,7 +84,12 @@ class Case:
     def text(self) -> str:
         m = self.modifiers or Modifiers()
         flags = [("hard", self.hard), ("smoothed", m.label_smoothing), ("weighted", self.weighted), ("value only", not self.grad)]
-        flags += [("stats", self.stats), ("both sides", self.mutual), ("capped", m.student_softcap), ("scaled", not m.student_softcap and m.student_scale != 1)]
+        flags += [
+            ("stats", self.stats),
+            ("both sides", self.mutual),
+            ("capped", m.student_softcap),
+            ("scaled", not m.student_softcap and m.student_scale != 1),
+        ]
         flags = "".join(f" {x}" for x, on in flags if on)
         dtypes = self.student if self.student == self.teacher else f"{self.student}/{self.teacher}"
         return f"{self.divergence} T={self.temperature:g} {self.rows} x {self.vocab} {dtypes}{flags}"

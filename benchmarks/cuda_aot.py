@@ -53,7 +53,8 @@ def output(*command) -> str:
 class Kernel:
     target: str
     kernel: str
-    shape: str  # plain: KL, cross entropy, T = inf; tilted: other orders; mixed: the mixture family and TVD
+    # plain: KL, cross entropy, T = inf; tilted: other orders; mixed: the mixture family and TVD, whose kernel for both gradients is another
+    shape: str
     widths: str  # bytes of a logit of the base and of the other
     threads: int
     chunks: int
@@ -80,11 +81,17 @@ class Count:
 
 def parse(name: str) -> tuple[str, str, str, int, int] | None:
     """(kernel, shape, widths, threads, chunks) of a mangled loss kernel."""
-    m = re.search(r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)EEELNS0_5ShapeE(\d)ELi(\d)ELi(\d)E", name)
+    m = re.search(r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)ELb(\d)EEELNS0_5ShapeE(\d)ELi(\d)ELi(\d)E", name)
     if m is None:
         return None
-    kernel, threads, chunks, teams, shape, base, other = m.groups()
-    return kernel, SHAPES[int(shape)], f"{base}/{other}", int(threads) * int(teams), int(chunks)
+    kernel, threads, chunks, teams, both, shape, base, other = m.groups()
+    return (
+        kernel,
+        SHAPES[int(shape)] + (", both sides" if int(both) and int(shape) == 3 else ""),
+        f"{base}/{other}",
+        int(threads) * int(teams),
+        int(chunks),
+    )
 
 
 def kernels(target: str) -> list[Kernel]:
@@ -131,7 +138,7 @@ def counts(target: str) -> list[Count]:
 
 def in_flight(x: Kernel) -> int:
     """Threads on a multiprocessor that the launch bounds ask for."""
-    return 384 if x.kernel == "loss_rows" and x.shape == "tilted" else 512
+    return 384 if x.kernel == "loss_rows" and x.shape not in ("plain", "mixed") else 512
 
 
 def faults(found: list[Kernel], counted: list[Count]) -> list[str]:

@@ -42,7 +42,7 @@ template <int kChunks, Shape kShape, int kMix, int kB, int kO, bool kBulk> KD_KE
       float b[kRun], o[kRun];
       tile.load_whole(j * G::kThreads + gpu::thread(), b, o);
       most = gpu::largest(most, tile.farthest(b, o, r));
-      tile.template mix_chunk<MixKind(kMix)>(b, o, r, again);
+      tile.template mix_chunk<MixKind(kMix)>(b, o, r, job.mix, again, [&](int i, const Kept<float> &k) { tile.em[(kChunks - 1) * kRun + i] = k.em; });
     }
     float more[kMixedWords] = {again.k1, again.k2, again.t, again.d};
     tile.share(5, more);

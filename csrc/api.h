@@ -41,7 +41,7 @@ struct kd_call {
   int64_t bad_row;                  // out: the row of a bad label (on a GPU such a row is nan instead)
   void *stream, *workspace;         // CUDA's stream; kd_workspace() bytes on the device, aligned to 16
   int64_t workspace_size;
-  const kd_call *mirror;            // CPU: the same rows with student and teacher exchanged, whose grad is the teacher's, from the same
+  const kd_call *mirror;            // the same rows with student and teacher exchanged, whose grad is the teacher's, from the same
                                     // sweeps; its loss, labels and stats are null. Null where only the student has a gradient
 };
 

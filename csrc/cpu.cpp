@@ -784,7 +784,7 @@ template <class Real> struct MirrorJob {
   RowJob<Real> shared, alone;
   bool streaming;
   MirrorJob(const kd_call &c, const Plan &plan, const RowJob<Real> &job, bool wide, bool streams)
-      : alone_plan(make_plan(c, wide)), shared_plan(make_mirror(plan, alone_plan, c)), shared(c, shared_plan, true, &job), alone(c, alone_plan),
+      : alone_plan(make_plan(c, wide)), shared_plan(make_mirror(plan, alone_plan)), shared(c, shared_plan, true, &job), alone(c, alone_plan),
         streaming(streams) {
     alone_plan.entropy = plan.entropy;               // the cross entropy's, which careful.h knows and the sweep does not
     alone_plan.careful |= plan.entropy;

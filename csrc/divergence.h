@@ -201,13 +201,13 @@ template <class Real, class Of> void interpolate(int n, int power, Of of, Real *
   for (int j = 0; j < n; j++) c[j] = Real(sum[j] * std::pow(kLn2, j + power));
 }
 
-inline Mixed<double> make_mixed(bool tvd, bool student_base, double mix, double teacher, double student) {
+// l, base, other: as Mixed has them.
+inline Mixed<double> make_mixed(bool tvd, bool student_base, double l, double base, double other) {
   Mixed<double> r{};
   r.tvd = tvd;
   r.student_base = student_base;
   if (tvd) { r.o_alone = 1; r.o_moves = r.b_moves = .5; return r; }
-  const double l = r.student_base ? 1 - mix : mix, keep = 1 - l, rest = std::log1p(-l);
-  const double base = r.student_base ? student : teacher, other = r.student_base ? teacher : student;
+  const double keep = 1 - l, rest = std::log1p(-l);
   r.l = l; r.keep = keep; r.base = base; r.other = other;
   r.moves = (r.student_base ? keep : l) * (base * l - other * keep);
   if (std::fabs(r.moves) < 1e-15) r.moves = 0;       // JSD's weights, as they are rounded
@@ -285,7 +285,8 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   p.mixed = p.tvd || c.family == kMixture;
   if (p.mixed) {
     p.student_base = !p.tvd && c.mix >= .5;          // at 1/2 either would do (Form.sides takes the teacher): q is e itself then
-    p.mixture = make_mixed(p.tvd, p.student_base, c.mix, c.teacher_part, c.student_part);
+    p.mixture = p.student_base ? make_mixed(false, true, 1 - c.mix, c.student_part, c.teacher_part)
+                               : make_mixed(p.tvd, false, c.mix, c.teacher_part, c.student_part);
     if (!p.tvd) p.apart = .015 / (p.mixture.near_term[0] * kLog2e * kLog2e);   // D is this coefficient times 2 F where F is small
     return p;
   }
@@ -297,7 +298,7 @@ inline Plan make_plan(const kd_call &c, bool wide) {
 }
 
 // The plan of call.mirror, whose own is m, that goes on from the sweeps of p, from the same base. kNoMirror: there is none.
-inline Plan make_mirror(const Plan &p, Plan m, const kd_call &c) {
+inline Plan make_mirror(const Plan &p, Plan m) {
   if (p.careful || m.careful) return m;
   m.student_base = !p.student_base;
   if (p.moments) {
@@ -312,7 +313,7 @@ inline Plan make_mirror(const Plan &p, Plan m, const kd_call &c) {
     m.mixed = true;
     m.mirror = kDifference;
   } else {
-    m.mixture = make_mixed(m.tvd, m.student_base, c.mix, c.teacher_part, c.student_part);
+    m.mixture = make_mixed(p.tvd, m.student_base, p.mixture.l, p.mixture.base, p.mixture.other);
     m.mirror = kSame;
   }
   return m;

@@ -377,6 +377,22 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
   return {A, B, C - less};
 }
 
+// The teacher's gradient likewise, of a mirror of `plan`, from no more than the row's sums: A e y + C e, with y to base 2, where plan has KL or the
+// cross entropy; q (A xi + C), with the mirror's xi and q, in the mixture family. The means of both sides' terms are D together: that of
+// KL's student is 0.
+KD_HD Coefficients mirror_coefficients(const Part &p, const Row &r, const Plan &plan, const Plan &mirror, double scale) {
+  if (p.empty()) return {0, 0, 0};
+  const double unit = p.unit * scale;
+  if (plan.mixed) return {unit, 0, -unit * (r.value - r.moved)};
+  if (mirror.mirror == kLogRatio) {
+    const double log_b = plan.entropy ? plan.k * (p.top - r.top) - log_of(r.total) : 0;
+    return {-unit * kLn2, 0, -unit * (p.offset - r.shift + log_b + r.value)};
+  }
+  Row turned = r;
+  turned.gain = mirror.alpha && mirror.tilted ? exp_of(r.log_r) / mirror.order : mirror.factor;
+  return coefficients(p, turned, mirror, scale);
+}
+
 // Of a row that is closed. logs: of its parts, StatParts or what begins like them.
 template <class Logs, class Crew = Alone> KD_HD Shapes shapes_of(const Part *parts, const Logs *logs, int n, const Row &r, const Plan &plan, const Crew &crew = {}) {
   double sums[2]{};                   // of p log p for the base and for the other

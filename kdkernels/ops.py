@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from . import divergence as math_of
 from .stats import COLUMNS
-from .transforms import Modifiers, wide
+from .transforms import Modifiers
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -27,9 +27,9 @@ _library = torch.library.Library("kdkernels", "DEF")
 #                   (1 - label_smoothing) CE + label_smoothing (lse - mean z) + z_loss lse^2, lse and the mean over the classes not at -inf
 # returns           (rows,) float64: weight * (value_scale * D + hard_scale * CE), D the limit of T^2 D at T = inf
 #                   grad = weight * (grad_scale * T dD/dz + hard_grad_scale * dCE/dz)
-# a backend's `loss` takes stats besides, None or (rows, COLUMNS) float64 to be filled (stats.py), nan for a row of weight 0; and, with
-# TAKES_MIRROR, mirror: None or the operator's arguments for the same rows with student and teacher exchanged, whose grad it fills from
-# the same sweeps
+# a backend's `loss` takes stats besides, None or (rows, COLUMNS) float64 to be filled (stats.py), nan for a row of weight 0; and mirror:
+# None or the operator's arguments for the same rows with student and teacher exchanged, whose grad it fills from the same sweeps. The
+# divergence there is `divergence.mirror`'s, which of the cross entropy lacks the teacher's own entropy
 _OPTIONS = ", ".join(
     ["str divergence", *(f"float {x}" for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale"))]
     + ["int vocab", "float[] modifiers", "str backend"]
@@ -45,7 +45,7 @@ _library.define(
 _library.define(
     f"loss_new_grad_and_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
-# with the teacher's gradient, in its shape and dtype, grad_scale * T dD/dv, from the same sweeps where the backend can; statistics and the
+# with the teacher's gradient, in its shape and dtype, grad_scale * T dD/dv, from the same sweeps where they are enough; statistics and the
 # student's gradient are empty unless they are asked for
 _library.define(
     f"loss_and_grads(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor(a!)? grad, Tensor(b!) teacher_grad, {_OPTIONS},"
@@ -73,36 +73,11 @@ def _run(
         changed = Modifiers(*modifiers)
         swapped = [*changed[2:4], *changed[:2], 0.0, 0.0] if modifiers else []
         scales = 0.0, grad_scale, 0.0, 0.0
-        mirror = teacher, student, None, weight, teacher_grad, math_of.mirror(divergence), temperature, *scales, vocab, swapped
-        # without: first, as a gradient in place overwrites the student's logits
-        if getattr(run, "TAKES_MIRROR", False):
-            more["mirror"] = mirror
-        elif isinstance(math_of.parse(divergence), math_of.CrossEntropy):
-            _cross_entropy_mirror(run, student, teacher, weight, teacher_grad, temperature, grad_scale, changed.transforms, vocab)
-        else:
-            run.loss(*mirror)
+        more["mirror"] = teacher, student, None, weight, teacher_grad, math_of.mirror(divergence), temperature, *scales, vocab, swapped
     if stats:
         more["stats"] = torch.empty(math.prod(student.shape[:-1]), COLUMNS, dtype=torch.float64, device=student.device)
     rows = run.loss(student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab, modifiers, **more)
     return rows, more.get("stats")
-
-
-def _cross_entropy_mirror(run, z, v, weight: Tensor | None, grad: Tensor, temperature: float, scale: float, transforms, vocab: int) -> None:
-    """grad = weight * scale * T dH(p, q)/dv = p (sum p log q - log q), by PyTorch; nan where H is +inf."""
-    of_z, of_v = transforms
-    x = wide(of_v(v[..., :vocab]))
-    log_p = run.log_softmax(x, None, temperature)
-    log_q = run.log_softmax(wide(of_z(z[..., :vocab])), None, temperature)
-    p = log_p.exp()
-    log_q = torch.where(log_p == -math.inf, 0.0, log_q)
-    mean = (p * log_q).sum(-1, keepdim=True)
-    g = scale * of_v.slope(x) * p * (torch.where(mean == -math.inf, math.nan, mean) - log_q)
-    g = torch.where(log_p == -math.inf, 0.0, g)
-    if weight is not None:
-        w = weight.unsqueeze(-1)
-        g = torch.where(w != 0, w * g, 0.0)
-    grad[..., :vocab] = g.to(grad.dtype)
-    grad[..., vocab:] = 0
 
 
 @torch.library.impl(_library, "loss_and_grad", "CompositeExplicitAutograd")

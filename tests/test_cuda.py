@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from bounds import cast_bound, gradient_bound, spread_of, value_bound
+from mutual import check_both
 from oracle import divergence_row
 from rows import KINDS, make_rows, with_masks
 from test_options import MODIFIERS, SIDES
@@ -561,6 +562,78 @@ def test_stats_from_the_sweeps(call):
 @pytest.mark.parametrize("call", STATS_GRID[::3], ids=lambda x: "-".join(map(str, x[:3])))
 def test_more_stats(call):
     check_stats(*call)
+
+
+def check_mutual(geometry: str, divergence: str, dtypes: tuple, modifiers: list, student: bool) -> None:
+    """Both gradients from the same sweeps: rows with labels and weights, for fp64 alone, with masks, one of them measured twice."""
+    vocab, rows = GEOMETRIES[geometry][:2]
+    with_room(geometry)
+    y, weight = torch.arange(rows) + 1, torch.linspace(0, 1, rows, dtype=torch.float64)
+    z, v = make_rows("plain", rows, vocab, *dtypes)
+    check_both("cuda", z, v, divergence, 1.5, y, weight, modifiers, student, student)
+    if modifiers:
+        return
+    for kind in ("peaked_teacher", "dominant", "close"):
+        check_both("cuda", *make_rows(kind, rows, vocab), divergence, stats=not modifiers)
+    outlier = make_rows("outlier", 1, vocab)
+    check_both("cuda", *(torch.cat([x, o.to(x.dtype)]) for x, o in zip((z, v), outlier, strict=True)), divergence, 0.5)
+    for where in ("student", "teacher", "both"):
+        check_both("cuda", *with_masks(*make_rows("plain", rows, vocab), where), divergence, 1.5)
+    if parse(divergence).form.limit is not None:
+        check_both("cuda", *with_masks(z, v, "both"), divergence, math.inf, y)
+        check_both("cuda", *make_rows("plain", rows, vocab), divergence, 1e3, relative=1e-5)
+
+
+TAKEN = (0.5, 4.0, 2.0, 0.0, 0.1, 1e-2)  # modifiers of every kind
+MUTUAL_GRID = [
+    (g, d, t, m, s)
+    for g, d, t, m, s in itertools.product(
+        GEOMETRIES,
+        [*SIDES, "jsd(0.5)", "renyi(0.3)", "alpha(1e-17)"],
+        ((FP32, FP32), (BF16, FP32), (BF16, BF16)),
+        ((), TAKEN),
+        (True, False),
+    )
+    if s or not m
+]
+
+
+@pytest.mark.parametrize("call", MUTUAL_GRID[::37], ids=lambda x: "-".join(map(str, x[:3])))
+def test_both_gradients(call):
+    """A covering set."""
+    check_mutual(*call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", MUTUAL_GRID, ids=lambda x: "-".join(map(str, x[:3])))
+def test_more_both_gradients(call):
+    check_mutual(*call)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "renyi(0.3)", "jsd(0.3)", "reverse_kl", "tvd"])
+@pytest.mark.parametrize("geometry", ["block", "blocks, tiles", "cluster of 2"])
+def test_both_gradients_wherever_rows_lie(geometry, divergence):
+    """A student whose rows are off 16 bytes, its gradient and the teacher's, with a token that both models mask."""
+    vocab, rows = GEOMETRIES[geometry][:2]
+    with_room(geometry)
+    z, v = make_rows("plain", rows, vocab + 3, BF16)
+    z[:, 20::50] = v[:, 20::50] = -math.inf
+    z, v, grad, other = z[:, 3:], v[:, 3:].clone(), torch.empty(rows, vocab + 1, dtype=BF16)[:, 1:], torch.empty(rows, vocab, dtype=BF16)
+    exact = [torch.empty(x.shape, dtype=torch.float64) for x in (z, v)]
+    options = divergence, 1.5, 1.0, 1.0, 0.0, 0.0, vocab, []
+    torch.ops.kdkernels.loss_and_grads(z.double(), v.double(), None, None, *exact, *options, "eager", False)
+    torch.ops.kdkernels.loss_and_grads(z, v, None, None, grad, other, *options, "cuda", False)
+    for mine, right in zip((grad, other), exact, strict=True):
+        assert float((mine.double() - right).norm()) <= 4e-3 * float(right.norm())
+
+
+@pytest.mark.parametrize("geometry", ["cluster of 1", "block"])
+def test_masked_rows_that_are_measured_again(geometry):
+    """The second time from the start: what the first left in registers is none of their gradient."""
+    vocab, rows = GEOMETRIES[geometry][:2]
+    with_room(geometry)
+    for name, where in (("renyi(0.5)", "both"), ("jsd(0.3)", "student"), ("alpha(-0.5)", "student")):
+        check_both("cuda", *with_masks(*make_rows("plain", rows, vocab), where), name, 1.5)
 
 
 # ---------------------------------------------------------------- sanitizers

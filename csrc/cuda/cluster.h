@@ -18,7 +18,7 @@ template <class G> struct ClusterDesk {
   Part own, parts[2][kMostBlocks];                   // of this row and of the one before, which a slower block may still read
   SmoothPart own_hard, hards[2][kMostBlocks];
   TileStats own_stats, stats[2][kMostBlocks];
-  Factors factors;
+  Factors factors[2];
   float shelf[32 * G::kChunks * kRun * 2];           // of the mixture family the first half
   static_assert(sizeof(double) * kMostBlocks * kMixedWords <= sizeof(float) * 32 * G::kChunks * kRun, "the blocks' second sums have room in the other");
   KD_DEVICE double *second() { return (double *)(shelf + 32 * G::kChunks * kRun); }   // [kMostBlocks][kMixedWords]
@@ -49,7 +49,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     if (row >= job.call.rows) return;
     gpu::Arrivals *filled = desk.filled + turn % job.stages;
     if (weight_at(job.call, row) == 0) { gpu::arrivals_expect(filled, 0); return; }
-    const RowAt at = locate(job.call, row);
+    const RowAt at = locate(job, row);
     TileOf tile(job, desk.scratch, at);
     take_slice(tile, turn);
     int place = 0, to = tile.count;
@@ -107,7 +107,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       const int lane = gpu::thread() & 31;
       if (lane < blocks) for (int w = 0; w < kMixedWords; w++) (&desk.parts[parity][lane].terms)[w] = desk.second()[lane * kMixedWords + w];
       gpu::sync_warp();
-      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, &desk.factors, loss_at(turn));
+      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, desk.factors, loss_at(turn));
       tile.unshelve(desk.shelf);
     }
     gpu::sync_block();
@@ -141,7 +141,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       if (!counts) {
         if (rank == 0 && T::thread() == 0) put_nothing(c, row_at(turn));
         const int from = tile.class_of(0);
-        if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last ? c.grad_width : tile.class_of(tile.count), c.student_dtype, T::thread(), G::kThreads);
+        put_zeros(job, at, from < 0 ? 0 : from, last ? -1 : tile.class_of(tile.count), G::kThreads);
         continue;
       }
       KD_ROLLED for (;;) {
@@ -152,7 +152,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         if (T::warp() == 0) {
           ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
           if (kShape != kMixed) tile.shelve(desk.shelf);
-          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], desk.stats[parity], blocks, rank, 1, scratch, &desk.factors, loss_at(turn));
+          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], desk.stats[parity], blocks, rank, 1, scratch, desk.factors, loss_at(turn));
           if (kShape != kMixed) tile.unshelve(desk.shelf);
         }
         gpu::sync_block();
@@ -162,11 +162,12 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       }
       const int parity = count % 2 ^ 1;              // of the last exchange
       if constexpr (kShape == kMixed) if (!scratch.lost) sweep_again(tile, at, parity, turn);
-      if (scratch.lost || !c.grad) continue;
+      if (scratch.lost || !(c.grad || job.mutual)) continue;
       const Part &p = gpu::from_here(&desk)->parts[parity][rank];
       tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
-      tile.emit(p, desk.hards[parity][rank], desk.factors, at.label, job.hard ? float(scratch.label_gradient) : 0);
-      if (last) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
+      if (c.grad) tile.emit(p, desk.hards[parity][rank], desk.factors[0], at.label, job.hard ? float(scratch.label_gradient) : 0);
+      if constexpr (G::kBoth) if (job.mutual) tile.emit_mirror(p, desk.factors[1]);   // of the plain shape, which asks for no whole chunks
+      if (last) put_zeros(job, at, c.vocab, -1, G::kThreads);
     }
     gpu::sync_cluster();                             // nobody leaves while its shared memory may still be written to
   }

@@ -34,7 +34,7 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
   const RowAt at = look_up(job, row);
   if (at.weight == 0) {
     if (gpu::thread() == 0) put_nothing(c, row);
-    if (c.grad) put_zeros(at.grad, 0, c.grad_width, c.student_dtype, gpu::thread(), G::kThreads);
+    put_zeros(job, at, 0, -1, G::kThreads);
     return;
   }
   const Transform<double> of_student(c.student_scale, c.student_softcap), of_teacher(c.teacher_scale, c.teacher_softcap);
@@ -74,7 +74,7 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
     if (gpu::thread() == 0) { put_values(job, out, value, h); put_shapes(out, shapes, first_z, first_v); }
   }
   gpu::sync_block();
-  if (gpu::thread() == 0) c.loss[row] = loss_of(job, at.weight, value, h);
+  if (gpu::thread() == 0 && c.loss) c.loss[row] = loss_of(job, at.weight, value, h);
   if (!c.grad) return;
   const double scale = at.weight * c.grad_scale, hard_scale = at.weight * c.hard_grad_scale;
   const double label = job.hard ? hard_scale * label_gradient(c, h) : 0, of_q = hard_scale * (1 + h.pull) / h.s;
@@ -86,10 +86,9 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
     if (job.hard) g += i == at.label ? label : own.s > 0 ? of_q * hard_weight(z) : 0;
     g = (g + (z > -INFINITY ? smoothing : 0)) * slope(z, of_student);
     const float out = known ? float(g) : NAN;
-    if (c.student_dtype == KD_F32) ((float *)at.grad)[i] = out;
-    else ((uint16_t *)at.grad)[i] = uint16_t(c.student_dtype == KD_F16 ? gpu::to_f16_pair(out, 0) : gpu::to_bf16_pair(out, 0));
+    put_one(at.grad, i, c.student_dtype, out);
   }
-  put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, gpu::thread(), G::kThreads);
+  put_zeros(job, at, c.vocab, -1, G::kThreads);
 }
 
 // A block looks at the losses of `look` rows, and computes those that were left.
@@ -100,7 +99,7 @@ template <class G> KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) careful_rows(const
   KD_ROLLED for (int64_t i = 0; i < look; i++) {
     const int64_t row = gpu::block() * look + i;
     if (row >= job.call.rows) return;
-    const bool mine = job.all || bits(job.call.loss[row]) == kLostMark;
+    const bool mine = job.all || bits(job.marks[row]) == kLostMark;
     gpu::sync_block();                               // everyone has read the loss before anyone writes it
     if (mine) careful_row(job, row, crew);
   }

@@ -12,18 +12,23 @@ namespace KD_LEVEL {
 
 // A thread takes 32 classes, or 24 where two numbers of each are kept; the rows' kernels, which keep track of more, have fewer threads then,
 // with more registers to each. In tests few threads, so that a host can run them.
+//
+// Both gradients are more than 128 registers hold, but for the plain shape: orders leave the clusters then, mixtures all but BothRows.
 template <Shape kShape> struct Sizes {
+  static constexpr bool kInClusters = kShape == kPlain, kInRows = kShape != kMixed;   // both gradients
 #if defined(KD_TEST_GEOMETRY)
-  using WarpRows = Geometry<32, 1, 2>;
-  using BlockRows = Geometry<64, 1>;
-  using Cluster = Geometry<64, 1>;
-  using WideCluster = Geometry<64, 2>;
+  using WarpRows = Geometry<32, 1, 2, kInRows>;
+  using BlockRows = Geometry<64, 1, 1, kInRows>;
+  using Cluster = Geometry<64, 1, 1, kInClusters>;
+  using WideCluster = Geometry<64, 2, 1, kInClusters>;
+  using BothRows = Geometry<64, 1, 1, true>;
 #else
   static constexpr int kChunks = kShape == kTilted ? 3 : 4;
-  using WarpRows = Geometry<32, kChunks, kChunks>;
-  using BlockRows = Geometry<64 * kChunks, kChunks>;
-  using Cluster = Geometry<256, kChunks>;
-  using WideCluster = Geometry<512, kChunks>;
+  using WarpRows = Geometry<32, kChunks, kChunks, kInRows>;
+  using BlockRows = Geometry<64 * kChunks, kChunks, 1, kInRows>;
+  using Cluster = Geometry<256, kChunks, 1, kInClusters>;
+  using WideCluster = Geometry<512, kChunks, 1, kInClusters>;
+  using BothRows = Geometry<192, 3, 1, true>;        // of kMixed
 #endif
 };
 #if defined(KD_TEST_GEOMETRY)
@@ -37,7 +42,7 @@ constexpr int kMostParts = 32;                       // blocks to a row by ticke
 constexpr int kFewestChunks = 256;                   // of a block's slice; below, an exchange costs more than it saves
 constexpr int kReserved = 1024;                      // bytes of shared memory that a block takes besides
 
-enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster };
+enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster, kBothRows };
 
 inline Shape shape_of(const Plan &plan) { return plan.mixed ? kMixed : plan.tilted ? kTilted : kPlain; }
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -97,7 +102,7 @@ template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int 
 }
 
 // False where no kernel takes the call.
-template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
+template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f, kd_geometry &g) {
   using WarpRows = typename Sizes<kShape>::WarpRows;
   using BlockRows = typename Sizes<kShape>::BlockRows;
   using Cluster = typename Sizes<kShape>::Cluster;
@@ -106,7 +111,7 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, c
   const int64_t chunks = chunks_of(c);
   g.kind = kCarefulRows;
   if (plan.careful) return true;
-  if (chunks <= WarpRows::kTile) {
+  if (chunks <= WarpRows::kTile && (WarpRows::kBoth || !both)) {
     g.kind = kWarpRows;
     plan_rows<WarpRows>(c, f, 1, g);
     return true;
@@ -119,7 +124,7 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, c
   const int family = f.capability / 10;
   // The other families have no distributed shared memory to speak of: 99 KB to a block. A bulk copy leaves logits as they are, with no room
   // beside them for fp32.
-  if ((family == 9 || family == 10) && alike(c) && !has_transform(c)) {
+  if ((family == 9 || family == 10) && alike(c) && !has_transform(c) && (Cluster::kBoth || !both)) {
     int64_t blocks = 1;
     while (blocks * Cluster::kTile < chunks && blocks < kMostCluster) blocks *= 2;   // powers of two: others leave multiprocessors idle
     g.kind = kCluster;
@@ -127,15 +132,23 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, c
     g.kind = kWideCluster;
     if (kMostCluster * WideCluster::kTile >= chunks && plan_cluster<WideCluster>(c, f, kMostCluster, g)) return true;
   }
-  g.kind = kBlockRows;
   // blocks of a row wait for each other: half of what is surely resident, one to a multiprocessor
-  const int64_t most = f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts, tiles = over(chunks, BlockRows::kTile);
-  plan_rows<BlockRows>(c, f, widen(tiles < most ? tiles : most, most), g);
+  const int64_t most = f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts;
+  const auto by_blocks = [&](auto rows) {
+    using Rows = decltype(rows);
+    const int64_t tiles = over(chunks, Rows::kTile);
+    plan_rows<Rows>(c, f, widen(tiles < most ? tiles : most, most), g);
+  };
+  g.kind = BlockRows::kBoth || !both ? kBlockRows : kBothRows;
+  if (g.kind == kBlockRows) by_blocks(BlockRows()); else by_blocks(typename Sizes<kShape>::BothRows());
   return g.parts * g.tiles <= kMostTilesOfRow && g.shared <= f.shared_per_block;
 }
-inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
-  const Shape shape = shape_of(plan);
-  return shape == kMixed ? make_geometry<kMixed>(c, plan, f, g) : shape == kTilted ? make_geometry<kTilted>(c, plan, f, g) : make_geometry<kPlain>(c, plan, f, g);
+inline bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f, kd_geometry &g) {
+  switch (shape_of(plan)) {
+    case kMixed: return make_geometry<kMixed>(c, plan, both, f, g);
+    case kTilted: return make_geometry<kTilted>(c, plan, both, f, g);
+    default: return make_geometry<kPlain>(c, plan, both, f, g);
+  }
 }
 
 }  // namespace KD_LEVEL

@@ -24,7 +24,7 @@ template <class G> struct Desk {
     parts = (Part *)memory; memory += round_up(parts_of_row * sizeof(Part));
     hards = (SmoothPart *)memory; memory += round_up(parts_of_row * sizeof(SmoothPart));
     stats = (TileStats *)memory; memory += round_up(parts_of_row * sizeof(TileStats));
-    factors = (Factors *)memory; memory += round_up(tiles * sizeof(Factors));
+    factors = (Factors *)memory; memory += round_up(2 * tiles * sizeof(Factors));
     shelf = (float *)memory; memory += 32 * G::kChunks * kRun * 2 * sizeof(float);
     logits = memory;
   }
@@ -77,7 +77,7 @@ template <class G> KD_DEVICE void exchange_again(const Job &job, const Desk<G> &
 }
 
 template <class G, Shape kShape, int kB, int kO>
-KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 512) / (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
+KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted || (kShape == kMixed && G::kBoth) ? 384 : 512) / (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
   using T = Team<G>;
   using TileOf = Tile<G, kShape, kB, kO>;
   const kd_call &c = job.call;
@@ -108,7 +108,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
   if (at.weight == 0) {
     if (scratch.part == 0 && T::thread() == 0) put_nothing(c, scratch.number);
     const int from = scratch.from * kRun - at.offset, to = scratch.to * kRun - at.offset;
-    if (c.grad) put_zeros(at.grad, from < 0 ? 0 : from, last() ? c.grad_width : to, c.student_dtype, T::thread(), G::kThreads);
+    put_zeros(job, at, from < 0 ? 0 : from, last() ? -1 : to, G::kThreads);
     return;
   }
   TileOf tile(job, scratch, at);
@@ -160,7 +160,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
     }
     T::sync();
   }
-  if (scratch.lost || !c.grad) return;
+  if (scratch.lost || !(c.grad || job.mutual)) return;
 
   const float label_gradient = job.hard ? float(scratch.label_gradient) : 0;
   constexpr int kBack = kShape == kMixed ? 1 : -1;   // from the tile that was swept last; the one before it may still be in its slot as well
@@ -171,15 +171,24 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted ? 384 : 51
     if (kShape == kMixed ? t >= job.stages : t < scratch.tiles - job.stages) tile.transform_own();
     const Desk<G> desk = desk_here();
     const Part &p = desk.parts[part_of(t)];
-    tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
+    const bool fast = p.care == kFast && !p.empty();
+    const bool by_class = tile.by_class();
+    tile.allow_whole(fast && (!by_class || (kShape == kTilted && job.mutual)));
     if (t != held()) {
       Sums<float> unused;
       int32_t wild = 0;
       if constexpr (kShape == kMixed) tile.mix_whole(tile.mixed_references(p), unused, wild); else tile.sweep_whole(tile.references(p), unused, wild);
     }
-    tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
+    if (c.grad) {
+      tile.allow_whole(fast && !by_class);
+      tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
+    }
+    if constexpr (G::kBoth) if (job.mutual) {
+      tile.allow_whole(fast);
+      tile.emit_mirror(p, desk.factors[scratch.tiles + t]);
+    }
   }
-  if (last()) put_zeros(at.grad, c.vocab, c.grad_width, c.student_dtype, T::thread(), G::kThreads);
+  if (last()) put_zeros(job, at, c.vocab, -1, G::kThreads);
 }
 
 }  // namespace KD_LEVEL

@@ -26,8 +26,10 @@ constexpr int kPartWords = sizeof(Part) / 8, kWords = kPartWords + sizeof(Smooth
 constexpr int kStatWords = sizeof(TileStats) / 8;    // where statistics are asked for
 constexpr int kMixedWords = 4, kCounters = 4;        // of a part after the second sweep of the mixture family; of a row's exchanges
 
-// How a kernel is laid out: kTeams rows to a block, kThreads threads to a row's tile, kChunks chunks to a thread.
-template <int kThreads_, int kChunks_, int kTeams_ = 1> struct Geometry {
+// How a kernel is laid out: kTeams rows to a block, kThreads threads to a row's tile, kChunks chunks to a thread. kBoth: it gives both gradients
+// where they are asked for.
+template <int kThreads_, int kChunks_, int kTeams_ = 1, bool kBoth_ = false> struct Geometry {
+  static constexpr bool kBoth = kBoth_;
   static constexpr int kThreads = kThreads_, kChunks = kChunks_, kTeams = kTeams_, kWarps = kThreads / 32, kTile = kThreads * kChunks;
   static_assert(kTeams == 1 || kThreads == 32, "several rows to a block: a warp to each, which needs no barrier of the block");
 };
@@ -43,6 +45,11 @@ struct Job {
   int32_t smooth, transformed;                       // label smoothing is; one of the rows has a transform
   Transform<float> student, teacher;
   uint32_t *tickets;                                 // [1 + kCounters rows]: the next (row, part); arrivals at a row's exchanges. Zero at launch
+  const double *marks;                               // of careful_rows: the losses that say which rows are lost
+  int32_t mutual;                                    // the teacher's gradient is asked for, `mirror` and its plan's, from the same sweeps
+  kd_call mirror;
+  Plan mirror_plan;
+  Mixed<float> mirror_mix;
   double *state;                                     // [rows][parts * tiles][kWords], then, mixture family, [kMixedWords], then, statistics, [kStatWords]
   Mixed<float> mix;                                  // plan's
 };
@@ -50,7 +57,7 @@ struct Job {
 // A row, as one thread finds it out for all: where it lies, and what it asks for.
 struct RowAt {
   const char *student, *teacher;
-  char *grad;
+  char *grad, *mirror_grad;
   int offset, chunks;
   double weight;
   int label;                                         // -1 for one outside of the vocabulary, whose logit is nan
@@ -60,12 +67,14 @@ KD_DEVICE int64_t element_of(const kd_call &c, const int64_t *stride, int64_t ro
   return row < c.inner ? row * stride[1] : row / c.inner * stride[0] + row % c.inner * stride[1];
 }
 KD_DEVICE int size_of(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
-KD_DEVICE RowAt locate(const kd_call &c, int64_t row) {
+KD_DEVICE RowAt locate(const Job &job, int64_t row) {
+  const kd_call &c = job.call;
   RowAt at{};
   const int zs = size_of(c.student_dtype), vs = size_of(c.teacher_dtype);
   at.student = (const char *)c.student + element_of(c, c.student_stride, row) * zs;
   at.teacher = (const char *)c.teacher + element_of(c, c.teacher_stride, row) * vs;
   if (c.grad) at.grad = (char *)c.grad + element_of(c, c.grad_stride, row) * zs;
+  if (job.mutual) at.mirror_grad = (char *)job.mirror.grad + element_of(job.mirror, job.mirror.grad_stride, row) * vs;
   at.offset = vs < zs ? int((uintptr_t)at.teacher % 16) / vs : int((uintptr_t)at.student % 16) / zs;
   at.chunks = (at.offset + int(c.vocab) + kRun - 1) / kRun;
   return at;
@@ -201,9 +210,19 @@ template <class Index> KD_DEVICE void put(char *row, Index first, Index vocab, i
   }
 }
 
-// Zeros over [from, to) of a gradient row, by `threads` threads.
-KD_DEVICE void put_zeros(char *row, int64_t from, int64_t to, int32_t dtype, int thread, int threads) {
-  for (int64_t i = from + thread; i < to; i += threads) if (dtype == KD_F32) ((float *)row)[i] = 0; else ((uint16_t *)row)[i] = 0;
+KD_DEVICE void put_one(char *row, int64_t i, int32_t dtype, float g) {
+  if (dtype == KD_F32) ((float *)row)[i] = g;
+  else ((uint16_t *)row)[i] = uint16_t(dtype == KD_F16 ? gpu::to_f16_pair(g, 0) : gpu::to_bf16_pair(g, 0));
+}
+
+// Zeros over [from, to) of the gradients' rows, by teams of `threads` threads; to < 0: to their ends.
+KD_DEVICE void put_zeros(const Job &job, const RowAt &at, int64_t from, int64_t to, int threads) {
+  const int thread = int(unsigned(gpu::from_here(int64_t(gpu::thread()))) % threads);
+  const auto zeros = [&](char *row, int64_t width, int32_t dtype) {
+    for (int64_t i = from + thread; i < (to < 0 ? width : to); i += threads) if (dtype == KD_F32) ((float *)row)[i] = 0; else ((uint16_t *)row)[i] = 0;
+  };
+  if (job.call.grad) zeros(at.grad, job.call.grad_width, job.call.student_dtype);
+  if (job.mutual) zeros(at.mirror_grad, job.mirror.grad_width, job.call.teacher_dtype);
 }
 
 // From where emit_whole takes the student's exponentials (kMixed), near their largest: the base's top, moved by the row's shift.
@@ -251,12 +270,11 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE void turn_to(int from, int end, char *logits) {
     first = from; slot = int(logits - gpu::shared());
     count = end - from < G::kTile ? end - from : G::kTile;
-    allow_whole(true);
   }
   KD_DEVICE void allow_whole(bool yes) {
     yes &= !moments() && !(job.call.grad && (uintptr_t)(at.grad + int64_t(class_of(0)) * size_of(job.call.student_dtype)) % 16);
     whole_from = first == 0 && at.offset > 0;
-    whole_to = !yes ? 0 : class_of(count) > vocab() ? count - 1 : count;
+    whole_to = !yes ? 0 : class_of(int(gpu::from_here(int64_t(count)))) > vocab() ? count - 1 : count;   // from here: asked for again at the end of a row
   }
 
   KD_DEVICE int32_t base_dtype() const { return job.plan.student_base ? job.call.student_dtype : job.call.teacher_dtype; }
@@ -301,7 +319,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   }
   KD_DEVICE void load_base(int place, float (&b)[kRun]) const { unpack<kB>(base_at(place), base_f16(), b); mask(place, b); }
   KD_DEVICE void load_other(int place, float (&o)[kRun]) const { unpack<kO>(other_at(place), other_f16(), o); mask(place, o); }
-  KD_DEVICE void load_student(int place, float (&z)[kRun]) const { if (job.plan.student_base) load_base(place, z); else load_other(place, z); }
+  KD_DEVICE void load_side(bool student, int place, float (&x)[kRun]) const { if (job.plan.student_base == student) load_base(place, x); else load_other(place, x); }
+  KD_DEVICE void load_student(int place, float (&z)[kRun]) const { load_side(true, place, z); }
 
   // This thread's chunks, on their way to the slot. A chunk of 16-bit logits that will be transformed goes to the second half of its place.
   KD_DEVICE void fetch_own() const {
@@ -427,10 +446,10 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     const float a = (b - r.top) * r.c;
     return step_mixed<kCarry, kMask>(b, o, r, mix, rest, gpu::exp2(a), gpu::exp2(a + deviation<kCarry>(b, o, r, rest)), s, wild);
   }
-  template <class Keep> KD_DEVICE void mix_other(int place, const References<float> &r, Sums<float> &s, int32_t &wild, Keep keep) const {
+  template <class Keep> KD_DEVICE void mix_other(int place, const References<float> &r, const Mixed<float> &mix, Sums<float> &s, int32_t &wild, Keep keep) const {
     float b[kRun], o[kRun];
     load_base(place, b); load_other(place, o);
-    KD_UNROLL for (int i = 0; i < kRun; i++) keep(i, step_again<true>(b[i], o[i], r, job.mix, scratch.ref_rest, s, wild));
+    KD_UNROLL for (int i = 0; i < kRun; i++) keep(i, step_again<true>(b[i], o[i], r, mix, scratch.ref_rest, s, wild));
   }
   KD_DEVICE void load_whole(int place, float (&b)[kRun], float (&o)[kRun]) const {
     unpack<kB>(base_at(place), base_f16(), b); unpack<kO>(other_at(place), other_f16(), o);
@@ -441,16 +460,25 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     KD_UNROLL for (int i = 0; i < kRun; i++) most = gpu::largest(most, std::fabs(deviation<kCarry>(b[i], o[i], r, scratch.ref_rest)));
     return most;
   }
-  // xi to the last of the chunks that stay.
-  template <MixKind kMix> KD_DEVICE void mix_chunk(const float (&b)[kRun], const float (&o)[kRun], const References<float> &r, Sums<float> &s) {
-    const MixedAs<kMix> mix(job.mix);
+  // q and xi of a chunk that no mask is in, to keep(i, .).
+  template <MixKind kMix, class Keep>
+  KD_DEVICE void mix_chunk(const float (&b)[kRun], const float (&o)[kRun], const References<float> &r, const Mixed<float> &all, Sums<float> &s, Keep keep) const {
+    const MixedAs<kMix> mix(all);
     int32_t wild = 0;                                // farthest knows
-    KD_UNROLL for (int i = 0; i < kRun; i++) em[(G::kChunks - 1) * kRun + i] = step_again<false>(b[i], o[i], r, mix, scratch.ref_rest, s, wild).em;
+    KD_UNROLL for (int i = 0; i < kRun; i++) keep(i, step_again<false>(b[i], o[i], r, mix, scratch.ref_rest, s, wild));
+  }
+  // near: that no |x| of the warp's is above 1
+  template <class Keep>
+  KD_DEVICE void mix_chunk(bool near, const float (&b)[kRun], const float (&o)[kRun], const References<float> &r, const Mixed<float> &all, Sums<float> &s, Keep keep) const {
+    if (near) mix_chunk<kOfNear>(b, o, r, all, s, keep);
+    else if (all.tvd) mix_chunk<kOfTvd>(b, o, r, all, s, keep);
+    else if (all.l == 0) mix_chunk<kOfReverse>(b, o, r, all, s, keep);
+    else if (!all.away && all.moves == 0) mix_chunk<kOfEven>(b, o, r, all, s, keep);
+    else mix_chunk<kOfSkewed>(b, o, r, all, s, keep);
   }
   // Chunk by chunk in a rolled loop, which moves those before along: unrolled, its five kinds would be more code than a multiprocessor keeps at hand.
   KD_DEVICE void mix_whole(const References<float> &r, Sums<float> &s, int32_t &wild) {
-    const Mixed<float> &mix = job.mix;
-    const bool general = !mix.tvd && mix.l != 0, even = !mix.away && mix.moves == 0;
+    const bool general = !job.mix.tvd && job.mix.l != 0;
     float most = 0;
     KD_ROLLED for (int j = 0; j < G::kChunks; j++) {
       KD_UNROLL for (int i = 0; i + kRun < G::kChunks * kRun; i++) em[i] = em[i + kRun];
@@ -461,11 +489,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       if (whole) { load_whole(place, b, o); own = farthest(b, o, r); most = gpu::largest(most, own); }
       const bool near = general && !gpu::warp_any(!(own <= float(kLog2e)));   // every lane is asked
       if (!whole) continue;
-      if (near) mix_chunk<kOfNear>(b, o, r, s);
-      else if (mix.tvd) mix_chunk<kOfTvd>(b, o, r, s);
-      else if (mix.l == 0) mix_chunk<kOfReverse>(b, o, r, s);
-      else if (even) mix_chunk<kOfEven>(b, o, r, s);
-      else mix_chunk<kOfSkewed>(b, o, r, s);
+      mix_chunk(near, b, o, r, job.mix, s, [&](int i, const Kept<float> &k) { em[(G::kChunks - 1) * kRun + i] = k.em; });   // xi to the last that stay
     }
     const int32_t far = bits(most);
     wild = far > wild ? far : wild;
@@ -542,6 +566,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE void measure(Part *part, SmoothPart *hard, TileStats *stats) {
     constexpr int kSums = kShape == kTilted ? 5 : 3;
     const Plan &plan = job.plan;
+    allow_whole(true);                               // a tile that is measured again may have been a masked one
     const float own = largest_base(), of_warp = gpu::warp_largest(own);
     if (T::lane() == 0) scratch.top[T::warp()] = of_warp;
     if ((job.hard && !plan.student_base) || job.call.stats) {
@@ -641,7 +666,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     int32_t wild = 0;
     if (!empty) {
       const References<float> r = mixed_references(*part);
-      other_chunks([&](int place) { mix_other(place, r, s, wild, [](int, const Kept<float> &) {}); });   // first: the others leave registers
+      other_chunks([&](int place) { mix_other(place, r, job.mix, s, wild, [](int, const Kept<float> &) {}); });   // first: the others leave registers
       mix_whole(r, s, wild);
     }
     const bool far = T::any(!(from_bits(wild) <= job.reach));   // and what the tile before has shared has been collected
@@ -673,6 +698,15 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     load_student(place, z);
     const float smoothing = job.smooth ? scratch.smoothing : 0;
     KD_UNROLL for (int i = 0; i < kRun; i++) g[i] = (g[i] + (z[i] > -INFINITY ? smoothing : 0)) * slope(z[i], job.student);
+  }
+  // Of a chunk of the teacher's gradient.
+  KD_DEVICE void put_mirror(int place, float (&g)[kRun]) const {
+    if (job.transformed) {
+      float v[kRun];
+      load_side(false, place, v);
+      KD_UNROLL for (int i = 0; i < kRun; i++) g[i] *= slope(v[i], job.teacher);
+    }
+    put(at.mirror_grad, class_of(place), vocab(), job.call.teacher_dtype, g);
   }
   // em and et of the warp that closes the row, which needs its registers meanwhile.
   static constexpr int kShelf = 32 * G::kChunks * kRun * (kShape == kTilted ? 2 : 1);   // floats
@@ -713,7 +747,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       } else if constexpr (kShape == kMixed) {
         Sums<float> unused;
         int32_t wild = 0;
-        mix_other(place, r, unused, wild, [&](int i, const Kept<float> &k) { g[i] = k.e * (f.A * k.em + f.C); });
+        mix_other(place, r, job.mix, unused, wild, [&](int i, const Kept<float> &k) { g[i] = k.e * (f.A * k.em + f.C); });
       } else {
         Sums<float> unused;
         int32_t wild = 0;
@@ -726,6 +760,74 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       put(at.grad, class_of(place), vocab(), job.call.student_dtype, g);
     });
   }
+
+  // The teacher's gradient: of orders from what is in registers, of the others from the logits once more, which are here.
+  KD_DEVICE void emit_mirror(const Part &p, const Factors &f) const {
+    const bool empty = p.empty();
+    References<float> r = kShape == kMixed ? mixed_references(p) : references(p);
+    const auto nothing = [&](float (&g)[kRun]) { KD_UNROLL for (int i = 0; i < kRun; i++) g[i] = 0 * f.C; };
+    if constexpr (kShape == kTilted) {
+      whole_chunks([&](int j, int place) {
+        float b[kRun], g[kRun];
+        unpack<kB>(base_at(place), base_f16(), b);
+        KD_UNROLL for (int i = 0; i < kRun; i++) g[i] = f.C * weight_of(b[i], r) + f.A * em[j * kRun + i] + f.B * et[j * kRun + i];
+        put_mirror(place, g);
+      });
+      r.other_is_student = !r.other_is_student;
+      const bool lone = !job.plan.student_base;
+      // class by class: eight side by side once more would be a register too many
+      other_chunks([&](int place) {
+        KD_ROLLED for (int i = 0; i < kRun; i++) {
+          if (!in_row(class_of(place) + i)) continue;
+          const float b = element<kB>(base_at(place), i, base_f16()), o = element<kO>(other_at(place), i, other_f16());
+          Sums<float> unused;
+          int32_t wild = 0;
+          const Kept<float> k = step<kShape, kCarry, true>(b, o, r, unused, wild);
+          float g = lone && k.et == -k.e ? f.lone * k.e : f.C * k.e + f.A * k.em + f.B * k.et;
+          if (empty) g = 0 * f.C;
+          if (job.transformed) g *= slope(job.plan.student_base ? o : b, job.teacher);
+          put_one(at.mirror_grad, class_of(place) + i, job.call.teacher_dtype, g);
+        }
+      });
+    } else if constexpr (kShape == kPlain) {
+      const float of_log_b = job.plan.entropy ? f.A * job.c : 0;
+      chunks([&](int place) {
+        float b[kRun], o[kRun], g[kRun];
+        load_base(place, b); load_other(place, o);
+        Sums<float> unused;
+        int32_t wild = 0;
+        KD_UNROLL for (int i = 0; i < kRun; i++) {
+          if (moments()) {
+            const Kept<float> k = step_moments<true>(b[i], o[i], r.ref, r.ref_low, unused, wild);
+            g[i] = f.A * k.em + f.C * k.e;
+          } else {
+            const float e = weight_of(b[i], r), t = difference<kCarry>(o[i], b[i], r.ref, r.ref_low), y = kCarry ? t * r.c + t * r.c_low : t * r.c;
+            g[i] = e > 0 ? e * (f.A * y + (of_log_b * (b[i] - r.top) + f.C)) : 0 * f.C;
+          }
+        }
+        if (empty) nothing(g);
+        put_mirror(place, g);
+      });
+    } else {
+      const bool general = !job.mix.tvd && job.mix.l != 0;
+      KD_ROLLED for (int j = 0; j < G::kChunks; j++) {
+        const int place = j * G::kThreads + T::thread();
+        const bool here = place < count, fast = place >= whole_from && place < whole_to;   // as the sums took it
+        float b[kRun], o[kRun], g[kRun];
+        float own = 0;
+        if (fast) { load_whole(place, b, o); own = farthest(b, o, r); }
+        const bool near = general && !gpu::warp_any(!(own <= float(kLog2e)));
+        if (!here) continue;
+        Sums<float> unused;
+        int32_t wild = 0;
+        const auto keep = [&](int i, const Kept<float> &k) { g[i] = k.e * (f.A * k.em + f.C); };
+        if (empty) nothing(g);
+        else if (fast) mix_chunk(near, b, o, r, job.mirror_mix, unused, keep);
+        else mix_other(place, r, job.mirror_mix, unused, wild, keep);
+        put_mirror(place, g);
+      }
+    }
+  }
 };
 
 // ---------------------------------------------------------------- closing a row, by a warp
@@ -733,7 +835,7 @@ KD_DEVICE double weight_at(const kd_call &c, int64_t row) { return c.weight ? c.
 // The row with its weight and label; by one thread, before anyone writes the gradient over the label's logit.
 KD_DEVICE RowAt look_up(const Job &job, int64_t row) {
   const kd_call &c = job.call;
-  RowAt at = locate(c, row);
+  RowAt at = locate(job, row);
   at.weight = weight_at(c, row);
   at.label = -1;
   if (job.hard && at.weight != 0) {
@@ -754,7 +856,7 @@ KD_DEVICE double loss_of(const Job &job, double weight, double value, const Hard
 
 // For a row that counts for nothing; by a thread.
 KD_DEVICE void put_nothing(const kd_call &c, int64_t row) {
-  c.loss[row] = 0;
+  if (c.loss) c.loss[row] = 0;
   if (c.stats) for (int i = 0; i < KD_STATS; i++) c.stats[row * KD_STATS + i] = NAN;
 }
 // Of the statistics those of both softmaxes; first: the classes that have the largest logits.
@@ -767,7 +869,8 @@ KD_DEVICE void put_values(const Job &job, double *out, double value, const HardR
   out[KD_DIVERGENCE] = value; out[KD_CROSS_ENTROPY] = job.hard ? cross_entropy_of(h) : NAN;
 }
 
-// The parts [0, n) of a row that is closed, those of this block from `mine` on: factors, flags and, where `loss` is given, the row's loss.
+// The parts [0, n) of a row that is closed, those of this block from `mine` on: factors (the student's tile by tile, then the teacher's), flags
+// and, where `loss` is given, the row's loss.
 template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const RowAt &x, const Row &row, Part *parts, SmoothPart *hards, int n, int mine, int tiles,
                                                        Scratch<G> &scratch, Factors *factors, double *loss) {
   const WarpCrew crew;
@@ -789,6 +892,10 @@ template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const Row
       if (!(x.label_logit == x.label_logit)) f.C = f.lone = NAN;
     }
     factors[i] = f;
+    if (G::kBoth && job.mutual) {
+      const Coefficients m = mirror_coefficients(p, row, job.plan, job.mirror_plan, x.weight * job.mirror.grad_scale);
+      factors[tiles + i] = {float(m.A), float(m.B), float(m.C), float(m.C - m.B), 0, 1};
+    }
   }
   gpu::sync_warp();
   if (lane == 0) {

@@ -1,8 +1,8 @@
 """Which backend runs a call: names, their order of preference for each kind of device, and the reason when one cannot.
 
 A backend is a module of this package with `name`, `unavailable(device, dtypes) -> reason | None`, and the two functions of ops.py,
-`loss` and `log_softmax`; `scale_` where a device has something better than `mul_`; TAKES_MIRROR where `loss` fills the teacher's gradient
-as well. To add one, write the module and put it into `ORDER`, `NAMES` and `_MODULES`.
+`loss` and `log_softmax`; `scale_` where a device has something better than `mul_`. To add one, write the module and put it into `ORDER`,
+`NAMES` and `_MODULES`.
 """
 
 from __future__ import annotations

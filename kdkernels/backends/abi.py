@@ -188,6 +188,14 @@ def loss_call(
     return call, out, (student, teacher, labels, weight)
 
 
+def with_mirror(call: Call, mirror: tuple) -> tuple:
+    """Makes `call` one for both gradients, with the operator's arguments for the teacher's; what it then points to."""
+    other, _, alive = loss_call(*mirror)
+    other.loss = None
+    call.mirror = ctypes.addressof(other)
+    return other, alive
+
+
 def log_softmax_call(logits, upstream, out, temperature, *, threads=1, device=0, stream=None) -> tuple[LogSoftmaxCall, tuple]:
     """(call, what it points to) that fills `out`, which is contiguous."""
     width = logits.shape[-1]

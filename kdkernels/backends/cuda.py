@@ -60,10 +60,12 @@ def _check(status: int) -> None:
         raise RuntimeError(f"CUDA backend: {library().c.kd_error(status).decode()} (status {status})")
 
 
-def loss(student, teacher, labels, weight, grad, *options, stats=None) -> Tensor:
+def loss(student, teacher, labels, weight, grad, *options, stats=None, mirror=None) -> Tensor:
     """The operator's contract (ops.py)."""
     lib = library()
     call, out, alive = abi.loss_call(student, teacher, labels, weight, grad, *options, stats=stats, **_where(student.device))
+    if mirror is not None:
+        alive = *alive, abi.with_mirror(call, mirror)
     call.workspace_size = lib.c.kd_workspace(ctypes.byref(call))
     if call.workspace_size < 0:
         _check(-call.workspace_size)

@@ -74,11 +74,15 @@ def loss(
     vocab,
     modifiers=(),
     stats=None,
+    mirror=None,
 ):
     """The operator's contract (ops.py): the loss of each row, and its gradient, from its formula, written into `grad`."""
+    other = None if mirror is None else mirror[4]
+    tensors = student, teacher, labels, weight, grad, other
     if student.dim() == 1:
-        student, teacher, labels, weight, grad = (x if x is None else x.unsqueeze(0) for x in (student, teacher, labels, weight, grad))
-    leading, width = student.shape[:-1], student.shape[-1]
+        tensors = tuple(x if x is None else x.unsqueeze(0) for x in tensors)
+    student, teacher, labels, weight, grad, other = tensors
+    leading = student.shape[:-1]
     count = math.prod(leading)
     modifiers = Modifiers(*modifiers)
     out = student.new_empty(count, dtype=torch.float64)
@@ -90,7 +94,7 @@ def loss(
         z, v = student[(*at, slice(vocab))].double(), teacher[(*at, slice(vocab))].double()
         y, w = (x if x is None else x[at] for x in (labels, weight))
         out[index] = rows(z, v, y, w, divergence, temperature, value_scale, hard_scale, modifiers)
-        if grad is None and stats is None:
+        if grad is None and stats is None and other is None:
             continue
         z, v = (transform(x) for transform, x in zip(modifiers.transforms, (z, v), strict=True))
         z, v, y, broken = _clean(z, v, y, w)
@@ -98,17 +102,25 @@ def loss(
         if stats is not None:
             lost = broken if w is None else broken | (w == 0).unsqueeze(-1)
             stats[index] = torch.where(lost, math.nan, row.columns(which, y))
-        if grad is None:
-            continue
-        g = grad_scale * row.gradient(which)
-        if y is not None and hard_grad_scale:
-            g = g + hard_grad_scale * row.hard_gradient(y, modifiers)
-        g = torch.where(broken, math.nan, g * modifiers.transforms[0].slope(z))
-        if w is not None:
-            g = torch.where((w != 0).unsqueeze(-1), w.double().unsqueeze(-1) * g, 0.0)
-        grad[(*at, slice(vocab))] = g.to(grad.dtype)
-        grad[(*at, slice(vocab, width))] = 0
+        of_z, of_v = modifiers.transforms
+        if other is not None:
+            entropic = isinstance(which, math_of.CrossEntropy)
+            g = row.teacher_gradient() if entropic else _Row(v, z, temperature).gradient(math_of.parse(mirror[5]))
+            _write(other, at, vocab, torch.where(broken, math.nan, grad_scale * g * of_v.slope(v)), w)
+        if grad is not None:
+            g = grad_scale * row.gradient(which)
+            if y is not None and hard_grad_scale:
+                g = g + hard_grad_scale * row.hard_gradient(y, modifiers)
+            _write(grad, at, vocab, torch.where(broken, math.nan, g * of_z.slope(z)), w)
     return out
+
+
+def _write(grad: Tensor, at: tuple[Tensor, ...], vocab: int, g: Tensor, weight: Tensor | None) -> None:
+    """The rows of a gradient; zeros beyond the vocabulary, and where a weight is 0."""
+    if weight is not None:
+        g = torch.where((weight != 0).unsqueeze(-1), weight.double().unsqueeze(-1) * g, 0.0)
+    grad[(*at, slice(vocab))] = g.to(grad.dtype)
+    grad[(*at, slice(vocab, None))] = 0
 
 
 def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> Tensor:
@@ -257,20 +269,29 @@ class _Row:
             sign = -1 if form.reverse else 1
             least, share, rest = self._least(sign)
             return sign * torch.where(least, -share * rest, q)
-        w, x, own, unit = p, torch.zeros_like(d), None, form.factor  # x = log(w / p), own = log(w / q)
+        # x = log(w / p), or log(w / q): for small orders w is nearer to q, and q itself as the order goes to 0
+        of_q = form.order <= 0.5
+        w, x, unit = p, torch.zeros_like(d), form.factor
         if form.family in ("renyi", "alpha") and form.order != 1:
             tilted, log_r, F, disjoint = self.tilted(form.order)
             lost = (self.only_v if form.order > 1 else self.only_z).any(-1, keepdim=True) if not 0 < form.order < 1 else disjoint
-            w, x = torch.where(lost, p, tilted), torch.where(lost, 0.0, (1 - form.order) * d - log_r)
-            own = torch.where(lost, math.inf, -form.order * d - log_r)
+            w = torch.where(lost, p, tilted)
+            x = torch.where(lost, math.inf if of_q else 0.0, (-form.order if of_q else 1 - form.order) * d - log_r)
             unit = form.factor
             if form.family == "alpha":
                 unit = torch.where(lost, 0.0 if 0 < form.order < 1 else math.nan, log_r.exp() / form.order)
-        if form.order > 0.5:
-            near, less = (d.abs() < 0.5) & (x.abs() < 0.5), p * (torch.expm1(d) - torch.expm1(x))
-        else:  # w is nearer to q, and q itself as the order goes to 0
-            near, less = own.abs() < 0.5, -q * torch.expm1(own)
-        return torch.where(self.no_z, 0.0, unit * torch.where(near & ~self.masked, less, q - w))
+        near = (x.abs() < 0.5) & ~self.masked if of_q else (d.abs() < 0.5) & (x.abs() < 0.5) & ~self.masked
+        less = -q * torch.expm1(x) if of_q else p * (torch.expm1(d) - torch.expm1(x))
+        return torch.where(self.no_z, 0.0, unit * torch.where(near, less, q - w))
+
+    def teacher_gradient(self) -> Tensor:
+        """T dH/dv of the cross entropy H(p, q), p (sum p log q - log q), (rows, vocab); nan where H is +inf."""
+        p, q, *_ = self.soft
+        log_q = (self.z - self.top_z) / self.temperature
+        log_q = log_q - torch.where(self.no_z, 0.0, log_q.exp()).sum(-1, keepdim=True).log()
+        log_q = torch.where(self.no_v, 0.0, torch.where(self.no_z, -math.inf, log_q))
+        mean = torch.where(self.no_v, 0.0, p * log_q).sum(-1, keepdim=True)
+        return torch.where(self.no_v, 0.0, p * (torch.where(mean > -math.inf, mean, math.nan) - log_q))
 
     def _lost(self, rows: Tensor) -> Tensor:
         """+inf, with nan for its gradient in the rows that are asked for, where the formula has an infinite moment."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import abi
 
 name = "cpu"
-TAKES_MIRROR = True  # loss: both gradients from the same sweeps
 
 LIBRARY = Path(__file__).parent.parent / "_cpu.so"
 _BAD_LABEL = 1
@@ -44,9 +43,7 @@ def loss(student, teacher, labels, weight, grad, *options, stats=None, mirror=No
     """The operator's contract (ops.py)."""
     call, out, alive = abi.loss_call(student, teacher, labels, weight, grad, *options, stats=stats, threads=torch.get_num_threads())
     if mirror is not None:
-        other, _, kept = abi.loss_call(*mirror)
-        other.loss = None
-        call.mirror, alive = ctypes.addressof(other), (*alive, other, kept)
+        alive = *alive, abi.with_mirror(call, mirror)
     status = library().loss(ctypes.byref(call))
     if status == _BAD_LABEL:
         label = alive[2].view(-1)[call.bad_row].item()

@@ -45,13 +45,13 @@ from .triton_plan import (
 )
 
 name = "triton"
-TAKES_MIRROR = True  # loss: both gradients from the same sweeps
 
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
 MOST_REGISTERS = 128  # of a thread, with 512 of them on a multiprocessor
 HEAVY_REGISTERS = 168  # with 384, for mixtures, orders, hard labels and transforms, where a program has no more
-# for mixtures, and transformed rows that are whole or give both gradients, with hard labels, which spill with 168: two programs to a multiprocessor
+# for mixtures, and transformed rows that are whole or give both gradients, with hard labels, which spill with 168: two programs to a
+# multiprocessor
 HEAVIEST_REGISTERS = 224
 FILE_REGISTERS = 64 << 10  # of a multiprocessor
 SOFTMAX_BLOCK = 2048
@@ -153,9 +153,7 @@ def mutual(n: Numbers, m: Numbers) -> str | None:
         return n.family if m.family in MIXTURES else None
     if n.family != m.family or n.family in ("SUPPORT", "EXTREME"):
         return None
-    # the same weights from the same side, of which order 1/2 has two; not where an order or its complement is rounded to 1
-    alike = n.family == "MOMENTS" or n.tilt == m.tilt and (n.tilt == 0.5 or (n.base == TEACHER) != (m.base == TEACHER))
-    return ("MUTUAL_KL" if n.family == "KL" else n.family) if alike else None
+    return "MUTUAL_KL" if n.family == "KL" else n.family  # the same weights from the same side
 
 
 def _mixture(sides: math_of.Sides, simple: Callable[..., Numbers]) -> Numbers:
@@ -302,7 +300,7 @@ def _careful(arguments: dict, every: bool, **changes) -> Launch:
 
 
 def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
-    """What `loss` launches, in its order, on a device of such figures. call: the operator's arguments and the rows' losses, to be written."""
+    """What `loss` launches, in its order, on a device of such figures. call: the operator's arguments, and the losses to be written."""
     student, teacher, out = call[0], call[1], call[-1]
     n, access, arguments, where = _arguments(*call, stats, None if mirror is None else mirror[4])
     first, rest, together = [], [], None
@@ -333,7 +331,7 @@ def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
         registers = HEAVIEST_REGISTERS
     arguments = arguments | where | dict(mutual_scale=0.0, MUTUAL=together is not None)
     if together is not None:
-        # at T = inf, where the gradients are each other's negatives, with the sign of what the student's is computed from
+        # at T = inf the gradients are each other's negatives, and of the same y
         sign = -1.0 if n.family == "MOMENTS" else 1.0
         arguments |= dict(mutual_scale=sign * of_other["grad_scale"], FAMILY=FAMILIES.index(together))
     arguments = arguments | dict(c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)

@@ -18,8 +18,8 @@ WHOLE_CLASSES_PER_THREAD = 8
 TILE_WARPS = 4  # with a run of R classes of each row to a thread: twice as many classes take 40 registers more
 
 # what the launcher and the kernels say to each other
-# KL (from the student's side: reverse KL); with the teacher's entropy; the same with both gradients; T = inf; JSD and the skewed; TVD; other
-# orders, and their F itself; what has no sum of terms
+# KL (from the student's side: reverse KL); with the teacher's entropy; these two with both gradients; T = inf; JSD and the skewed; TVD;
+# other orders, and their F itself; what has no sum of terms
 FAMILIES = ("KL", "ENTROPY", "MUTUAL_KL", "MUTUAL_ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME")
 # whose side a row is seen from: the teacher's, the student's, and the student's with a tilt below -1
 TEACHER, STUDENT, STEEP = range(3)
