@@ -334,7 +334,7 @@ def faults(found: Found) -> list[str]:
     name = found.case.split("(")[0].split()[0]
     light = name in ("kl", "cross_entropy") and "hard" not in found.case
     mixture, rows = name in ("jsd", "skew_kl", "skew_reverse_kl", "tvd"), found.kernel in ("loss_rows", "loss_parts")
-    modified = any(x in found.case for x in ("capped", "scaled", "stats"))
+    modified = any(x in found.case for x in ("capped", "scaled", "stats")) or name == "cross_entropy" and "both sides" in found.case
     heavy = modified or (not light if rows else mixture)
     budget = target.most_registers if heavy else target.registers
     if rows and "hard" in found.case and (mixture or modified):  # two programs to a multiprocessor

@@ -302,18 +302,18 @@ def _careful(arguments: dict, every: bool, **changes) -> Launch:
 def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
     """What `loss` launches, in its order, on a device of such figures. call: the operator's arguments, and the losses to be written."""
     student, teacher, out = call[0], call[1], call[-1]
-    n, access, arguments, where = _arguments(*call, stats, None if mirror is None else mirror[4])
-    first, rest, together = [], [], None
-    if mirror is not None:
-        other = *mirror, torch.empty_like(out)
-        m, _, of_other, _ = _arguments(*other)
-        together = mutual(n, m)
-        if together is None:  # first, as a gradient in place overwrites the student's logits
-            first = launches(*other, device=device)
-            n, access, arguments, where = _arguments(*call, stats)
-        else:
-            changed = dict(FAMILY=FAMILIES.index(together)) if together == "MUTUAL_ENTROPY" else {}
-            rest = [_careful(of_other, False, MARKS=out, **changed)]
+    together = None if mirror is None else mutual(numbers(*call[5:7]), numbers(*mirror[5:7]))
+    n, access, arguments, where = _arguments(*call, stats, mirror[4] if together else None)
+    first, rest, teacher_scale = [], [], 0.0
+    if together:
+        _, _, turned, _ = _arguments(*mirror, torch.empty_like(out))
+        # at T = inf the gradients are each other's negatives, and of the same y
+        teacher_scale = -turned["grad_scale"] if n.family == "MOMENTS" else turned["grad_scale"]
+        if together == "MUTUAL_ENTROPY":
+            turned |= dict(FAMILY=FAMILIES.index(together))
+        rest = [_careful(turned, False, MARKS=out)]
+    elif mirror is not None:  # first, as a gradient in place overwrites the student's logits
+        first = launches(*mirror, torch.empty_like(out), device=device)
     if n.family in ("SUPPORT", "EXTREME"):  # no sum of terms: every row is one for fp64
         return [*first, _careful(arguments, True)]
     rest = [*rest, _careful(arguments, False)]
@@ -324,16 +324,14 @@ def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
     whole = REGISTERS_WHOLE // (2 if mixture and hard or together else 1) // (2 if modified else 1)
     chosen = plan(rows, vocab, student.element_size(), teacher.element_size(), access == WINDOW, device, whole)
     carry = bool(transform) or torch.float32 in (student.dtype, teacher.dtype)
-    heavy = hard or transform or together or n.family not in ("KL", "ENTROPY", "MOMENTS") or chosen.whole and stats is not None
+    light = n.family in ("KL", "ENTROPY", "MOMENTS") and together != "MUTUAL_ENTROPY"
+    heavy = hard or transform or not light or chosen.whole and (stats is not None or together)
     heavy = heavy and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
     registers = HEAVY_REGISTERS if heavy else MOST_REGISTERS
     if heavy and hard and (mixture or transform and (chosen.whole or together)):
         registers = HEAVIEST_REGISTERS
-    arguments = arguments | where | dict(mutual_scale=0.0, MUTUAL=together is not None)
-    if together is not None:
-        # at T = inf the gradients are each other's negatives, and of the same y
-        sign = -1.0 if n.family == "MOMENTS" else 1.0
-        arguments |= dict(mutual_scale=sign * of_other["grad_scale"], FAMILY=FAMILIES.index(together))
+    family = FAMILIES.index(together or n.family)
+    arguments = arguments | where | dict(FAMILY=family, MUTUAL=together is not None, mutual_scale=teacher_scale)
     arguments = arguments | dict(c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
     if chosen.parts == 1:
         return [*first, Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), *rest]
