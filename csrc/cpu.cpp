@@ -148,8 +148,8 @@ template <class Real> struct Accumulator {
   }
 };
 
-// step over the block's vectors; the last, partial one is filled up with masked classes.
-template <class Real, class S, class Full, class Last, class Flush>
+// step over the block's vectors; the last, partial one is filled up with masked classes. kAhead: the next block is asked for meanwhile.
+template <class Real, bool kAhead = true, class S, class Full, class Last, class Flush>
 KD_HD void each_vector(const S *b, const S *o, int64_t n, Full full, Last last, Flush flush) {
   using F = typename Vec<Real>::F;
   constexpr int W = Vec<Real>::W;
@@ -157,7 +157,7 @@ KD_HD void each_vector(const S *b, const S *o, int64_t n, Full full, Last last, 
   for (int64_t i0 = 0; i0 < whole; i0 += 64 * W) {
     const int64_t end = smaller(i0 + 64 * W, whole);
     for (int64_t i = i0; i < end; i += W) {
-      __builtin_prefetch(o + i + kBlock<Real>); __builtin_prefetch(b + i + kBlock<Real>);   // the next block
+      if (kAhead) { __builtin_prefetch(o + i + kBlock<Real>); __builtin_prefetch(b + i + kBlock<Real>); }
       full(i, load_as<F>(b + i), load_as<F>(o + i));
     }
     flush();
@@ -235,27 +235,28 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
   const Moved<Real> m(plan, p, shift, kCarry);
-  const Real rest = m.rest, less = Real(std::exp(-m.missing)), less_1 = Real(std::expm1(-m.missing));
+  const double back = std::exp(-m.missing), back_1 = std::expm1(-m.missing);
+  const Real rest = m.rest, less = Real(back), less_1 = Real(back_1);
   const References<Real> r = m.r;
   Accumulator<Real> total;
   Sums<F> s;
   I wild{}, unseen{};
-  const auto put = [&](int64_t i, F vb, F vo, auto masked) __attribute__((always_inline)) {
-    constexpr bool kMask = decltype(masked)::value;
+  const auto put = [&](int64_t i, F vb, F vo, auto last) __attribute__((always_inline)) {
+    constexpr bool kLast = decltype(last)::value, kMask = kHow == kByClass && (kLast || kCare == kMasked);
     const F e = load<F>(kept_e + i), share = load<F>(kept_m + i) * less + less_1;
     Kept<F> k;
-    if constexpr (kMask || kHow == kByClass) k = step_mixed<kCarry, kMask>(vb, vo, r, mix, rest, e, e + e * share, s, kMask || kCarry ? wild : unseen);
-    else k = step_kept<kHow>(vb, vo, r, mix, rest, e, share, s);
+    if constexpr (kHow == kByClass) k = step_mixed<kCarry, kMask>(vb, vo, r, mix, rest, e, e + e * share, s, kMask || kCarry ? wild : unseen);
+    else k = step_kept<kHow, kLast>(vb, vo, r, mix, rest, e, share, s);
     if (kMask || all) store(out_q + i, k.e);
     store(out_xi + i, k.em);
   };
-  each_vector<Real>(b, o, n,
-      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, std::integral_constant<bool, kCare == kMasked>{}); },
+  each_vector<Real, false>(b, o, n,
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, std::false_type{}); },
       [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, std::true_type{}); },
       [&]() __attribute__((always_inline)) { total.template add<kTilted>(s, wild); });
   p.moved = sum_of<Real>(total.d); p.terms = sum_of<Real>(total.k1);
   p.lacks = sum_of<Real>(total.k2); p.excess = sum_of<Real>(total.t);
-  if (kHow == kApart) p.terms += apart_terms(plan.mixture, sum_of<Real>(total.s), p.excess, p.lacks);
+  if (kHow > kTvdGap) close_kept(kHow, plan.mixture, sum_of<Real>(total.s), p.excess, back * p.d + back_1 * p.s, p);
   if (!(total.reach() <= r.reach)) p.care = kLost;
 }
 
@@ -274,7 +275,7 @@ template <class Real, class S> void sweep_log_ratio(const S *b, const S *o, int6
     store(q + i, k.e);
     store(xi + i, k.em);
   };
-  each_vector<Real>(b, o, n, put, put, [&]() __attribute__((always_inline)) { total.template add<kPlain>(s, wild); });
+  each_vector<Real, false>(b, o, n, put, put, [&]() __attribute__((always_inline)) { total.template add<kPlain>(s, wild); });
   p.moved = sum_of<Real>(total.d); p.terms = 0;
 }
 
@@ -283,9 +284,15 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
   if (plan.mirror == kLogRatio) return sweep_log_ratio(b, o, n, plan, row, keep, p);
   // the first sweep has seen that y is within reach of its own references, which is enough for those that are not far from them
   if (p.care == kFast && std::fabs(row.shift - p.offset) < 13) {
-    if (plan.tvd) return sweep_mixed<kFast, kTvdGap>(b, o, n, plan, mix, row.shift, keep, p);
-    if (row.F > plan.apart) return sweep_mixed<kFast, kApart>(b, o, n, plan, mix, row.shift, keep, p);
-    return sweep_mixed<kFast, kByClass>(b, o, n, plan, mix, row.shift, keep, p);
+    const auto with = [&](auto how) { sweep_mixed<kFast, decltype(how)::value>(b, o, n, plan, mix, row.shift, keep, p); };
+    switch (second_of(plan, row.F)) {
+      case kByClass: return with(std::integral_constant<Second, kByClass>{});
+      case kTvdGap: return with(std::integral_constant<Second, kTvdGap>{});
+      case kReverse: return with(std::integral_constant<Second, kReverse>{});
+      case kOfBase: return with(std::integral_constant<Second, kOfBase>{});
+      case kOfOther: return with(std::integral_constant<Second, kOfOther>{});
+      case kJoint: return with(std::integral_constant<Second, kJoint>{});
+    }
   }
   if constexpr (Half<S>::value) {
     copy_row(b, n, wide_b); copy_row(o, n, wide_o);

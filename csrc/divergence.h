@@ -53,8 +53,10 @@ template <> struct Exp2<float> {
     return polynomial(r, c);
   }
   template <class F> static KD_HD F psi_log(F f) {    // f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)]
-    constexpr float c[] = {.5f, -0.33333328f, 0.25000563f, -0.2000136f, 0.1663188f, -0.1420354f, 0.13082902f, -0.12722263f, 0.07786799f};
-    return f * f * polynomial(f, c);
+    // two chains: what follows waits for the one
+    constexpr float even[] = {.5f, 0.25000563f, 0.1663188f, 0.13082902f, 0.07786799f}, odd[] = {-0.33333328f, -0.2000136f, -0.1420354f, -0.12722263f};
+    const F z = f * f;
+    return z * (polynomial(z, even) + f * polynomial(z, odd));
   }
 };
 template <> struct Exp2<double> {
@@ -143,11 +145,12 @@ constexpr const char *kNames = "kl,cross_entropy,renyi,alpha,mixture,tvd,support
 
 // The mixture family, of classes in units of b: D = sum b term(x), G = q xi(x). xi is up to a constant of the row, which q sum G takes off.
 template <class Real> struct Mixed {
-  static constexpr int kNear = sizeof(Real) == 4 ? 8 : 22;    // coefficients: 1e-7 (xi 5e-7) or 1e-16 over |x| <= 1, whatever l
+  static constexpr int kNear = sizeof(Real) == 4 ? 8 : 22;    // coefficients: 1e-7 (xi 5e-7) or 1e-16 of it, whatever l
   Real l, base, other, keep, moves;                  // keep = 1 - l; moves: of (o - b) / m in xi
   Real away_log, away_psi, away_share;               // xi from psi(-u), where log m and the share would cancel
   Real b_alone, o_alone, b_moves, o_moves;           // term and xi of a class that only one of the two has, times that one
-  Real near_term[kNear], near_xi[kNear];             // term = y^2 sum c_j y^j and xi = y sum c_j y^j for |x| <= 1
+  Real near;                                         // term = y^2 sum c_j y^j and xi = y sum c_j y^j for |y| up to this
+  Real near_term[kNear], near_xi[kNear];
   bool student_base, tvd, away;
 };
 template <class F> struct MixedTerm { F term, xi; };
@@ -177,14 +180,14 @@ template <class F, class Real> KD_HD MixedTerm<F> mixed_near(F y, const Mixed<Re
 }
 // Either, for y = x in base 2 and the bits of its magnitude.
 template <class F, class Int, class Real> KD_HD MixedTerm<F> mixed_class(F y, Int far, const Mixed<Real> &mix) {
-  return all_within(far, Real(kLog2e)) ? mixed_near(y, mix) : mixed_term(y * Real(kLn2), expm1_psi(y), mix);
+  return all_within(far, mix.near) ? mixed_near(y, mix) : mixed_term(y * Real(kLn2), expm1_psi(y), mix);
 }
 
-// The coefficients c_j of x^power sum a_j x^j as y^power sum c_j y^j, with sum a_j x^j = of(x) at n Chebyshev nodes of [-1, 1].
-template <class Real, class Of> void interpolate(int n, int power, Of of, Real *c) {
-  // T_k in powers of x and at the nodes, both by T_{k+1} = 2 x T_k - T_{k-1} from T_{-1} = x
+// The coefficients c_j of x^power sum a_j x^j as y^power sum c_j y^j, with sum a_j x^j = of(x) at n Chebyshev nodes of |x| <= most.
+template <class Real, class Of> void interpolate(int n, int power, double most, Of of, Real *c) {
+  // T_k in powers of x / most and at the nodes, both by T_{k+1} = 2 x T_k - T_{k-1} from T_{-1} = x
   double now[33] = {1}, before[33] = {0, 1}, sum[32] = {}, x[32], y[32], at[32], at_before[32];
-  for (int i = 0; i < n; i++) { x[i] = std::cos((i + .5) * 3.14159265358979323846 / n); y[i] = of(x[i]); at[i] = 1; at_before[i] = x[i]; }
+  for (int i = 0; i < n; i++) { x[i] = std::cos((i + .5) * 3.14159265358979323846 / n); y[i] = of(x[i] * most); at[i] = 1; at_before[i] = x[i]; }
   for (int k = 0; k < n; k++) {
     double a = 0;
     for (int i = 0; i < n; i++) {
@@ -198,7 +201,7 @@ template <class Real, class Of> void interpolate(int n, int power, Of of, Real *
       before[j] = now[j]; now[j] = next;
     }
   }
-  for (int j = 0; j < n; j++) c[j] = Real(sum[j] * std::pow(kLn2, j + power));
+  for (int j = 0; j < n; j++) c[j] = Real(sum[j] * std::pow(kLn2, j + power) / std::pow(most, j));
 }
 
 // l, base, other: as Mixed has them.
@@ -220,9 +223,10 @@ inline Mixed<double> make_mixed(bool tvd, bool student_base, double l, double ba
     r.o_alone = base * l + other * (l - 1 - std::log(l));
     r.o_moves = base * l - other * (keep + std::log(l));
   }
+  r.near = kLog2e;
   const auto at = [&](double x) { return mixed_term<double>(x, ExpM1<double>{std::expm1(x), psi(x)}, r); };
-  interpolate(r.kNear, 2, [&](double x) { return at(x).term / (x * x); }, r.near_term);
-  interpolate(r.kNear, 1, [&](double x) { return at(x).xi / x; }, r.near_xi);
+  interpolate(r.kNear, 2, 1, [&](double x) { return at(x).term / (x * x); }, r.near_term);
+  interpolate(r.kNear, 1, 1, [&](double x) { return at(x).xi / x; }, r.near_xi);
   return r;
 }
 
@@ -230,10 +234,13 @@ inline Mixed<double> narrowed(const Mixed<double> &m, double) { return m; }
 inline Mixed<float> narrowed(const Mixed<double> &m, float) {
   const auto f = [](double x) { return float(x); };
   Mixed<float> r{f(m.l), f(m.base), f(m.other), f(m.keep), f(m.moves), f(m.away_log), f(m.away_psi), f(m.away_share), f(m.b_alone),
-                 f(m.o_alone), f(m.b_moves), f(m.o_moves), {}, {}, m.student_base, m.tvd, m.away};
-  // fewer coefficients through nodes of their own: an even number leaves 0 out
-  interpolate(r.kNear, 2, [&](double x) { return polynomial(x * kLog2e, m.near_term) * (kLog2e * kLog2e); }, r.near_term);
-  interpolate(r.kNear, 1, [&](double x) { return polynomial(x * kLog2e, m.near_xi) * kLog2e; }, r.near_xi);
+                 f(m.o_alone), f(m.b_moves), f(m.o_moves), 0, {}, {}, m.student_base, m.tvd, m.away};
+  // fewer coefficients through nodes of their own: an even number leaves 0 out. The divergence of the base alone, whose term is nearly
+  // (e^x - 1)^2, needs a smaller interval for them
+  const double most = m.other == 0 ? .6 : 1;
+  r.near = f(most * kLog2e);
+  interpolate(r.kNear, 2, most, [&](double x) { return polynomial(x * kLog2e, m.near_term) * (kLog2e * kLog2e); }, r.near_term);
+  interpolate(r.kNear, 1, most, [&](double x) { return polynomial(x * kLog2e, m.near_xi) * kLog2e; }, r.near_xi);
   return r;
 }
 
@@ -255,7 +262,6 @@ struct Plan {
   Mixed<double> mixture{};
   bool exact = false;                   // high temperature: D is a small multiple of the squares of rounding errors' size
   double patience = 64;                 // a row is swept again where the terms of its value are, without their signs, this much larger than it
-  double apart = 0;                     // of the mixture family: the F from which on D is no small number
   double k = 0;                         // 1 / T, as c ln 2, so that rows are computed at one temperature throughout
   double c = 0, c_low = 0;              // log2(e) / T, rounded to the Real of the rows, and what that left
 };
@@ -287,7 +293,6 @@ inline Plan make_plan(const kd_call &c, bool wide) {
     p.student_base = !p.tvd && c.mix >= .5;          // at 1/2 either would do (Form.sides takes the teacher): q is e itself then
     p.mixture = p.student_base ? make_mixed(false, true, 1 - c.mix, c.student_part, c.teacher_part)
                                : make_mixed(p.tvd, false, c.mix, c.teacher_part, c.student_part);
-    if (!p.tvd) p.apart = .015 / (p.mixture.near_term[0] * kLog2e * kLog2e);   // D is this coefficient times 2 F where F is small
     return p;
   }
   p.student_base = p.order <= .5;

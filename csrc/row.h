@@ -144,36 +144,60 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
   return {q, xi, zero};
 }
 
-// The same where nothing is masked, from what the first sweep has kept: e and share = e^x - 1. kTvdGap: TVD. kApart: the rest of the
-// family, in rows where D is no small number: to rounding errors of D's size, where step_mixed has them of each term's; sums of e u,
-// eo w and eo - e for apart_terms, with u = log(m / e) and w = log(eo / m), both in base 2.
-enum Second { kByClass, kApart, kTvdGap };
-template <Second kHow, class F, class Mix>
+// The same where nothing is masked, from what the first sweep has kept: e and share = e^x - 1. With u = log(m / b) and w = log(o / m), in
+// base 2:
+//     kTvdGap    TVD
+//     kReverse   reverse KL, l = 0: sums of eo y
+//     kOfBase    the divergence of b from m alone: sums of e psi(u), as of D no more than an l^2 is left
+//     kOfOther   that of o alone: sums of eo w
+//     kJoint     both, with the weights of JSD: sums of e u and eo w
+// But for kTvdGap and kOfBase the sums' terms are of both signs, and have rounding errors of the size of x where step_mixed has them of
+// each term's, x^2: second_of asks for rows where that is no more than 1e-6 of D.
+enum Second { kByClass, kTvdGap, kReverse, kOfBase, kOfOther, kJoint };
+KD_HD Second second_of(const Plan &plan, double F) {
+  const Mixed<double> &mix = plan.mixture;
+  constexpr double kLeast = .03;
+  if (plan.tvd) return kTvdGap;
+  if (F < kLeast) return kByClass;
+  if (mix.l == 0) return kReverse;
+  if (mix.other == 0) return kOfBase;
+  if (mix.base == 0) return F * mix.keep * mix.keep > kLeast ? kOfOther : kByClass;
+  return mix.moves == 0 && F > 4 * kLeast ? kJoint : kByClass;
+}
+// kLast: the row may end within the vector; there is neither b nor o then.
+template <Second kHow, bool kLast, class F, class Mix>
 KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r, const Mix &mix, typename Element<F>::Real rest,
                         F e, F share, Sums<F> &s) {
   using Real = typename Element<F>::Real;
-  const F zero{}, y = deviation<false>(b, o, r, rest), gap = e * share, eo = e + gap;
-  F q = mix.student_base ? e : eo, xi;
+  const F zero{}, gap = e * share, eo = e + gap, more = share * mix.l, q = mix.student_base ? e : eo;
+  F y = deviation<false>(b, o, r, rest), xi;
+  if (kLast) y = select(b == -Real(INFINITY), zero, y);
   if (kHow == kTvdGap) {
     s.k1 += larger(gap, zero); s.k2 += larger(-gap, zero); s.t += select(gap > zero, e, zero);
     const Real half = Real(mix.student_base ? -.5 : .5);
     xi = select(y > zero, splat<F>(half), select(y < zero, splat<F>(-half), zero));
-  } else if (mix.l == 0) {
-    s.k2 += gap; s.t += eo * y;
+    s.d += q * xi;
+  } else if (kHow == kReverse) {
+    s.t += eo * y;
     xi = mix.student_base ? share * -mix.other : y * (mix.other * Real(kLn2));
+  } else if (kHow == kOfBase) {
+    const Log1p<F> u = log1p_psi(more);
+    s.s += e * u.psi;
+    xi = mix.student_base ? u.log * -mix.away_log - (more * u.log - u.psi) * quotient(splat<F>(mix.away_psi), more + Real(1))
+                          : quotient(share * mix.moves, more + Real(1));
+    s.d += q * xi;
+  } else if (kHow == kOfOther) {
+    const F w = y - log2_of_1p(more), v = quotient(share * mix.keep, more + Real(1));
+    s.t += eo * w;
+    xi = mix.student_base ? v * -(mix.keep * mix.other) : w * (mix.other * Real(kLn2)) - v * (mix.l * mix.other);
+    s.d += q * xi;
   } else {
-    const F more = share * mix.l, u = log2_of_1p(more), w = y - u;
-    s.s += e * u; s.k2 += gap; s.t += eo * w;
+    const F u = log2_of_1p(more), w = y - u;
+    s.s += e * u; s.t += eo * w;
     xi = mix.student_base ? u * (mix.base * Real(-kLn2)) : w * (mix.other * Real(kLn2));
-    if (mix.moves != 0) xi += quotient(share * mix.moves, more + Real(1));
   }
-  s.d += q * xi;
   return {q, xi, zero};
 }
-template <class Mix> KD_HD double apart_terms(const Mix &mix, double eu, double ow, double gap) {
-  return mix.base * (mix.l * gap - eu * kLn2) + mix.other * (ow * kLn2 - mix.keep * gap);
-}
-
 // The second sweep of kLogRatio: q is e, xi is -x; of the cross entropy -x - log p, up to a constant, with `top` the row's.
 template <class F>
 KD_HD Kept<F> step_log_ratio(F b, F o, const References<typename Element<F>::Real> &r, typename Element<F>::Real rest,
@@ -357,6 +381,15 @@ template <class Crew = Alone> KD_HD void close_mixed(const Part *parts, int n, c
   r.value = larger(plan.tvd && sums[3] + sums[0] > .5 ? sums[2] : sums[0], 0.);
   r.moved = sums[1];
   r.lost |= !std::isfinite(r.value) || !std::isfinite(r.moved);
+}
+
+// What step_kept leaves for the end of a block, from its s and t. gap: sum eo - e.
+KD_HD void close_kept(Second how, const Mixed<double> &mix, double s, double t, double gap, Part &p) {
+  if (how == kOfBase) { p.terms = mix.base * s; return; }
+  const double of_base = mix.l * gap - s * kLn2, of_other = t * kLn2 - mix.keep * gap;
+  p.terms = mix.base * of_base + mix.other * of_other;
+  if (how == kOfOther) return;        // else M's terms are these
+  p.moved = mix.student_base ? (how == kReverse ? -mix.other * gap : -mix.base * s * kLn2) : mix.other * t * kLn2;
 }
 
 // T dD/dz = A em + B et + C e over a block, times scale; q (A xi + C) in the mixture family.

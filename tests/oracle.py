@@ -264,6 +264,8 @@ def _long_double(z, v, kind, a, T):
         return np.where(near, _series(np.where(near, x, 0), LD(0)), np.expm1(np.minimum(x, 11000)) - x)
 
     def share(weight, x):  # log(m / p) for log(q / p) = x and m = (1 - weight) p + weight q
+        if weight == 1:
+            return x
         safe = np.minimum(x, 11000)
         return np.log1p(weight * np.expm1(safe)) + (x - safe)
 

@@ -131,6 +131,14 @@ def test_bounds_of_the_others(backend, T, name, vocab, kind):
     check_other(T, name, vocab, kind, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [f"{skew}({weight})" for skew in ("skew_kl", "skew_reverse_kl") for weight in (0.001, 0.9, 0.99, 0.999)])
+def test_skews_of_little_weight(name, backend):
+    """D is as small as a weight's square: from rows that are nearly alike to rows that have little in common."""
+    for T, kind in itertools.product((0.5, 2.0, 1e4), ("plain", "independent", "close", "peaked_teacher")):
+        check_other(T, name, 1023, kind, backend)
+
+
 @pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
 @pytest.mark.parametrize("where", ["both", "teacher", "student"])
 @pytest.mark.parametrize("name", OTHERS)

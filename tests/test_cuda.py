@@ -238,6 +238,15 @@ def test_families(geometry, divergence, dtype):
     check_family(geometry, divergence, dtype)
 
 
+@pytest.mark.parametrize("divergence", ["skew_kl(0.99)", "skew_reverse_kl(0.99)"])
+def test_skews_of_little_weight(divergence):
+    """D is as small as a weight's square."""
+    z, v = make_rows("plain", 4, 1024)
+    for T in (2.0, 30.0, 1e4):
+        options = {"divergence": divergence, "temperature": T, "soft_weight": T * T}
+        assert_close(z, run(z, v, reduction="none", **options), eager(z, v, **options), relative=1.2e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("geometry", "divergence", "dtype"), FAMILY_GRID, ids=str)
 @pytest.mark.parametrize(("kind", "T"), [("plain", 1.0), ("close", 30.0), ("offset", 2.0)])

@@ -231,7 +231,7 @@ template <class G> KD_DEVICE float top_of_student(float top, const Scratch<G> &s
 }
 
 // What a whole chunk of the mixture family is, found out for the whole of it: a branch within would keep its classes from being computed side
-// by side. kOfNear: no |x| of a warp's is above 1; else kOfEven has no moves (JSD's weights), kOfSkewed has some.
+// by side. kOfNear: no |y| of a warp's is above Mixed::near; else kOfEven has no moves (JSD's weights), kOfSkewed has some.
 enum MixKind : int { kOfTvd, kOfReverse, kOfNear, kOfEven, kOfSkewed };
 template <MixKind kMix> struct MixedAs : Mixed<float> {
   static constexpr bool tvd = kMix == kOfTvd;
@@ -467,7 +467,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     int32_t wild = 0;                                // farthest knows
     KD_UNROLL for (int i = 0; i < kRun; i++) keep(i, step_again<false>(b[i], o[i], r, mix, scratch.ref_rest, s, wild));
   }
-  // near: that no |x| of the warp's is above 1
+  // near: that no |y| of the warp's is above Mixed::near
   template <class Keep>
   KD_DEVICE void mix_chunk(bool near, const float (&b)[kRun], const float (&o)[kRun], const References<float> &r, const Mixed<float> &all, Sums<float> &s, Keep keep) const {
     if (near) mix_chunk<kOfNear>(b, o, r, all, s, keep);
@@ -487,7 +487,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       float b[kRun], o[kRun];
       float own = 0;
       if (whole) { load_whole(place, b, o); own = farthest(b, o, r); most = gpu::largest(most, own); }
-      const bool near = general && !gpu::warp_any(!(own <= float(kLog2e)));   // every lane is asked
+      const bool near = general && !gpu::warp_any(!(own <= job.mix.near));   // every lane is asked
       if (!whole) continue;
       mix_chunk(near, b, o, r, job.mix, s, [&](int i, const Kept<float> &k) { em[(G::kChunks - 1) * kRun + i] = k.em; });   // xi to the last that stay
     }
@@ -816,7 +816,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         float b[kRun], o[kRun], g[kRun];
         float own = 0;
         if (fast) { load_whole(place, b, o); own = farthest(b, o, r); }
-        const bool near = general && !gpu::warp_any(!(own <= float(kLog2e)));
+        const bool near = general && !gpu::warp_any(!(own <= job.mix.near));
         if (!here) continue;
         Sums<float> unused;
         int32_t wild = 0;
