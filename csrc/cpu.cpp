@@ -5,7 +5,7 @@
 //     sweep   one read of both rows: sums of the block, and its e, em, et (row.h) into the workspace
 //     close   the blocks are merged in order: the value, and three coefficients for each block
 //     emit    the gradient as a linear combination of what was kept, written past the caches
-// The teacher's gradient, where there is one, is closed and emitted from the same sweep (MirrorJob) before the student's.
+// The teacher's gradient, where there is one, is emitted from the same sweeps (MirrorJob) before the student's.
 // Logits with a transform are transformed as a block is fetched; what a softcap and label smoothing do to a gradient class by class comes
 // between close and emit. Rows of the mixture family are swept twice, from the second-level cache, and the second sweep is what is kept.
 // The workspace is the tail of the gradient itself, whose rows are written last: no memory is asked for beyond the gradient. Blocks
@@ -171,14 +171,18 @@ KD_HD void each_vector(const S *b, const S *o, int64_t n, Full full, Last last, 
   }
 }
 
+template <class Real> References<Real> references(const Plan &plan, double top, double at, bool carry, Real reach) {
+  const Real ref = Real(at), c = Real(plan.c);
+  return {Real(top), ref, carry ? Real(at - ref) : 0, c, plan.exact ? Real(plan.c_low) : 0, Real(plan.tilt), Exp2<Real>::kFloor / c, reach, !plan.student_base};
+}
+
 template <Shape kShape, Care kCare, bool kStats, class Real, class S>
 void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, Real *const *keep, Part &p, Real reach) {
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
   constexpr Logs kLogs = !kStats ? kNoLogs : kCare == kMasked ? kBothLogs : kBriefLogs;
-  const Real ref = Real(p.ref), low = kCarry ? Real(p.ref - ref) : 0;
-  const References<Real> r{Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, Real(plan.tilt), Exp2<Real>::kFloor / Real(plan.c), reach, !plan.student_base};
+  const References<Real> r = references(plan, p.top, p.ref, kCarry, reach);
   Real *const e = keep[0], *const em = keep[1], *const et = keep[2];
   Accumulator<Real> total;
   Sums<F> s;
@@ -198,7 +202,7 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
       },
       [&]() __attribute__((always_inline)) { total.template add<kShape, kStats>(s, wild); });
   p.s = sum_of<Real>(total.s); p.d = sum_of<Real>(total.d); p.k1 = sum_of<Real>(total.k1);
-  p.offset = plan.k * (double(ref) + low);
+  p.offset = plan.k * (double(r.ref) + r.ref_low);
   p.k2 = sum_of<Real>(total.k2); p.t = sum_of<Real>(total.t);
   if (kStats) {
     stats->log_b = sum_of<Real>(total.log_b) * plan.k; stats->log_o = sum_of<Real>(total.log_o) * plan.k; stats->top_o = largest_lane<Real>(top_o);
@@ -217,11 +221,10 @@ template <class Real> struct Moved {
   Real rest;                          // what these lack, in base 2
   References<Real> r;
   Moved(const Plan &plan, const Part &p, double shift, bool carry) : missing(shift - p.offset) {
-    const Real first = Real(p.ref);
-    const double before = double(first) + (p.care != kFast ? Real(p.ref - first) : 0), at = before + missing / plan.k;
-    const Real ref = Real(at), low = carry ? Real(at - ref) : 0;
-    r = {Real(p.top), ref, low, Real(plan.c), plan.exact ? Real(plan.c_low) : 0, 0, Exp2<Real>::kFloor / Real(plan.c), kReach<Real>, !plan.student_base};
-    rest = Real((missing - plan.k * ((double(ref) + low) - before)) * kLog2e);
+    const References<Real> first = references<Real>(plan, p.top, p.ref, p.care != kFast, 0);
+    const double before = double(first.ref) + first.ref_low;
+    r = references(plan, p.top, before + missing / plan.k, carry, kReach<Real>);
+    rest = Real((missing - plan.k * ((double(r.ref) + r.ref_low) - before)) * kLog2e);
   }
 };
 
@@ -230,7 +233,6 @@ template <Care kCare, Second kHow, class Real, class S>
 void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &member, double shift, Real *const *keep, Part &p) {
   const Mixed<Real> mix = member;                    // ours: no store can change it
   Real *const kept_e = keep[0], *const kept_m = keep[1], *const out_q = keep[4], *const out_xi = keep[5];
-  const bool all = !mix.student_base || out_q != kept_e;
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
@@ -247,7 +249,7 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
     Kept<F> k;
     if constexpr (kHow == kByClass) k = step_mixed<kCarry, kMask>(vb, vo, r, mix, rest, e, e + e * share, s, kMask || kCarry ? wild : unseen);
     else k = step_kept<kHow, kLast>(vb, vo, r, mix, rest, e, share, s);
-    if (kMask || all) store(out_q + i, k.e);
+    if (kMask || !mix.student_base) store(out_q + i, k.e);   // else it is e
     store(out_xi + i, k.em);
   };
   each_vector<Real, false>(b, o, n,
@@ -260,28 +262,23 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
   if (!(total.reach() <= r.reach)) p.care = kLost;
 }
 
-// That of kLogRatio, of whatever care.
-template <class Real, class S> void sweep_log_ratio(const S *b, const S *o, int64_t n, const Plan &plan, const Row &row, Real *const *keep, Part &p) {
+// Of kLogRatio: y as the first sweep has it, for the cross entropy with the block's log b.
+template <bool kCarry, class Real, class S>
+void sweep_log_ratio(const S *b, const S *o, int64_t n, const Plan &plan, Real *const *keep, const Part &p) {
   using F = typename Vec<Real>::F;
-  using I = typename Vec<Real>::I;
-  const Moved<Real> m(plan, p, row.shift, true);
-  const Real top = Real(row.top), *const e = keep[0];
-  Real *const q = keep[4], *const xi = keep[5];
-  Accumulator<Real> total;
-  Sums<F> s;
-  I wild{};
+  const References<Real> r = references<Real>(plan, p.top, p.ref, kCarry, 0);
+  const Real *const e = keep[0];
+  Real *const out = keep[5];
   const auto put = [&](int64_t i, F vb, F vo) __attribute__((always_inline)) {
-    const Kept<F> k = step_log_ratio(vb, vo, m.r, m.rest, plan.entropy, top, load<F>(e + i), s);
-    store(q + i, k.e);
-    store(xi + i, k.em);
+    const F y = deviation<kCarry>(vb, vo, r, Real(0)), all = plan.entropy ? y + (vb - r.top) * r.c : y;
+    store(out + i, select(load<F>(e + i) > F{}, all, F{}));   // a masked class has no y
   };
-  each_vector<Real, false>(b, o, n, put, put, [&]() __attribute__((always_inline)) { total.template add<kPlain>(s, wild); });
-  p.moved = sum_of<Real>(total.d); p.terms = 0;
+  each_vector<Real, false>(b, o, n, put, put, [] {});
 }
 
 template <class Real, class S>
 void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, const Row &row, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
-  if (plan.mirror == kLogRatio) return sweep_log_ratio(b, o, n, plan, row, keep, p);
+  if (plan.mirror == kLogRatio) return p.care == kFast ? sweep_log_ratio<false>(b, o, n, plan, keep, p) : sweep_log_ratio<true>(b, o, n, plan, keep, p);
   // the first sweep has seen that y is within reach of its own references, which is enough for those that are not far from them
   if (p.care == kFast && std::fabs(row.shift - p.offset) < 13) {
     const auto with = [&](auto how) { sweep_mixed<kFast, decltype(how)::value>(b, o, n, plan, mix, row.shift, keep, p); };
@@ -342,7 +339,7 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPa
     if constexpr (!Half<S>::value) return care == kMasked ? sweep_moments<true>(b, o, n, keep, p) : sweep_moments<false>(b, o, n, keep, p);
   } else if (plan.tilted) {
     with(std::integral_constant<Shape, kTilted>{});
-  } else if (plan.mixed && plan.mirror != kLogRatio) {   // whose e is that of the first job, bit for bit
+  } else if (plan.mixed) {
     with(std::integral_constant<Shape, kMixed>{});
   } else if (plan.entropy) {
     with(std::integral_constant<Shape, kEntropy>{});
@@ -452,13 +449,13 @@ template <class Real> struct Desk {
 
 template <class Real> class RowJob {
  public:
-  // first: the job whose sweeps this one, a mirror, goes on from
+  // paired: with a mirror, or a mirror; first: the job whose sweeps a mirror goes on from
   RowJob(const kd_call &c, const Plan &p, bool paired = false, const RowJob *first = nullptr)
-      : c_(c), plan_(p), paired_(paired), of_student_(c.student_scale, c.student_softcap), of_teacher_(c.teacher_scale, c.teacher_softcap),
+      : c_(c), plan_(p), first_(first), paired_(paired), of_student_(c.student_scale, c.student_softcap), of_teacher_(c.teacher_scale, c.teacher_softcap),
         blocks_((c.vocab + kBlock<Real> - 1) / kBlock<Real>) {
     if (p.mixed) mix_ = narrowed(p.mixture, Real());
     third_ = p.tilted && (paired || !p.student_base);
-    arrays_ = first ? first->arrays_ : 2 + third_ + 2 * outputs() + hard();
+    arrays_ = first ? first->arrays_ : 2 + third_ + outputs() + hard();
     size_ = element_size(c.student_dtype);
     const double unit = by_class() ? 1 : c.student_scale;
     grad_scale_ = c.grad_scale * unit; hard_grad_scale_ = c.hard_grad_scale * unit;
@@ -511,14 +508,11 @@ template <class Real> class RowJob {
     if (!s.row.lost && !s.row.refine && !plan_.mixed) finish(s, row, s.row.value, desk, nullptr);
   }
 
-  // Of a mirror: takes the row over from the sweeps of the other job. Not where the gradient needs more than they have kept.
-  bool take(State &s, const State &first) const {
-    s.row = first.row; s.weight = first.weight; s.kept = first.kept;
+  // Of a mirror: whether what the other job has of a row is enough for the gradient.
+  bool goes_on(const State &first) const {
     if (plan_.mirror == kNoMirror || first.row.lost) return false;
-    if (!plan_.tilted) return true;
-    for (int64_t i = 0; i < blocks_; i++) if (s.parts[i].care == kMasked) return false;   // what only one of the two has
-    s.row = close_row(s.parts, int(blocks_), plan_);
-    return !s.row.lost;
+    for (int64_t i = 0; i < blocks_ && plan_.tilted; i++) if (first.parts[i].care == kMasked) return false;   // what only one of the two has
+    return true;
   }
 
   // The second sweep of the mixture family, backwards, as the last block is still on the desk; and its close.
@@ -536,22 +530,25 @@ template <class Real> class RowJob {
   }
 
   void emit_blocks(const State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk, bool streaming) const {
-    for (int64_t turn = lo; turn < hi; turn++) {     // from the block that was swept last, which is still on the desk
-      const int64_t i = plan_.mixed ? turn : lo + hi - 1 - turn, n = length(i);
+    // from the block that was swept last, which is still on the desk; the first job of a pair from the one that its mirror came to last
+    const bool up = sweeps().mixed != (paired_ && !first_);
+    for (int64_t turn = lo; turn < hi; turn++) {
+      const int64_t i = up ? turn : lo + hi - 1 - turn, n = length(i);
       Real *keep[kKept];
       slots(desk, i, lo, keep);
       const bool there = kept(s, i, lo, desk), kept_here = there || (!paired_ && turn == lo), hard_kept = there || (!paired_ && i == hi - 1);
-      if (!kept_here || (hard() && !hard_kept)) {
+      const bool again = mixed() && (first_ || !kept_here);
+      if (again || !kept_here || (hard() && !hard_kept)) {
         with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
           Part p = s.parts[i];
           if (hard()) hard_block(z, n, keep[3]);
-          if (kept_here) return;
-          if (mixed()) mix_block(s, p, i, false, z, b, o, keep, desk);
-          else if (!p.empty()) sweep(p.care, b, o, n, plan_, nullptr, keep, p, desk.b, desk.o);
+          if (again) mix_block(s, p, i, kept_here && first_, z, b, o, keep, desk);
+          else if (!kept_here && !p.empty()) sweep(p.care, b, o, n, sweeps(), nullptr, keep, p, desk.b, desk.o);
         });
       }
       if (s.parts[i].empty()) for (int j : {0, 1, 2, 4, 5}) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
-      const Coefficients k = coefficients(s.parts[i], s.row, plan_, s.weight * grad_scale_);
+      const double scale = s.weight * grad_scale_;
+      const Coefficients k = first_ ? mirror_coefficients(s.parts[i], s.row, first_->plan_, plan_, scale) : coefficients(s.parts[i], s.row, plan_, scale);
       if (plan_.student_base && plan_.tilted && s.parts[i].care == kMasked) separate_lone(keep[0], keep[2], n, k);
       const Real *kept[4] = {mixed() ? keep[4] : keep[0]};
       double factors[4] = {k.C};
@@ -617,7 +614,7 @@ template <class Real> class RowJob {
   template <class S> void mix_block(const State &s, Part &p, int64_t i, bool kept, const S *, const S *b, const S *o, Real *const *keep, Desk<Real> &desk) const {
     if (p.empty()) return;
     Part again = p;
-    if (!kept) sweep(p.care, b, o, length(i), plan_, nullptr, keep, again, desk.b, desk.o);
+    if (!kept) sweep(p.care, b, o, length(i), sweeps(), nullptr, keep, again, desk.b, desk.o);
     sweep_mixed(b, o, length(i), plan_, mix_, s.row, keep, p, desk.b, desk.o);
   }
 
@@ -666,8 +663,9 @@ template <class Real> class RowJob {
     with(fetch(z, c_.student_dtype, of_student_, i, n, first), fetch(v, c_.teacher_dtype, of_teacher_, i, n, second));
   }
 
-  // Of a pair: whether a second sweep, the job's own or the mirror's, leaves the first one's arrays for the other.
-  bool outputs() const { return paired_ && !plan_.tilted && !plan_.moments; }
+  const Plan &sweeps() const { return first_ ? first_->plan_ : plan_; }   // what the first sweep is for
+  // Arrays of its own for the second sweep of a pair's first job, as the mirror needs what the first sweep left; q is e where the student is the base.
+  int outputs() const { return paired_ && plan_.mixed ? 2 - plan_.student_base : 0; }
   bool kept(const State &s, int64_t i, int64_t lo, const Desk<Real> &desk) const { return s.kept && i - lo < desk.capacity; }
 
   // Where block i keeps e, em, et and the hard term's e1, and its second sweep's q and xi; null for what the family does not need.
@@ -677,7 +675,11 @@ template <class Real> class RowJob {
     keep[1] = !plan_.tilted || third_ ? p : nullptr; p += keep[1] ? kSlot<Real> : 0;
     keep[2] = plan_.tilted ? p : nullptr; p += keep[2] ? kSlot<Real> : 0;
     keep[4] = keep[0]; keep[5] = keep[1];
-    if (outputs()) { keep[4] = p; keep[5] = p + kSlot<Real>; p += 2 * kSlot<Real>; }
+    if (paired_ && mixed()) {                        // a mirror's are written at once
+      keep[5] = first_ ? desk.slot + 3 * kSlot<Real> : p;
+      if (!plan_.student_base) keep[4] = keep[5] + kSlot<Real>;
+      p += first_ ? 0 : outputs() * kSlot<Real>;
+    }
     keep[3] = p;
   }
 
@@ -774,6 +776,7 @@ template <class Real> class RowJob {
 
   const kd_call &c_;
   const Plan &plan_;
+  const RowJob *const first_;
   const bool paired_;
   const Transform<Real> of_student_, of_teacher_;
   double grad_scale_, hard_grad_scale_;
@@ -817,20 +820,13 @@ template <class Real> void run_alone(const RowJob<Real> &job, typename RowJob<Re
     job.sweep_blocks(s, row, 0, job.blocks(), desk);
     job.close(s, row, desk);
   } while (s.row.refine);
-  if (mirror) {                                      // first, as a gradient in place overwrites the student's logits
-    typename RowJob<Real>::State m{s.parts};
-    bool taken = mirror->shared.take(m, s);
-    if (taken && mirror->shared.mixed()) {
-      mirror->shared.mix_blocks(m, row, 0, job.blocks(), desk);
-      mirror->shared.close_mixed_row(m, row, desk);
-      taken = !m.row.lost;
-    }
-    if (taken) mirror->shared.emit_blocks(m, row, 0, job.blocks(), desk, mirror->streaming);
-    else mirror->run_row(s, row, desk, mirror_parts);
-  }
   if (job.mixed() && !s.row.lost) {
     job.mix_blocks(s, row, 0, job.blocks(), desk);
     job.close_mixed_row(s, row, desk);
+  }
+  if (mirror) {                                      // first, as a gradient in place overwrites the student's logits
+    if (mirror->shared.goes_on(s)) mirror->shared.emit_blocks(s, row, 0, job.blocks(), desk, mirror->streaming);
+    else mirror->run_row(s, row, desk, mirror_parts);
   }
   if (s.row.lost) job.careful_row(s, row, desk, streaming);
   else if (write) job.emit_blocks(s, row, 0, job.blocks(), desk, streaming);
@@ -889,8 +885,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   Part *shared_parts = split ? allocate<Part>(blocks) : nullptr, *shared_mirror_parts = split && mirror ? allocate<Part>(blocks) : nullptr;
   SmoothPart *shared_hard = split ? allocate<SmoothPart>(blocks) : nullptr;
   StatPart *shared_stats = split && c.stats ? allocate<StatPart>(blocks) : nullptr;
-  typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardRow(), 1}, shared_mirror{shared_parts};
-  bool taken = false;
+  typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardRow(), 1};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Desk<Real> desk;
@@ -910,8 +905,8 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
         if (me == 0) {
           shared.row = Row(); shared.kept = true;
           shared.weight = job.begin(shared, row) ? shared.weight : 0;
-          shared_mirror = {shared_parts};
-          if (mirror && shared.weight == 0) mirror->alone.begin(shared_mirror, row);
+          typename RowJob<Real>::State none{shared_parts};
+          if (mirror && shared.weight == 0) mirror->alone.begin(none, row);
         }
 #pragma omp barrier
         counts = shared.weight != 0;
@@ -923,23 +918,17 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
           if (!shared.row.refine) break;
         }
         if (!counts) continue;
-        if (mirror) {
-          if (me == 0) taken = mirror->shared.take(shared_mirror, shared);
-#pragma omp barrier
-          if (taken && mirror->shared.mixed()) {
-            mirror->shared.mix_blocks(shared_mirror, row, lo, hi, desk);
-#pragma omp barrier
-            if (me == 0) { mirror->shared.close_mixed_row(shared_mirror, row, desk); taken = !shared_mirror.row.lost; }
-#pragma omp barrier
-          }
-          if (taken) mirror->shared.emit_blocks(shared_mirror, row, lo, hi, desk, mirror->streaming);
-          else if (me == 0) mirror->run_row(shared, row, desk, shared_mirror_parts);
-#pragma omp barrier
-        }
         if (job.mixed() && !shared.row.lost) {
           job.mix_blocks(shared, row, lo, hi, desk);
 #pragma omp barrier
           if (me == 0) job.close_mixed_row(shared, row, desk);
+#pragma omp barrier
+        }
+        if (mirror && mirror->shared.goes_on(shared)) {
+          mirror->shared.emit_blocks(shared, row, lo, hi, desk, mirror->streaming);
+        } else if (mirror) {
+#pragma omp barrier
+          if (me == 0) mirror->run_row(shared, row, desk, shared_mirror_parts);
 #pragma omp barrier
         }
         if (!shared.row.lost) { if (c.grad) job.emit_blocks(shared, row, lo, hi, desk, streaming); }

@@ -122,7 +122,10 @@ bool share(Job &job) {
   job.mirror_plan = make_mirror(job.plan, make_plan(job.mirror, false));
   job.mutual = !job.plan.careful && job.mirror_plan.mirror != kNoMirror;
   const Mixed<double> &mix = job.plan.mixture;
-  if (job.plan.mixed) job.mirror_mix = narrowed(make_mixed(mix.tvd, !mix.student_base, mix.l, mix.base, mix.other), float());
+  if (job.plan.mixed) {
+    job.mirror_plan.mirror = kSame;                  // reverse KL's as well: its e^y - 1 has been written over
+    job.mirror_mix = narrowed(make_mixed(mix.tvd, !mix.student_base, mix.l, mix.base, mix.other), float());
+  }
   return job.mutual;
 }
 

@@ -198,18 +198,6 @@ KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r
   }
   return {q, xi, zero};
 }
-// The second sweep of kLogRatio: q is e, xi is -x; of the cross entropy -x - log p, up to a constant, with `top` the row's.
-template <class F>
-KD_HD Kept<F> step_log_ratio(F b, F o, const References<typename Element<F>::Real> &r, typename Element<F>::Real rest,
-                             bool entropy, typename Element<F>::Real top, F e, Sums<F> &s) {
-  using Real = typename Element<F>::Real;
-  F y = deviation<true>(b, o, r, rest);
-  if (entropy) y += (b - top) * r.c;
-  const F xi = select(e > F{}, y * Real(-kLn2), F{});   // a masked class has no y
-  s.d += e * xi;
-  return {e, xi, F{}};
-}
-
 // T = inf: e is 1 (0 for a masked class), em the difference itself.
 template <bool kMask, class F>
 KD_HD Kept<F> step_moments(F b, F o, typename Element<F>::Real ref, typename Element<F>::Real ref_low, Sums<F> &s, typename Element<F>::Int &wild) {
@@ -416,7 +404,7 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
 KD_HD Coefficients mirror_coefficients(const Part &p, const Row &r, const Plan &plan, const Plan &mirror, double scale) {
   if (p.empty()) return {0, 0, 0};
   const double unit = p.unit * scale;
-  if (plan.mixed) return {unit, 0, -unit * (r.value - r.moved)};
+  if (plan.mixed && mirror.mirror == kSame) return {unit, 0, -unit * (r.value - r.moved)};
   if (mirror.mirror == kLogRatio) {
     const double log_b = plan.entropy ? plan.k * (p.top - r.top) - log_of(r.total) : 0;
     return {-unit * kLn2, 0, -unit * (p.offset - r.shift + log_b + r.value)};
