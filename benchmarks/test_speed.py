@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdkernels import KDLoss, tempered_log_softmax
+from kdkernels import KDLoss, LogitTransform, tempered_log_softmax
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -38,6 +38,14 @@ CASES = {
     "renyi-half-bf16": (256, 128256, "bf16", {"divergence": "renyi(0.5)"}),
     "renyi-two": (256, 128256, "fp32", {"divergence": "renyi(2)"}),
     "renyi-inf": (64, 128256, "fp32", {"divergence": "renyi(inf)"}),
+    "alpha": (256, 128256, "fp32", {"divergence": "alpha(2)"}),
+    "reverse-kl": (256, 128256, "fp32", {"divergence": "reverse_kl"}),
+    "jsd": (256, 128256, "fp32", {"divergence": "jsd(0.5)"}),
+    "jsd-bf16": (256, 128256, "bf16", {"divergence": "jsd(0.5)"}),
+    "skew-kl": (256, 128256, "fp32", {"divergence": "skew_kl(0.1)"}),
+    "tvd": (256, 128256, "fp32", {"divergence": "tvd"}),
+    "softcap": (256, 128256, "fp32", {"divergence": "kl", "student_transform": LogitTransform(softcap=30.0)}),
+    "smoothing": (256, 128256, "fp32", {"divergence": "kl", "hard_weight": 0.1, "label_smoothing": 0.1, "z_loss": 1e-4}),
 }
 TOLERANCE = {"fp32": 3e-6, "bf16": 4e-3, "fp16": 1e-3, "fp64": 1e-12}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import distill_text
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,16 +58,34 @@ def test_interrupted_distillation_goes_on(distilled, tmp_path, monkeypatch):
         assert [tuple(point) for point in x["curve"]] == [tuple(point) for point in whole["students"][name]["curve"]]
 
 
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_accuracy_figure(tmp_path):
-    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks/accuracy.py")
-    accuracy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(accuracy)
+    accuracy = benchmark("accuracy")
     records = accuracy.main(["--out", str(tmp_path), "--shape", "2x3000", "--points", "4"])
     assert "<svg" in (tmp_path / "docs/figures/accuracy.svg").read_text()
     assert len((tmp_path / "benchmarks/results/accuracy.csv").read_text().splitlines()) == len(records) + 1
     fused = [r for r in records if r["contender"] == "kdkernels"]
     assert len(fused) == 12 and all(r["loss_error"] < 2e-6 and r["grad_error"] < 1e-6 for r in fused)
     assert any(r["grad_error"] > 1e-2 for r in records)  # eager's, at 1e6: the figure has something to show
+
+
+def test_costs_of_divergences(tmp_path, monkeypatch, capsys):
+    """A line for each, and none for a wrong one."""
+    costs = benchmark("divergences")
+    monkeypatch.setattr(costs, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(costs, "SPREADS", (3.0,))
+    costs.main(["--shapes", "2x3000", "--repeats", "1", "--write", "--machine", "a machine"])
+    text = (tmp_path / "page.md").read_text()
+    assert "a machine, " in text and all(f"| `{name}` |" in text for name in costs.DIVERGENCES)
+    monkeypatch.setattr(costs, "DTYPES", {"fp32": (torch.float32, 0.0)})
+    with pytest.raises(SystemExit, match="wrong here"):
+        costs.main(["--shapes", "2x3000"])
 
 
 def test_benchmark_suite():

@@ -1,0 +1,129 @@
+"""What each divergence costs beside KL, and what statistics and the teacher's gradient cost beside a plain step of the same divergence.
+
+    python benchmarks/divergences.py               # two minutes; a table
+    python benchmarks/divergences.py --write       # and docs/results/divergences_cpu.md
+
+A step is the public function's loss and gradient. The steps take turns, and a figure is the median over the rounds of the ratio of two
+that stood in the same round: machines are shared, and ratios move less than times. Each is compared with the fp64 backend first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kdkernels import fused_kd_loss
+from kdkernels.bench import measure
+
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "divergences_cpu.md"
+DTYPES = {"fp32": (torch.float32, 3e-6), "bf16": (torch.bfloat16, 4e-3)}  # and the error allowed, of the gradient's norm
+SPREADS = (0.5, 3.0)  # how far a student's logits are from its teacher's
+DIVERGENCES = (
+    *("kl", "cross_entropy", "reverse_kl", "renyi(0.5)", "renyi(2)", "reverse_renyi(2)", "alpha(0.5)", "alpha(2)"),
+    *("jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "skew_kl(0.1)", "skew_kl(0.5)", "skew_kl(0.9)"),
+    *("skew_reverse_kl(0.1)", "skew_reverse_kl(0.5)", "skew_reverse_kl(0.9)", "tvd"),
+)
+VARIANTS = {"step": {}, "stats": {"return_stats": True}, "both": {"teacher_grad": True}}
+
+
+def logits(rows: int, vocab: int, dtype: torch.dtype, spread: float) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(rows, vocab, generator=g) * 3
+    return (v + torch.randn(rows, vocab, generator=g) * spread).to(dtype), v.to(dtype)
+
+
+def step(z: Tensor, v: Tensor, divergence: str, **options) -> tuple[Tensor, Tensor | None]:
+    """Both gradients, of which there is one where the teacher's is not asked for."""
+    z, v = z.detach().requires_grad_(), v.detach().requires_grad_("teacher_grad" in options)
+    loss = fused_kd_loss(z, v, divergence=divergence, temperature=2.0, t_squared=True, **options)
+    (loss[0] if "return_stats" in options else loss).backward()
+    return z.grad, v.grad
+
+
+def check(z: Tensor, v: Tensor, divergence: str, allowed: float, **options) -> None:
+    found = step(z[:2], v[:2], divergence, **options)
+    exact = step(z[:2].double(), v[:2].double(), divergence, backend="eager", **options)
+    for g, right in zip(found, exact, strict=True):
+        if g is not None and not (g.double() - right).norm() <= allowed * right.norm():
+            raise SystemExit(f"kdkernels is wrong here ({divergence}, {options}): no time is given")
+
+
+def rounds(steps: dict, repeats: int) -> dict[object, list[float]]:
+    """Seconds of each step in each round, of which the first is left out."""
+    seconds: dict[object, list[float]] = {key: [] for key in steps}
+    for i in range(repeats + 1):
+        for key, run in steps.items():
+            start = time.perf_counter()
+            run()
+            if i:
+                seconds[key].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def measured(rows: int, vocab: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """By divergence, for each dtype and spread: beside KL, the statistics and both gradients beside one."""
+    found: dict[str, dict[str, list[float]]] = {d: {"step": [], "stats": [], "both": []} for d in DIVERGENCES}
+    for dtype, allowed in DTYPES.values():
+        for spread in SPREADS:
+            z, v = logits(rows, vocab, dtype, spread)
+            steps: dict[object, Callable[[], object]] = {}
+            for d in DIVERGENCES:
+                for name, options in VARIANTS.items():
+                    check(z, v, d, allowed, **options)
+                    steps[d, name] = functools.partial(step, z, v, d, **options)
+            seconds = rounds(steps, repeats)
+            for d in DIVERGENCES:
+                found[d]["step"].append(ratio(seconds[d, "step"], seconds["kl", "step"]))
+                for name in ("stats", "both"):
+                    found[d][name].append(ratio(seconds[d, name], seconds[d, "step"]))
+    return found
+
+
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    columns = [f"{dtype}, {spread:g}" for dtype in DTYPES for spread in SPREADS]
+    lines = ["| | " + " | ".join(columns) + " | statistics | both gradients |", "| --- |" + " ---: |" * (len(columns) + 2)]
+    for d, of in found.items():
+        ranges = (f"{min(of[name]):.2f} to {max(of[name]):.2f}" for name in ("stats", "both"))
+        lines.append(f"| `{d}` | " + " | ".join(f"{x:.2f}" for x in of["step"]) + " | " + " | ".join(ranges) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["64x128256", "256x32768"], help="ROWSxVOCAB, default %(default)s")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--write", action="store_true", help=f"{PAGE.name}")
+    parser.add_argument("--machine", help="what it is called there, default: what the system calls it")
+    args = parser.parse_args(argv)
+    machine = measure.machine(torch.device("cpu"))
+    about = ", ".join(
+        [args.machine or machine["device"], f"{machine['threads']} threads", machine["cpu_library"], f"torch {machine['torch']}"]
+    )
+    parts = [
+        "# What each divergence costs on a CPU",
+        "`python benchmarks/divergences.py`: the time of a step (loss and gradient, T = 2) beside KL's, for logits that differ from the\n"
+        "teacher's by 1/2 and by 3; then a step with `return_stats=True`, and one with `teacher_grad=True`, beside a plain one, from the\n"
+        f"least to the most of the four. {about}.",
+    ]
+    for shape in tqdm(args.shapes, disable=None):
+        text = table(measured(*measure.shape(shape), args.repeats))
+        parts += [f"## {shape.replace('x', ' x ')}", text]
+        print(f"{shape}\n{text}\n")
+    if args.write:
+        PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
