@@ -26,9 +26,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdkernels import divergence as math_of
 from kdkernels.backends import triton as backend
-from kdkernels.backends.triton_plan import FAMILIES, WINDOW, Device
+from kdkernels.backends.triton_plan import FAMILIES, MIXTURES, WINDOW, Device
+from kdkernels.ops import mirrored
 from kdkernels.stats import COLUMNS
 from kdkernels.transforms import Modifiers
 
@@ -37,7 +37,6 @@ TABLE = Path(__file__).parent.parent / "docs" / "results" / "triton_aot.md"
 # (instructions, exponentials) a logit: what the design counted for two sweeps in bf16, and what no change may exceed
 GOALS = {"kl": (58, 4.4), "renyi": (59, 7.4)}
 LIMITS = {"kl": (62, 4.5), "renyi": (95, 6.5), "reverse_kl": (56, 3.5), "jsd": (155, 7.5), "tvd": (85, 5.5)}
-MIXTURES = [FAMILIES.index(x) for x in ("MIXTURE", "SKEWED", "TVD")]
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -100,10 +99,8 @@ class Case:
         scales = 1.0, 1.0, *((0.1, 0.1) if self.hard else (0.0, 0.0))
         weight, mirror = per_row[torch.float64] if self.weighted else None, None
         if self.mutual:
-            m = Modifiers(*self.modifiers or ())
-            other = [*m[2:4], *m[:2], 0.0, 0.0] if self.modifiers else ()
-            name = math_of.mirror(self.divergence)
-            mirror = v, z, None, weight, torch.empty_like(v), name, self.temperature, 0.0, 1.0, 0.0, 0.0, self.vocab, other
+            fixed = self.divergence, self.temperature, scales[1], self.vocab, self.modifiers or ()
+            mirror = mirrored(z, v, weight, torch.empty_like(v), *fixed)
         return backend.launches(
             z,
             v,
@@ -246,7 +243,7 @@ def read_nvidia(compiled, launch: backend.Launch) -> dict:
     which = -1 if launch.arguments.get("ACCESS") == WINDOW else 0
     others = [x for x in sweeps if x not in stores]
     hot = [loops[which] for loops in (others, stores) if loops and per_tile]
-    if launch.arguments["FAMILY"] in MIXTURES and len(others) == 3:  # the sums of a mixture, and the first sweep twice
+    if FAMILIES[launch.arguments["FAMILY"]] in MIXTURES and len(others) == 3:  # the sums of a mixture, and the first sweep twice
         a, b, c = map(len, others)
         hot = [others[0], others[2 if a - b < b - c else 1], *stores[:1]]
     return dict(

@@ -188,16 +188,18 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
   Sums<F> s;
   I wild{};
   F top_o = splat<F>(-INFINITY);
-  const auto put = [&](int64_t i, F vo, const Kept<F> &k) __attribute__((always_inline)) {
+  I lone{};
+  const auto put = [&](int64_t i, F vb, F vo, const Kept<F> &k) __attribute__((always_inline)) {
     if (kStats) top_o = larger(vo, top_o);
+    if (kCare == kMasked) lone |= (vb == Real(-INFINITY)) ^ (vo == Real(-INFINITY));
     store(e + i, k.e);
     if (em) store(em + i, k.em);
     if (kShape == kTilted) store(et + i, k.et);
   };
   each_vector<Real>(b, o, n,
-      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vo, step<kShape, kCarry, kCare == kMasked, kLogs>(vb, vo, r, s, wild)); },
+      [&](int64_t i, F vb, F vo) __attribute__((always_inline)) { put(i, vb, vo, step<kShape, kCarry, kCare == kMasked, kLogs>(vb, vo, r, s, wild)); },
       [&](int64_t i, F vb, F vo) __attribute__((always_inline)) {
-        put(i, vo, step<kShape, kCarry, true, kLogs>(vb, vo, r, s, wild));
+        put(i, vb, vo, step<kShape, kCarry, true, kLogs>(vb, vo, r, s, wild));
         if (kCare != kMasked) wild = (vb == Real(-INFINITY)) ^ (vo == Real(-INFINITY)) ? I{} + Exp2<Real>::kAbs : wild;   // for kMasked
       },
       [&]() __attribute__((always_inline)) { total.template add<kShape, kStats>(s, wild); });
@@ -213,6 +215,7 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
     p.rest = p.s + (ties > 0 ? ties - 1 : 0); p.s += ties; p.n = sum_of<Real>(total.n) * kLn2;
   }
   p.care = total.reach() <= reach ? int(kCare) : kLost;
+  p.lone = !none_of(lone);
 }
 
 // Where the second sweep measures from: the row's own shift, put so that a reference of the first that was right stays as it is.
@@ -511,7 +514,7 @@ template <class Real> class RowJob {
   // Of a mirror: whether what the other job has of a row is enough for the gradient.
   bool goes_on(const State &first) const {
     if (plan_.mirror == kNoMirror || first.row.lost) return false;
-    for (int64_t i = 0; i < blocks_ && plan_.tilted; i++) if (first.parts[i].care == kMasked) return false;   // what only one of the two has
+    for (int64_t i = 0; i < blocks_ && plan_.tilted; i++) if (first.parts[i].lone) return false;
     return true;
   }
 
@@ -520,7 +523,7 @@ template <class Real> class RowJob {
     for (int64_t i = hi - 1; i >= lo; i--) {
       Real *keep[kKept];
       slots(desk, i, lo, keep);
-      with_block(row, i, desk, [&](auto *z, auto *b, auto *o) { mix_block(s, s.parts[i], i, kept(s, i, lo, desk) || (!paired_ && i == hi - 1), z, b, o, keep, desk); });
+      with_block(row, i, desk, [&](auto *z, auto *b, auto *o) { mix_block(s, s.parts[i], i, kept(s, i, lo, desk) || i == hi - 1, z, b, o, keep, desk); });
     }
   }
   void close_mixed_row(State &s, int64_t row, Desk<Real> &desk) const {
@@ -530,7 +533,7 @@ template <class Real> class RowJob {
   }
 
   void emit_blocks(const State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk, bool streaming) const {
-    // from the block that was swept last, which is still on the desk; the first job of a pair from the one that its mirror came to last
+    // from the block that was swept last, which is still on the desk; the first job of a pair from the one that its mirror came to last, for the caches
     const bool up = sweeps().mixed != (paired_ && !first_);
     for (int64_t turn = lo; turn < hi; turn++) {
       const int64_t i = up ? turn : lo + hi - 1 - turn, n = length(i);
@@ -549,7 +552,7 @@ template <class Real> class RowJob {
       if (s.parts[i].empty()) for (int j : {0, 1, 2, 4, 5}) if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
       const double scale = s.weight * grad_scale_;
       const Coefficients k = first_ ? mirror_coefficients(s.parts[i], s.row, first_->plan_, plan_, scale) : coefficients(s.parts[i], s.row, plan_, scale);
-      if (plan_.student_base && plan_.tilted && s.parts[i].care == kMasked) separate_lone(keep[0], keep[2], n, k);
+      if (plan_.student_base && plan_.tilted && s.parts[i].lone) separate_lone(keep[0], keep[2], n, k);
       const Real *kept[4] = {mixed() ? keep[4] : keep[0]};
       double factors[4] = {k.C};
       int m = 1;

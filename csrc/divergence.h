@@ -212,9 +212,9 @@ inline Mixed<double> make_mixed(bool tvd, bool student_base, double l, double ba
   if (tvd) { r.o_alone = 1; r.o_moves = r.b_moves = .5; return r; }
   const double keep = 1 - l, rest = std::log1p(-l);
   r.l = l; r.keep = keep; r.base = base; r.other = other;
-  r.moves = (r.student_base ? keep : l) * (base * l - other * keep);
-  if (std::fabs(r.moves) < 1e-15) r.moves = 0;       // JSD's weights, as they are rounded
-  r.away = r.student_base && r.moves > 1e-9;
+  const double less = base * l, more = other * keep;
+  if (std::fabs(less - more) > 1e-15 * (less + more)) r.moves = (r.student_base ? keep : l) * (less - more);   // else JSD's weights, as they are rounded
+  r.away = r.student_base && r.moves > 0;
   r.away_log = base * l; r.away_psi = base * keep; r.away_share = other * keep * keep;
   r.b_alone = base * (-l - rest) + other * keep;
   r.b_moves = other * keep - base * (l + rest);
@@ -309,6 +309,8 @@ inline Plan make_mirror(const Plan &p, Plan m) {
   if (p.moments) {
     m.mirror = kNegative;
   } else if (p.tilted || m.tilted) {
+    // of a small order q - w is proportional to the tilt, of which 1 - order, p's, has lost digits
+    if (!p.student_base && !m.alpha && p.tilt > 0) m.factor *= m.tilt / p.tilt;
     m.tilt = p.tilt;
     m.mirror = p.tilted && m.tilted ? kSame : kNoMirror;   // not where an order is 1 as it is rounded
   } else if (!p.mixed) {

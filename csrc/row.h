@@ -241,6 +241,7 @@ struct Part {
   union { double n = 0; double moved; };
   double unit = 0;                    // what e = 1 stands for in the row: e^{(top - row's top)/T} / total
   int care = kFast;
+  bool lone = false;                  // of kMasked, on the CPU: a class that only one of the two has
   KD_HD bool empty() const { return s == 0 && d == 0; }
 };
 

@@ -524,7 +524,7 @@ def fused_kd_loss(
         vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
         inplace: the gradient takes the student logits' storage; they are gone afterwards, and one backward is possible.
         teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. From the same
-            sweeps, but for what takes the fp64 path. The hard term has none.
+            sweeps, but for what takes the fp64 path, and a few cases besides (README, Limits). The hard term has none.
         student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the logits of the model, for
             both terms; the gradient is in what is given.
         label_smoothing: eps in [0, 1): the hard term is (1 - eps) CE + eps times the mean of -log q over the classes (at T = 1), as in

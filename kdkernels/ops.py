@@ -59,6 +59,14 @@ _library.define(
 _library.define("log_softmax(Tensor logits, Tensor? upstream, float temperature, str backend) -> Tensor")
 
 
+def mirrored(student, teacher, weight, teacher_grad, divergence, temperature, grad_scale, vocab, modifiers) -> tuple:
+    """The arguments that make the teacher's gradient a student's: of the divergence with both exchanged."""
+    changed = Modifiers(*modifiers)
+    swapped = [*changed[2:4], *changed[:2], 0.0, 0.0] if modifiers else []
+    turned, scales = math_of.mirror(divergence), (0.0, grad_scale, 0.0, 0.0)
+    return teacher, student, None, weight, teacher_grad, turned, temperature, *scales, vocab, swapped
+
+
 def _run(
     student, teacher, labels, weight, grad, divergence, temperature, *rest, stats: bool = False, teacher_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -68,12 +76,7 @@ def _run(
         check_labels(labels, weight, vocab)
     more = {}
     if teacher_grad is not None:
-        # as its student's, of the divergence with both exchanged
-        _, grad_scale, *_ = factors
-        changed = Modifiers(*modifiers)
-        swapped = [*changed[2:4], *changed[:2], 0.0, 0.0] if modifiers else []
-        scales = 0.0, grad_scale, 0.0, 0.0
-        more["mirror"] = teacher, student, None, weight, teacher_grad, math_of.mirror(divergence), temperature, *scales, vocab, swapped
+        more["mirror"] = mirrored(student, teacher, weight, teacher_grad, divergence, temperature, factors[1], vocab, modifiers)
     if stats:
         more["stats"] = torch.empty(math.prod(student.shape[:-1]), COLUMNS, dtype=torch.float64, device=student.device)
     rows = run.loss(student, teacher, labels, weight, grad, divergence, temperature, *factors, vocab, modifiers, **more)

@@ -1,8 +1,8 @@
 """Large CPU gradients in memory that has been touched before.
 
 A new gradient of a few hundred megabytes is fresh memory in every step: the kernel zeroes each page on first touch, which can cost more
-than the loss itself (on a virtual machine, twice as much). PyTorch's CPU allocator gives freed memory back at once; here the last
-two blocks (a student's and a teacher's) are kept, marked MADV_FREE: the system may take their pages whenever it needs memory, and until
+than the loss itself (on a virtual machine, twice as much). PyTorch's CPU allocator gives freed memory back at once; here the two
+largest blocks (a student's and a teacher's) are kept, marked MADV_FREE: the system may take their pages whenever it needs memory, and until
 it does the next step finds them.
 KDKERNELS_RECYCLE=0 turns this off.
 """
@@ -45,7 +45,11 @@ def _take(size: int) -> mmap.mmap:
     with _lock:
         for i, block in enumerate(_kept):
             if size <= len(block):  # pages beyond size stay marked
-                return _kept.pop(i)
+                found = _kept.pop(i)
+                if found is block:
+                    return found
+                _kept.append(found)  # a finalizer has been here
+                break
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 

@@ -69,3 +69,19 @@ def test_threads():
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_a_finalizer_in_the_middle():
+    """A block that comes back while one is looked for."""
+
+    class Interrupted(type(recycle._take(recycle.SMALLEST))):
+        def __len__(self):
+            if self.back is not None:
+                back, self.back = self.back, None
+                recycle._release(back)
+            return super().__len__()
+
+    block = Interrupted(-1, 3 * recycle.SMALLEST)
+    block.back = recycle._take(2 * recycle.SMALLEST)
+    recycle._kept.append(block)
+    assert len(recycle._take(int(2.5 * recycle.SMALLEST))) >= 2.5 * recycle.SMALLEST

@@ -22,6 +22,7 @@ from kdkernels import fused_kd_loss
 from kdkernels.backends import triton as backend
 from kdkernels.backends import triton_plan
 from kdkernels.backends.triton_plan import Device, plan
+from kdkernels.ops import mirrored
 
 pytestmark = pytest.mark.skipif(backend.unavailable(torch.device("cpu")) is not None, reason="needs TRITON_INTERPRET=1")
 
@@ -170,15 +171,11 @@ def test_both_gradients_in_every_shape(shape, name, student, on):
 
 def test_both_gradients_take_one_pass(on):
     z, v = make_rows("plain", 3, 700)
-    out, grads, options = (
-        torch.empty(3, dtype=torch.float64),
-        (torch.empty_like(z), torch.empty_like(v)),
-        (1.0, 1.0, 1.0, 0.0, 0.0, 700, ()),
-    )
-    names = {"kl": "reverse_kl", "cross_entropy": "reverse_kl", "reverse_kl": "kl", "jsd(0.3)": "jsd(0.7)", "tvd": "tvd"}
-    for name, turned in {**names, "renyi(0.3)": "reverse_renyi(0.3)", "renyi(3)": "reverse_renyi(3)", "alpha(0.5)": "alpha(0.5)"}.items():
-        mirror = v, z, None, None, grads[1], turned, *options
-        found = backend.launches(z, v, None, None, grads[0], name, *options, out, device=Device(2, 32 << 20), mirror=mirror)
+    out = torch.empty(3, dtype=torch.float64)
+    for name in ("kl", "cross_entropy", "reverse_kl", "jsd(0.3)", "tvd", "renyi(0.3)", "renyi(3)", "alpha(0.5)"):
+        mirror = mirrored(z, v, None, torch.empty_like(v), name, 1.0, 1.0, 700, ())
+        call = z, v, None, None, torch.empty_like(z), name, 1.0, 1.0, 1.0, 0.0, 0.0, 700, (), out
+        found = backend.launches(*call, device=Device(2, 32 << 20), mirror=mirror)
         assert [x.kernel for x in found] == ["loss_rows", "careful_rows", "careful_rows"]
 
 

@@ -709,7 +709,6 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     put(at.mirror_grad, class_of(place), vocab(), job.call.teacher_dtype, g);
   }
   // em and et of the warp that closes the row, which needs its registers meanwhile.
-  static constexpr int kShelf = 32 * G::kChunks * kRun * (kShape == kTilted ? 2 : 1);   // floats
   KD_DEVICE void shelve(float *shelf) const {
     constexpr int n = G::kChunks * kRun;
     KD_UNROLL for (int i = 0; i < n; i++) { shelf[i * 32 + T::lane()] = em[i]; if (kShape == kTilted) shelf[(n + i) * 32 + T::lane()] = et[i]; }

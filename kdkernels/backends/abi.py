@@ -156,29 +156,32 @@ def loss_call(
     vocab,
     modifiers=(),
     *,
+    value=True,
     stats=None,
     threads=1,
     device=0,
     stream=None,
-) -> tuple[Call, Tensor, tuple]:
+) -> tuple[Call, Tensor | None, tuple]:
     """(call, the rows' losses to be written, what the call points to and must live as long) from the operator's arguments (ops.py)."""
     student, inner, student_stride = _layout(student)
     teacher, _, teacher_stride = _layout(teacher)
     width = student.shape[-1]
     rows = student.numel() // width
-    out = torch.empty(rows, dtype=torch.float64, device=student.device)
+    out = torch.empty(rows, dtype=torch.float64, device=student.device) if value else None
     labels = labels if labels is None else labels.contiguous()
     weight = weight if weight is None else weight.contiguous()
     scales = value_scale, grad_scale, hard_scale, hard_grad_scale
     fixed = _without_tensors(divergence, temperature, *scales, vocab, tuple(modifiers), student.dtype, teacher.dtype)
     call = Call.from_buffer_copy(fixed)
-    call.student, call.teacher, call.loss = student.data_ptr(), teacher.data_ptr(), out.data_ptr()
+    call.student, call.teacher = student.data_ptr(), teacher.data_ptr()
     call.rows, call.inner, call.grad_width = rows, inner, width
     call.student_stride, call.teacher_stride = student_stride, teacher_stride
     call.threads, call.device, call.stream = threads, device, stream
     if grad is not None:
         call.grad, (_, _, call.grad_stride) = grad.data_ptr(), _layout(grad)
         call.fresh = call.grad != call.student and grad.is_contiguous()
+    if out is not None:
+        call.loss = out.data_ptr()
     if labels is not None:
         call.labels = labels.data_ptr()
     if weight is not None:
@@ -190,8 +193,7 @@ def loss_call(
 
 def with_mirror(call: Call, mirror: tuple) -> tuple:
     """Makes `call` one for both gradients, with the operator's arguments for the teacher's; what it then points to."""
-    other, _, alive = loss_call(*mirror)
-    other.loss = None
+    other, _, alive = loss_call(*mirror, value=False)
     call.mirror = ctypes.addressof(other)
     return other, alive
 

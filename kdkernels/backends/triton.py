@@ -29,6 +29,7 @@ from .triton_plan import (
     FAMILIES,
     FINISH,
     MIX,
+    MIXTURES,
     PUBLISH,
     REGISTERS_WHOLE,
     SCALAR,
@@ -140,9 +141,6 @@ def numbers(text: str, temperature: float) -> Numbers:
         less = exact / SMALLEST if tilt == SMALLEST and form.family == "renyi" else 1.0
         return found._replace(value=found.value * less, grad=found.grad * less)
     return simple("ENTROPY" if form.family == "cross_entropy" else "KL", TEACHER)
-
-
-MIXTURES = ("MIXTURE", "SKEWED", "TVD")
 
 
 def mutual(n: Numbers, m: Numbers) -> str | None:
@@ -309,6 +307,9 @@ def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
         _, _, turned, _ = _arguments(*mirror, torch.empty_like(out))
         # at T = inf the gradients are each other's negatives, and of the same y
         teacher_scale = -turned["grad_scale"] if n.family == "MOMENTS" else turned["grad_scale"]
+        if n.family == "POWER" and n.base == TEACHER:
+            # of a small order q - w is proportional to the tilt, of which 1 - order has lost digits
+            teacher_scale *= turned["tilt"] / arguments["tilt"]
         if together == "MUTUAL_ENTROPY":
             turned |= dict(FAMILY=FAMILIES.index(together))
         rest = [_careful(turned, False, MARKS=out)]

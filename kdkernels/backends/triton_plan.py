@@ -21,6 +21,7 @@ TILE_WARPS = 4  # with a run of R classes of each row to a thread: twice as many
 # KL (from the student's side: reverse KL); with the teacher's entropy; these two with both gradients; T = inf; JSD and the skewed; TVD;
 # other orders, and their F itself; what has no sum of terms
 FAMILIES = ("KL", "ENTROPY", "MUTUAL_KL", "MUTUAL_ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME")
+MIXTURES = ("MIXTURE", "SKEWED", "TVD")  # those with a sweep more
 # whose side a row is seen from: the teacher's, the student's, and the student's with a tilt below -1
 TEACHER, STUDENT, STEEP = range(3)
 # every row starts and ends on 16 bytes; the rows of all tensors are off by the same number of classes; they are not: a class an access
