@@ -377,7 +377,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     return top;
   }
 
-  // Where differences are measured from: near their mean under the base, as cpu.cpp's find_references has it: the difference at the
+  // Where differences are measured from: near their mean under the base, as cpu/block.h's find_references has it: the difference at the
   // largest class, which alone decides where it dominates, and those of 64 classes spread over the tile. `own` is this thread's largest.
   KD_DEVICE float find_reference(float own, float top) {
     constexpr int kSamples = 64;
