@@ -38,9 +38,9 @@ class KDStats:
 
 def from_columns(columns: Tensor, leading: tuple[int, ...], labels: Tensor | None, hard: bool, weight: Tensor | None, dtype) -> KDStats:
     """KDStats of a backend's (rows, COLUMNS) numbers."""
-    numbers = [x.reshape(leading) for x in columns.unbind(-1)]
-    tops = [torch.where(x.isnan(), -1.0, x).long() for x in numbers[6:]]
+    by_field = columns.T
+    floats = list(by_field[:6].to(dtype, memory_format=torch.contiguous_format).view(6, *leading).unbind())
+    tops = by_field[6:].nan_to_num(nan=-1.0).long().reshape(2, *leading).unbind()
     counted = (weight != 0).sum() if weight is not None else torch.full((), math.prod(leading), dtype=torch.int64, device=columns.device)
-    floats = [x.to(dtype) for x in numbers[:6]]
     floats[1] = floats[1] if hard else None
     return KDStats(*floats, *tops, None if labels is None else tops[0] == labels, counted)
