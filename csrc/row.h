@@ -246,7 +246,7 @@ struct Part {
 };
 
 // For the statistics of a row: sums of e log e and of eo log eo, and the largest logit of the other.
-struct StatPart { double log_b = 0, log_o = 0, top_o = -INFINITY; };
+struct StatPart { double log_b = 0, log_o = 0, top_o = -INFINITY; int64_t first_b = 0; };   // first_b: where in the block the base's largest is
 // sum eo a_o / T from brief logs: e y = em - e psi(y).
 KD_HD double other_log(const Part &p, double log_b, double brief) { return log_b + brief + (p.d - p.k1); }
 struct Shapes { double lse_z, lse_v, of_z, of_v; };    // log-sum-exps and entropies of a row's student and teacher
@@ -417,17 +417,18 @@ KD_HD Coefficients mirror_coefficients(const Part &p, const Row &r, const Plan &
 
 // Of a row that is closed. logs: of its parts, StatParts or what begins like them.
 template <class Logs, class Crew = Alone> KD_HD Shapes shapes_of(const Part *parts, const Logs *logs, int n, const Row &r, const Plan &plan, const Crew &crew = {}) {
+  const double log_total = plan.moments ? 0 : log_of(r.total);
   double sums[2]{};                   // of p log p for the base and for the other
   crew.sum(n, sums, [&](int i, double (&sum)[2]) {
     const Part &p = parts[i];
     if (plan.moments) sum[0] += p.s;  // uniform over the classes that are there
     if (plan.moments || p.empty()) return;
-    const double h = r.shift - p.offset, log_unit = plan.k * (p.top - r.top) - log_of(r.total);
+    const double h = r.shift - p.offset, log_unit = plan.k * (p.top - r.top) - log_total;
     sum[0] += p.unit * (log_unit * p.s + logs[i].log_b);
     sum[1] += p.unit * exp_of(-h) * ((log_unit - h) * (p.s + p.d) + logs[i].log_o);
   });
   if (plan.moments) { const double all = log_of(sums[0]); return {all, all, all, all}; }
-  const double base = plan.k * r.top + log_of(r.total), other = base + r.shift, of_b = 0 - sums[0], of_o = 0 - sums[1];
+  const double base = plan.k * r.top + log_total, other = base + r.shift, of_b = 0 - sums[0], of_o = 0 - sums[1];
   return plan.student_base ? Shapes{base, other, of_b, of_o} : Shapes{other, base, of_o, of_b};
 }
 KD_HD bool broken(const Shapes &s) { return !(s.lse_z - s.lse_z == 0) || !(s.lse_v - s.lse_v == 0); }

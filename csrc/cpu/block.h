@@ -70,20 +70,22 @@ template <class Real, class S> int64_t find(const S *x, int64_t n, Real value) {
 }
 
 // Where a block's differences are measured from: near their mean under b, so that what is summed is as small as what is wanted. The
-// mean is estimated from 64 classes spread over the block and the largest one, which alone decides where it dominates.
-template <class Real, class S> void find_references(const S *b, const S *o, int64_t n, double k, Part &p) {
+// mean is estimated from 64 classes spread over the block and the largest one, which alone decides where it dominates. Returns where that is.
+template <class Real, class S> int64_t find_references(const S *b, const S *o, int64_t n, double k, Part &p) {
   using F = typename Vec<Real>::F;
   constexpr int W = Vec<Real>::W, kVectors = 64 / W;
   const Real top = largest<Real>(b, n);
   const auto difference_at = [&](int64_t i) { return double(element<Real>(o, i)) - double(element<Real>(b, i)); };
+  int64_t first = 0;
   p.top = top;
   if (top == -INFINITY) {                            // no class of the base here: what the other has is measured from its own largest
     p.top = largest<Real>(o, n); p.ref = 0;
   } else if (std::isfinite(top)) {
-    p.ref = difference_at(find(b, n, top));
+    first = find(b, n, top);
+    p.ref = difference_at(first);
     for (int64_t j = 0; j < n && !std::isfinite(p.ref); j++) p.ref = difference_at(j);
     if (!std::isfinite(p.ref)) p.ref = 0;
-    if (n < 256) return;
+    if (n < 256) return first;
     const Real at = Real(p.ref), c = Real(k * kLog2e);
     F weight{}, mean{};
     for (int i = 0; i < kVectors; i++) {
@@ -97,6 +99,7 @@ template <class Real, class S> void find_references(const S *b, const S *o, int6
     const double each = n / 64.;                     // classes that one of the sample stands for
     p.ref = Real(p.ref + each * m / (1 + each * w));
   }
+  return first;
 }
 
 // Sums are formed in vectors of Real over at most 64 terms a lane, then in fp64.
@@ -329,7 +332,8 @@ template <class Real, class S>
 void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, const double *ref, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
   p = Part();
   if (stats) { *stats = StatPart(); if (plan.moments) stats->top_o = largest<Real>(o, n); }
-  find_references<Real>(b, o, n, plan.moments ? 0 : plan.k, p);
+  const int64_t first = find_references<Real>(b, o, n, plan.moments ? 0 : plan.k, p);
+  if (stats) stats->first_b = first;
   if (ref) p.ref = *ref;
   if (p.top == -INFINITY) {                          // no class at all, unless a nan hides there
     for (int64_t i = 0; i < n; i++) if (element<Real>(b, i) != element<Real>(b, i) || element<Real>(o, i) != element<Real>(o, i)) p.care = kLost;

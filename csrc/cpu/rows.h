@@ -309,7 +309,8 @@ template <class Real> class RowJob {
       if (lost) with_block(row, i, desk, [&](auto *, auto *b, auto *o) { t = largest<Real>(base ? b : o, length(i)); });
       if (t > top) { top = t; block = i; }
     }
-    with_block(row, block, desk, [&](auto *, auto *b, auto *o) { at = find(base ? b : o, length(block), Real(top)); });
+    if (base && !lost) at = s.stat_parts[block].first_b;
+    else with_block(row, block, desk, [&](auto *, auto *b, auto *o) { at = find(base ? b : o, length(block), Real(top)); });
     return block * kBlock<Real> + at;
   }
 
