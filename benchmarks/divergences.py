@@ -1,6 +1,6 @@
 """What each divergence costs beside KL, and what statistics and the teacher's gradient cost beside a plain step of the same divergence.
 
-    python benchmarks/divergences.py               # two minutes; a table
+    python benchmarks/divergences.py               # a minute; a table
     python benchmarks/divergences.py --write       # and docs/results/divergences_cpu.md
 
 A step is the public function's loss and gradient. The steps take turns, and a figure is the median over the rounds of the ratio of two
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,12 +33,6 @@ DIVERGENCES = (
 VARIANTS = {"step": {}, "stats": {"return_stats": True}, "both": {"teacher_grad": True}}
 
 
-def logits(rows: int, vocab: int, dtype: torch.dtype, spread: float) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    v = torch.randn(rows, vocab, generator=g) * 3
-    return (v + torch.randn(rows, vocab, generator=g) * spread).to(dtype), v.to(dtype)
-
-
 def step(z: Tensor, v: Tensor, divergence: str, **options) -> tuple[Tensor, Tensor | None]:
     """Both gradients, of which there is one where the teacher's is not asked for."""
     z, v = z.detach().requires_grad_(), v.detach().requires_grad_("teacher_grad" in options)
@@ -56,18 +49,6 @@ def check(z: Tensor, v: Tensor, divergence: str, allowed: float, **options) -> N
             raise SystemExit(f"kdkernels is wrong here ({divergence}, {options}): no time is given")
 
 
-def rounds(steps: dict, repeats: int) -> dict[object, list[float]]:
-    """Seconds of each step in each round, of which the first is left out."""
-    seconds: dict[object, list[float]] = {key: [] for key in steps}
-    for i in range(repeats + 1):
-        for key, run in steps.items():
-            start = time.perf_counter()
-            run()
-            if i:
-                seconds[key].append(time.perf_counter() - start)
-    return seconds
-
-
 def ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
@@ -77,13 +58,13 @@ def measured(rows: int, vocab: int, repeats: int) -> dict[str, dict[str, list[fl
     found: dict[str, dict[str, list[float]]] = {d: {"step": [], "stats": [], "both": []} for d in DIVERGENCES}
     for dtype, allowed in DTYPES.values():
         for spread in SPREADS:
-            z, v = logits(rows, vocab, dtype, spread)
+            z, v = (x.to(dtype) for x in measure.logits(rows, vocab, spread))
             steps: dict[object, Callable[[], object]] = {}
             for d in DIVERGENCES:
                 for name, options in VARIANTS.items():
                     check(z, v, d, allowed, **options)
                     steps[d, name] = functools.partial(step, z, v, d, **options)
-            seconds = rounds(steps, repeats)
+            seconds = measure.take_turns(steps, repeats)
             for d in DIVERGENCES:
                 found[d]["step"].append(ratio(seconds[d, "step"], seconds["kl", "step"]))
                 for name in ("stats", "both"):

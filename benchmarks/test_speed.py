@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from kdkernels import KDLoss, LogitTransform, tempered_log_softmax
+from kdkernels.bench import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def logits(rows: int, vocab: int, dtype: str, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    v = torch.randn(rows, vocab, generator=g) * 3
-    z = v + torch.randn(rows, vocab, generator=g) * 0.5
-    labels = torch.randint(vocab, (rows,), generator=g)
-    return *(x.to(device, DTYPES[dtype]) for x in (z, v)), labels.to(device)
+    labels = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0))
+    return *(x.to(device, DTYPES[dtype]) for x in measure.logits(rows, vocab)), labels.to(device)
 
 
 # what is covered: each family, each dtype, few and many rows, small and odd vocabularies, what is computed besides the divergence

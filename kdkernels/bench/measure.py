@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 # what the fused loss must reach before its time counts, relative, (loss, gradient): its bound, and one rounding of a 16-bit gradient
 TOLERANCES = {"fp32": (2e-5, 3e-6), "bf16": (2e-5, 4e-3), "fp16": (2e-5, 1e-3)}
 CHECKED_ROWS = 4
+Key = TypeVar("Key")
 LOSS_SCALE = 2.0**14  # what keeps an fp16 gradient from underflow, as in training
 
 
@@ -45,10 +47,7 @@ class Case:
 
     def logits(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(student, teacher): a teacher as peaked as a language model, and a student that has learned most of it."""
-        g = torch.Generator().manual_seed(0)
-        v = torch.randn(self.rows, self.vocab, generator=g) * 3
-        z = v + torch.randn(self.rows, self.vocab, generator=g) * 0.5
-        z, v = (x.to(device, TORCH_DTYPES[self.dtype]) for x in (z, v))
+        z, v = (x.to(device, TORCH_DTYPES[self.dtype]) for x in logits(self.rows, self.vocab))
         return z.requires_grad_(), v
 
 
@@ -126,14 +125,7 @@ class Bench:
             from triton.testing import do_bench  # flushes the cache between calls, times with the device's own events
 
             return {name: tuple(x / 1e3 for x in do_bench(step, quantiles=quantiles)) for name, step in steps.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for i in range(repeats + 1):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                if i:
-                    seconds[name].append(time.perf_counter() - start)
-        return {name: tuple(np.quantile(x, quantiles).tolist()) for name, x in seconds.items()}
+        return {name: tuple(np.quantile(x, quantiles).tolist()) for name, x in take_turns(steps, repeats).items()}
 
     def _peak_memory(self, step: Callable[[], object]) -> int | None:
         """Bytes that a step holds at its peak beyond what was held before (it has run before); None where the system does not tell."""
@@ -180,6 +172,25 @@ class _Check:
         return abs(float(few.item() / self.value - 1)), float(
             np.linalg.norm((grad - self.grad).astype(float)) / np.linalg.norm(self.grad.astype(float))
         )
+
+
+def logits(rows: int, vocab: int, spread: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(student, teacher), whose logits differ by `spread`."""
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(rows, vocab, generator=g) * 3
+    return v + torch.randn(rows, vocab, generator=g) * spread, v
+
+
+def take_turns(steps: dict[Key, Callable[[], object]], repeats: int) -> dict[Key, list[float]]:
+    """Seconds of each in each round, one untimed round first."""
+    seconds: dict[Key, list[float]] = {key: [] for key in steps}
+    for i in range(repeats + 1):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if i:
+                seconds[key].append(time.perf_counter() - start)
+    return seconds
 
 
 def resident_peak(step: Callable[[], object]) -> int | None:
