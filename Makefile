@@ -1,8 +1,6 @@
 # Each target works from a fresh clone with Python, a C++ compiler and make; the first one sets up .venv.
 PYTHON ?= python3
 BIN = .venv/bin
-# the CUDA library, minutes of nvcc, where there is a GPU to run it
-export KDKERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),,0)
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
 .PHONY: bench regress test slow simt aot lint format clean

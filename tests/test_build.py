@@ -41,7 +41,7 @@ def build(tmp_path, env=None):
     for folder in ("csrc", "kdkernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"))
     quick = compiler_without(tmp_path / "c++-quick", "-march=x86-64-v3", "-march=x86-64-v4")
-    env = {"KDKERNELS_CUDA": "0", "CXX": str(quick), **(env or {})}
+    env = {"KDKERNELS_CUDA": "", "CXX": str(quick), **(env or {})}
     run(sys.executable, "setup.py", "-q", "build", "--build-lib", "out", env=env, cwd=tmp_path)
     return tmp_path / "out" / "kdkernels"
 
@@ -71,21 +71,24 @@ def test_without_openmp(tmp_path):
     run(sys.executable, TESTS / "exercise.py", cwd=package.parent)
 
 
-def test_cuda_is_left_out_or_insisted_on(tmp_path):
-    """Without nvcc the package is built as before, and says what is missing; KDKERNELS_CUDA=1 makes that an error."""
-    without = os.pathsep.join(x for x in os.environ["PATH"].split(os.pathsep) if not Path(x, "nvcc").exists())
-    (tmp_path / "bin").mkdir()
-    for tool in ("c++", "g++", "ld", "as"):  # where they lie beside nvcc
-        if found := shutil.which(tool):
-            (tmp_path / "bin" / tool).symlink_to(found)
-    path = f"{tmp_path / 'bin'}{os.pathsep}{without}"
-    package = build(tmp_path, {"PATH": path, "KDKERNELS_CUDA": ""})
-    assert (package / "_cpu.so").exists() and not (package / "_cuda.so").exists()
-    assert "cuda error: nvcc was not on PATH" in (package / "_build.txt").read_text()
+def test_cuda_is_built_only_when_asked_for(tmp_path):
+    """An nvcc on PATH is not run unless KDKERNELS_CUDA=1 says so; then its failure, and its absence, are errors."""
+    tools, called = tmp_path / "bin", tmp_path / "nvcc was called"
+    tools.mkdir()
+    (tools / "nvcc").write_text(f'#!/bin/sh\ntouch "{called}"\nexit 3\n')
+    (tools / "nvcc").chmod(0o755)
+    package = build(tmp_path, {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"})
+    assert (package / "_cpu.so").exists() and not (package / "_cuda.so").exists() and not called.exists()
     info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
-    assert "CUDA library: none: nvcc was not on PATH when kdkernels was built; put nvcc 12.8 or later on PATH" in info
+    assert "CUDA library: none: KDKERNELS_CUDA=1 was not set when kdkernels was built; reinstall kdkernels with KDKERNELS_CUDA=1" in info
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "out"]
-    done = run(*command, env={"PATH": path, "KDKERNELS_CPU": "0", "KDKERNELS_CUDA": "1"}, cwd=tmp_path, check=False)
+    asked = {"KDKERNELS_CPU": "0", "KDKERNELS_CUDA": "1"}
+    done = run(*command, env={"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", **asked}, cwd=tmp_path, check=False)
+    assert done.returncode != 0 and called.exists()
+    assert "compiling the CUDA library for sm_80, sm_90, sm_100, sm_120" in done.stdout
+    (tools / "nvcc").unlink()
+    without = os.pathsep.join(x for x in os.environ["PATH"].split(os.pathsep) if not Path(x, "nvcc").exists())
+    done = run(*command, env={"PATH": f"{tools}{os.pathsep}{without}", **asked}, cwd=tmp_path, check=False)
     assert done.returncode != 0 and "there is no nvcc on PATH" in done.stderr
 
 
@@ -110,7 +113,7 @@ def test_wheel(tmp_path):
     """One wheel for every Python and torch: py3-none, the library inside, the sources not needed at run time."""
     build(tmp_path)
     command = "-m pip wheel -q --no-build-isolation --no-deps -w wheels ."
-    run(sys.executable, *command.split(), env={"KDKERNELS_CUDA": "0", "CXX": str(tmp_path / "c++-quick")}, cwd=tmp_path)
+    run(sys.executable, *command.split(), env={"KDKERNELS_CUDA": "", "CXX": str(tmp_path / "c++-quick")}, cwd=tmp_path)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     assert re.fullmatch(r"kdkernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()

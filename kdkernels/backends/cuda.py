@@ -26,7 +26,7 @@ def library() -> abi.Library | str:
     """The CUDA library, or why there is none."""
     if not LIBRARY.exists():
         reason = abi.build_record().get("cuda error", "the CUDA library was not built")
-        return f"{reason}; put nvcc 12.8 or later on PATH and reinstall kdkernels"
+        return f"{reason}; reinstall kdkernels with KDKERNELS_CUDA=1 and nvcc 12.8 or later on PATH"
     try:
         return abi.Library(LIBRARY)
     except OSError as error:
