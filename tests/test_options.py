@@ -359,6 +359,40 @@ def test_stats(backend, divergence, where):
         assert stats.divergence[2].isnan() and not stats.divergence.requires_grad
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mean_of_stats(backend):
+    """Over the rows that count: neither the ignored ones nor those without weight are in it, and nothing is nan because of them."""
+    z, v = (x.view(2, 3, 40) for x in make_rows("plain", 6, 40))
+    labels = torch.tensor([[3, -1, 2], [-1, 0, 5]])
+    labels[0, 0] = z[0, 0].argmax()
+    weight = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.25, 2.0]])
+    options = dict(temperature=2.0, ignore_index=-1, hard_weight=0.5, backend=backend, return_stats=True)
+    _, stats = fused_kd_loss(z, v, labels, token_weight=weight, **options)
+    counts = torch.tensor([[True, False, False], [False, True, True]])
+    assert torch.equal(stats.mask, counts) and not stats.correct[~counts].any()
+    found = stats.mean()
+    assert all(type(x) is float for x in found.values()) and found.pop("counted") == 3
+    assert list(found) == [
+        "divergence",
+        "cross_entropy",
+        *(f"{x}_{y}" for y in ("logsumexp", "entropy") for x in ("student", "teacher")),
+    ] + [
+        "agree",
+        "correct",
+    ]
+    for name, x in found.items():
+        assert x == pytest.approx(float(getattr(stats, name)[counts].double().mean()), rel=1e-6), name
+    assert 0 < found["divergence"] and 1 / 3 <= found["correct"] <= 1
+
+    _, whole = fused_kd_loss(z, v, temperature=2.0, backend=backend, return_stats=True)
+    assert "correct" not in whole.mean() and whole.mean()["counted"] == 6 and whole.mask.all()
+    z[1, 1, 0] = math.nan  # a broken row that counts shows
+    _, broken = fused_kd_loss(z, v, labels, token_weight=weight, **options)
+    assert math.isnan(broken.mean()["divergence"]) and broken.mean()["counted"] == 3
+    _, none = fused_kd_loss(z, v, torch.full_like(labels, -1), **options)
+    assert all(math.isnan(x) for name, x in none.mean().items() if name != "counted") and none.mean()["counted"] == 0
+
+
 @pytest.mark.parametrize("divergence", ["kl", "jsd(0.3)", "renyi(0.3)", "renyi(3)"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_entropies_of_difficult_rows(backend, divergence):
