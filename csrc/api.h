@@ -86,6 +86,9 @@ int32_t kd_scale(const kd_scale_call *);
 int64_t kd_scale_call_size(void);
 int64_t kd_workspace(const kd_call *);      // bytes that kd_loss wants; negative: a status
 int32_t kd_plan(const kd_call *, const kd_figures *, kd_geometry *);   // which kernel, without a device
+// For measuring: clusters of blocks of 512 threads, and at most so many tiles of logits in shared memory (2 or 3), in all calls from here
+// on; 0: the plan's own choice.
+void kd_tune(int32_t wide, int32_t stages);
 const char *kd_unavailable(int32_t device); // why the device cannot run these kernels; null when it can
 const char *kd_error(int32_t status);
 }

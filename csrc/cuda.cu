@@ -198,6 +198,8 @@ KD_API int32_t kd_plan(const kd_call *c, const kd_figures *f, kd_geometry *g) {
   return make_geometry(*c, job.plan, c->mirror && share(job), *f, *g) ? KD_OK : KD_BAD_CALL;
 }
 
+KD_API void kd_tune(int32_t wide, int32_t stages) { kd::KD_LEVEL::tuning = {wide, stages}; }
+
 KD_API int32_t kd_log_softmax(const kd_log_softmax_call *c) {
   using namespace kd::KD_LEVEL;
   if (!c->rows) return KD_OK;

@@ -128,6 +128,30 @@ def test_plans_of_real_devices(call, geometry, planner):
     assert shared <= figures[2]
 
 
+# (wide, stages) -> (kind, blocks to a row, tiles of logits in shared memory), of 128256 classes on an H100
+@pytest.mark.parametrize(
+    ("tuning", "geometry"),
+    {(1, 0): (WIDE, 8, 3), (0, 2): (CLUSTER, 16, 2), (1, 2): (WIDE, 8, 2)}.items(),
+    ids=str,
+)
+def test_a_measurement_may_choose(tuning, geometry, planner):
+    z = torch.empty(4096, 128256, dtype=BF16, device="meta")
+    c, _, alive = abi.loss_call(z, z, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, z.shape[-1])
+    found, own, again = ((ctypes.c_int32 * 10)() for _ in range(3))
+
+    def plan(to):
+        assert planner.kd_plan(ctypes.byref(c), (ctypes.c_int32 * 4)(*H100), to) == 0
+
+    plan(own)
+    try:
+        planner.kd_tune(*tuning)
+        plan(found)
+    finally:
+        planner.kd_tune(0, 0)
+    plan(again)
+    assert (found[0], found[4], found[3]) == geometry and list(own) == list(again)
+
+
 def test_a_vocabulary_beyond_every_geometry(planner):
     z = torch.empty(1, 2**24, dtype=BF16, device="meta")
     c, _, alive = abi.loss_call(z, z, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 2**24)

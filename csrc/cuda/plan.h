@@ -42,6 +42,10 @@ constexpr int kMostParts = 32;                       // blocks to a row by ticke
 constexpr int kFewestChunks = 256;                   // of a block's slice; below, an exchange costs more than it saves
 constexpr int kReserved = 1024;                      // bytes of shared memory that a block takes besides
 
+// What a measurement asks for in place of the plan's own choice, in the whole process (kd_tune); 0: nothing.
+struct Tuning { int32_t wide, stages; };
+inline Tuning tuning{};
+
 enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster, kBothRows };
 
 inline Shape shape_of(const Plan &plan) { return plan.mixed ? kMixed : plan.tilted ? kTilted : kPlain; }
@@ -88,10 +92,11 @@ template <class G> void plan_rows(const kd_call &c, const kd_figures &f, int par
 template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int blocks, kd_geometry &g) {
   const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size, desk = cluster_desk_bytes<G>();
   const int beside = 512 / G::kThreads;              // blocks to a multiprocessor that registers allow
+  const int stages = tuning.stages ? tuning.stages : 3;   // one row being read, one waiting, one on its way
   for (int n = beside > 1 ? 2 : 1; n >= 1; n--) {
     const int room = f.shared_per_processor / n - kReserved, most = room < f.shared_per_block ? room : f.shared_per_block;
     g.stages = (most - desk) / slot;
-    if (g.stages > 3) g.stages = 3;                  // one row being read, one waiting, one on its way
+    if (g.stages > stages) g.stages = stages;
     if (g.stages >= 2) break;
   }
   if (g.stages < 2) return false;
@@ -125,12 +130,15 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, b
   // The other families have no distributed shared memory to speak of: 99 KB to a block. A bulk copy leaves logits as they are, with no room
   // beside them for fp32.
   if ((family == 9 || family == 10) && alike(c) && !has_transform(c) && (Cluster::kBoth || !both)) {
-    int64_t blocks = 1;
-    while (blocks * Cluster::kTile < chunks && blocks < kMostCluster) blocks *= 2;   // powers of two: others leave multiprocessors idle
-    g.kind = kCluster;
-    if (blocks * Cluster::kTile >= chunks && plan_cluster<Cluster>(c, f, widen(blocks, kMostCluster), g)) return true;
-    g.kind = kWideCluster;
-    if (kMostCluster * WideCluster::kTile >= chunks && plan_cluster<WideCluster>(c, f, kMostCluster, g)) return true;
+    const auto by_cluster = [&](auto cluster, Kind kind) {
+      using G = decltype(cluster);
+      int64_t blocks = 1;
+      while (blocks * G::kTile < chunks && blocks < kMostCluster) blocks *= 2;   // powers of two: others leave multiprocessors idle
+      g.kind = kind;
+      return blocks * G::kTile >= chunks && plan_cluster<G>(c, f, widen(blocks, kMostCluster), g);
+    };
+    if (!tuning.wide && by_cluster(Cluster(), kCluster)) return true;
+    if (by_cluster(WideCluster(), kWideCluster)) return true;
   }
   // blocks of a row wait for each other: half of what is surely resident, one to a multiprocessor
   const int64_t most = f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts;
