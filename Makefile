@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
-.PHONY: bench regress test slow simt aot lint format clean
+.PHONY: bench regress test slow simt aot gpu-pack lint format clean
 
 # --no-compile: modules are compiled when they are first imported, and most never are
 .venv/ready: constraints.txt
@@ -38,6 +38,10 @@ simt: .venv/installed
 aot: .venv/installed
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/aot.py --all --check
 
+# what is brought to a machine with a GPU for minutes and no network (benchmarks/gpu/README.md): needs nvcc and Python 3.12, gigabytes the first time
+gpu-pack:
+	$(PYTHON) -m benchmarks.gpu.pack
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +51,4 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed
+	rm -rf build .gpu .venv-gpu kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 
+import pytest
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
@@ -11,6 +13,13 @@ if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
     interpreter.install()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Those that take long first: at the end, one process would wait for the other."""
+    if "gpu" in config.option.markexpr.split() and "not" not in config.option.markexpr.split() and os.environ["TRITON_INTERPRET"] == "1":
+        import torch
+
+        if torch.cuda.is_available():
+            raise pytest.UsageError(
+                "-m gpu on a machine with a GPU, but under Triton's interpreter every test would be skipped: TRITON_INTERPRET=0"
+            )
     items.sort(key=lambda item: item.path.stem not in ("test_build", "test_aot", "test_triton"))

@@ -1,0 +1,81 @@
+"""What a stage's process knows: where results go, whether it is a rehearsal, which share of the cases is its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .log import Log
+
+STAND_INS = {"triton": "triton", "cuda": "cpu"}  # on a CPU: Triton's interpreter, and the C++ library in the CUDA kernels' place
+
+
+@dataclass(frozen=True)
+class Setting:
+    log: Log
+    rehearsal: bool = False  # small shapes on a CPU
+    share: tuple[int, int] = (0, 1)  # i of n processes that divide the cases
+    case_seconds: float = 45.0
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsal else "cuda"
+
+    @property
+    def folder(self) -> Path:
+        return self.log.path.parent
+
+    def backend(self, kind: str) -> str:
+        return STAND_INS[kind] if self.rehearsal else kind
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def lost(self) -> bool:
+        """Whether the device answers no more, as after an illegal access: whatever else this process launched would fail."""
+        try:
+            self.wait()
+        except RuntimeError:
+            return True
+        return False
+
+    def once(self, key: str, measure: Callable[[], dict], seconds: float | None = None) -> None:
+        self.log.once(key, measure, seconds or self.case_seconds, self.lost)
+
+    def own(self, cases: list) -> list:
+        """This process's share."""
+        i, n = self.share
+        return cases[i::n]
+
+    def wrong(self, backend: str) -> set[str]:
+        """Divergences of which a result of this backend was wrong, or was none."""
+        found = wrong_cases(self.log)
+        return {case.split()[0] for name, case in found if name == backend}
+
+
+def wrong_cases(log: Log) -> list[tuple[str, str]]:
+    """(backend, case) of each result that was wrong, or was none, in the order they were found."""
+    found = []
+    for key, x in log.outcomes().items():
+        if key.startswith("right ") and not x.get("right"):
+            _, backend, case = key.split(" ", 2)
+            found.append((backend, case))
+    return found
+
+
+def suspects(log: Log) -> list[tuple[str, str]]:
+    """Those of them that a sanitizer may explain: wrong numbers, a fault, a hang; not what was refused or did not compile."""
+    outcomes = log.outcomes()
+    errors = {x: outcomes[f"right {x[0]} {x[1]}"].get("error", "") for x in wrong_cases(log)}
+    return [x for x, error in errors.items() if not error or "no outcome" in error or "CUDA" in error]
+
+
+def python_path() -> str:
+    """For processes of its own: the repository, its tests, and what is there already."""
+    root = Path(__file__).resolve().parents[2]
+    return os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
