@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.gpu import cases, drive, log, pack, report, tools
 from benchmarks.gpu.cases import Case
-from benchmarks.gpu.setting import Setting, suspects, wrong_cases
+from benchmarks.gpu.log import suspects, wrong_cases
+from benchmarks.gpu.setting import Setting
 from kdkernels import fused_kd_loss
 
 ROOT = Path(__file__).parent.parent

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import report
-from .log import LOST, Log
-from .setting import python_path, suspects
+from .log import LOST, Log, suspects
+from .paths import ROOT, python_path
 
-ROOT = Path(__file__).resolve().parents[2]
 LEAST = 8  # seconds that a step is begun with: a process imports torch in 5
 
 

@@ -82,3 +82,20 @@ def _short(key: str, found: dict) -> str:
     """A line for a person, most of whom read the end of a long output."""
     texts = (f"{x}={y:.4g}" if isinstance(y, float) else f"{x}={y}" for x, y in found.items() if not isinstance(y, (dict, list)))
     return f"{key}: {' '.join(texts)}"[:240]
+
+
+def wrong_cases(log: Log) -> list[tuple[str, str]]:
+    """(backend, case) of each result that was wrong, or was none, in the order they were found."""
+    found = []
+    for key, x in log.outcomes().items():
+        if key.startswith("right ") and not x.get("right"):
+            _, backend, case = key.split(" ", 2)
+            found.append((backend, case))
+    return found
+
+
+def suspects(log: Log) -> list[tuple[str, str]]:
+    """Those of them that a sanitizer may explain: wrong numbers, a fault, a hang; not what was refused or did not compile."""
+    outcomes = log.outcomes()
+    errors = {x: outcomes[f"right {x[0]} {x[1]}"].get("error", "") for x in wrong_cases(log)}
+    return [x for x, error in errors.items() if not error or "no outcome" in error or "CUDA" in error]

@@ -20,10 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .fake_gpu import build_stub
-from .setting import python_path
+from .paths import PACK, ROOT, python_path
 
-ROOT = Path(__file__).resolve().parents[2]
-PACK = ROOT / ".gpu"
 VENV = ROOT / ".venv-gpu"
 VERSIONS = ("torch==2.11.0", "triton==3.6.0", "numpy==2.5.2", "setuptools", "wheel", "mpmath")
 PACKAGES = ("liger_kernel", "fla-core")

@@ -1,4 +1,4 @@
-"""A plugin of pytest: a line in the file $KD_TEST_LINES for each test as it ends; tests with a line older than $KD_TEST_SINCE are left."""
+"""A plugin of pytest: a line in the file $KD_TEST_LINES for each test as it ends; what has one from before $KD_TEST_SINCE is left out."""
 
 import os
 import sys

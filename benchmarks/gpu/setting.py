@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .log import Log
+from .log import Log, wrong_cases
 
 STAND_INS = {"triton": "triton", "cuda": "cpu"}  # on a CPU: Triton's interpreter, and the C++ library in the CUDA kernels' place
 
@@ -56,26 +55,3 @@ class Setting:
         """Divergences of which a result of this backend was wrong, or was none."""
         found = wrong_cases(self.log)
         return {case.split()[0] for name, case in found if name == backend}
-
-
-def wrong_cases(log: Log) -> list[tuple[str, str]]:
-    """(backend, case) of each result that was wrong, or was none, in the order they were found."""
-    found = []
-    for key, x in log.outcomes().items():
-        if key.startswith("right ") and not x.get("right"):
-            _, backend, case = key.split(" ", 2)
-            found.append((backend, case))
-    return found
-
-
-def suspects(log: Log) -> list[tuple[str, str]]:
-    """Those of them that a sanitizer may explain: wrong numbers, a fault, a hang; not what was refused or did not compile."""
-    outcomes = log.outcomes()
-    errors = {x: outcomes[f"right {x[0]} {x[1]}"].get("error", "") for x in wrong_cases(log)}
-    return [x for x, error in errors.items() if not error or "no outcome" in error or "CUDA" in error]
-
-
-def python_path() -> str:
-    """For processes of its own: the repository, its tests, and what is there already."""
-    root = Path(__file__).resolve().parents[2]
-    return os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -19,10 +19,10 @@ import torch
 
 from . import cases, timing, tools, training
 from .log import Log
+from .paths import PACK
 from .setting import Setting
 
-ROOT = Path(__file__).resolve().parents[2]
-MANIFEST = ROOT / ".gpu" / "manifest.json"
+MANIFEST = PACK / "manifest.json"
 
 
 def triton_key() -> str:

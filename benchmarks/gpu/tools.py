@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from .cases import Case, covering
-from .setting import Setting, python_path, suspects
+from .log import suspects
+from .paths import ROOT, python_path
+from .setting import Setting
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE = [sys.executable, "-m", "benchmarks.gpu.one"]
 TESTS = ["-m", "gpu", "--tb=line", "-q", "-s", "-p", "benchmarks.gpu.pytest_lines", "-p", "no:cacheprovider", "tests/test_gpu.py"]
 TEST_SECONDS = 60
