@@ -230,19 +230,15 @@ class _Total(torch.autograd.Function):
         ctx, student, teacher, labels, weight, factors: Factors, boost: float, inplace: bool, stats: bool, wanted: tuple[bool, bool]
     ):
         rows, grads, columns = _rows_and_gradients(student, teacher, labels, weight, factors, inplace, stats, wanted)
-        ctx.wanted = wanted
+        ctx.wanted, ctx.boost = wanted, boost
         ctx.save_for_backward(*grads)
-        # applied: what the gradient as it lies there is multiplied with; spent: somebody may hold it
-        ctx.applied, ctx.inplace, ctx.spent = boost, inplace and wanted[0], False
         if stats:
             ctx.mark_non_differentiable(columns)
         return rows.sum().to(_value_dtype(student)), columns
 
     @staticmethod
     def backward(ctx, upstream, _):
-        if ctx.inplace and ctx.spent:
-            raise RuntimeError("fused_kd_loss(inplace=True): a second backward through the same loss; its logits are gone")
-        grads = iter(_times_upstream(ctx, ctx.saved_tensors, upstream))
+        grads = iter(_times_upstream(ctx.saved_tensors, upstream / ctx.boost if ctx.boost != 1.0 else upstream))
         return *(next(grads) if wanted else None for wanted in ctx.wanted), None, None, None, None, None, None, None
 
 
@@ -332,29 +328,30 @@ def _anchor() -> Tensor:
     return torch.zeros((), requires_grad=True)
 
 
-def _times_upstream(ctx, grads: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor]:
-    """What the forward has left, times upstream / ctx.applied; in place the first time."""
-    factor = upstream if isinstance(ctx.applied, float) and ctx.applied == 1.0 else upstream / ctx.applied
+# whether the backward that is running keeps its graph, so that another one may follow it (retain_graph, checkpoints without reentry)
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _times_upstream(grads: tuple[Tensor, ...], factor: Tensor) -> list[Tensor]:
+    """What the forward has saved, times a 0-d factor: in its own memory only where no backward can come after this one.
+
+    So nothing that a later backward, another thread or a saved-tensor hook may read is ever changed, and no state passes between backwards.
+    """
     if torch.compiler.is_compiling():  # a graph that plans its own memory
-        grads = [grad * factor for grad in grads]
-    elif torch.is_grad_enabled():  # create_graph
-        grads = [_OnceDifferentiable.apply(_anchor(), grad, factor) for grad in grads]
-    elif not ctx.spent:
-        for grad in grads:
-            _multiply_(grad, factor)
-        ctx.applied = upstream
-    else:  # retain_graph: what the first backward returned may be somebody's by now
-        grads = [grad * factor for grad in grads]
-    ctx.spent = True
+        return [grad * factor for grad in grads]
+    if torch.is_grad_enabled():  # create_graph
+        return [_OnceDifferentiable.apply(_anchor(), grad, factor) for grad in grads]
+    if _keeps_graph():
+        grads = [grad.clone() for grad in grads]
+    for grad in grads:
+        _multiply_(grad, factor)
     return list(grads)
 
 
 def _multiply_(grad: Tensor, factor: Tensor) -> None:
     """In place by a 0-d factor; not at all when it is 1, where it can be looked at without waiting for a device."""
     if factor.device.type != "cpu" or factor.item() != 1.0:
-        scale_ = getattr(backends.resolve("auto", grad.device, grad.dtype), "scale_", Tensor.mul_)
-        with torch.autograd._unsafe_preserve_version_counter(grad):  # a second backward may still unpack it
-            scale_(grad, factor)
+        getattr(backends.resolve("auto", grad.device, grad.dtype), "scale_", Tensor.mul_)(grad, factor)
 
 
 def _value_dtype(student: Tensor) -> torch.dtype:
@@ -522,7 +519,7 @@ def fused_kd_loss(
         reduction: "mean" over the counted rows (divided by the sum of their weights; 0 when there are none), "sum", or "none".
         num_items: number or 0-d tensor, in place of mean's denominator: gradient accumulation, data parallel.
         vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
-        inplace: the gradient takes the student logits' storage; they are gone afterwards, and one backward is possible.
+        inplace: the gradient takes the student logits' storage; they are gone afterwards.
         teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. From the same
             sweeps, but for what takes the fp64 path, and a few cases besides (README, Limits). The hard term has none.
         student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the logits of the model, for

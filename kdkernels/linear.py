@@ -401,13 +401,13 @@ class _Total(torch.autograd.Function):
         rows, *grads, columns = _pass(tensors, labels, row_weight, None, setup, factors)
         ctx.save_for_backward(*(g for g, need in zip(grads, setup.needs, strict=True) if need))
         ctx.needs, ctx.dtypes = setup.needs, [None if x is None else x.dtype for x in tensors[:6]]
-        ctx.applied, ctx.spent = boost, False  # as functional._Total has them
+        ctx.boost = boost
         ctx.mark_non_differentiable(columns)
         return rows.sum().to(functional._value_dtype(tensors[0])), columns
 
     @staticmethod
     def backward(ctx, upstream, _):
-        grads = iter(functional._times_upstream(ctx, ctx.saved_tensors, upstream))
+        grads = iter(functional._times_upstream(ctx.saved_tensors, upstream / ctx.boost if ctx.boost != 1.0 else upstream))
         return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), None
 
 
