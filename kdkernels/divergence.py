@@ -44,6 +44,24 @@ class Form:
     student: float = 0.0
 
     @property
+    def steepest(self) -> float:
+        """A bound on |T dD/dz_i| over all p and q; inf where there is none.
+
+        q - p, q - w and q (s - sum q s)/2 are within 1. alpha has R/a (q - w), and R <= 1 for 0 < a < 1. Of a mixture's
+        q (h - sum q h), h = student (log q/m - mix q/m) - teacher mix p/m: mix q <= m bounds the two last, and
+        -m/e <= q log q/m <= q log 1/mix.
+        """
+        if self.family == "mixture":
+            if self.mix == 0:
+                return math.inf if self.student else 0.0
+            return self.student * (2 - math.log(self.mix)) + self.teacher
+        if self.family == "alpha":
+            return 1 / self.order if 0 < self.order < 1 else math.inf
+        if self.family == "logit_matching":
+            return math.inf
+        return abs(self.factor)
+
+    @property
     def sides(self) -> Sides:
         """A mixture as seen from one of the two."""
         if self.mix > 0.5:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, ops, recycle
-from .divergence import KL, Divergence, LogitMatching, parse
+from .divergence import KL, Divergence, LogitMatching, mirror, parse
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform, Modifiers
 
@@ -389,28 +389,57 @@ def _fused(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss by the operator, into which every factor goes that is known, and its statistics."""
     wanted = (torch.is_grad_enabled() and student.requires_grad, torch.is_grad_enabled() and teacher.requires_grad)
-    needs_grad = any(wanted)
-    underflows = torch.float16 in (x.dtype for x, has in zip((student, teacher), wanted, strict=True) if has)
-    factors, weight, post, boost = _folded(underflows, student.shape[:-1], weight, o, vocab, denominator)
+    inplace, halves = o.inplace, [has and x.dtype == torch.float16 for x, has in zip((student, teacher), wanted, strict=True)]
+    if o.reduction != "none" and any(halves) and _steepness(o, vocab, halves[1]) > MOST_STEEP:
+        # no factor keeps such a gradient within fp16: it is fp32's until autograd casts it, with the loss scale in it
+        inplace = inplace or halves[0] and not torch.compiler.is_compiling()  # nobody else has the copy
+        student, teacher = (x.float() if half else x for x, half in zip((student, teacher), halves, strict=True))
+        halves = [False, False]
+    steepness = _steepness(o, vocab, halves[1]) if any(halves) else None
+    factors, weight, post, boost = _folded(steepness, student.shape[:-1], weight, o, vocab, denominator)
     x, y = _rows_addressable(student), _rows_addressable(teacher)
     if o.reduction == "none":
         return _PerRow.apply(x, y, labels, weight, factors, o.inplace, o.return_stats)
-    if needs_grad:
-        total, columns = _Total.apply(x, y, labels, weight, factors, boost, o.inplace, o.return_stats, wanted)
+    if any(wanted):
+        total, columns = _Total.apply(x, y, labels, weight, factors, boost, inplace, o.return_stats, wanted)
     else:
         total, columns = _rows_alone(x, y, labels, weight, factors, o.return_stats)
         total = total.sum().to(_value_dtype(student))
     return total if post is None else (total * post).to(total.dtype), columns
 
 
-def _folded(underflows: bool, leading, weight: Tensor | None, o: Options, vocab: int, denominator):
-    """(operator's arguments, weights, post, boost): value and gradient lack the factor post, and the gradient has one too much, boost."""
+MOST_STEEP = 32.0  # of an fp16 gradient; beyond, what keeps its largest elements below fp16's range would take the smallest ones' digits
+LARGEST_HALF = 65504.0
+
+
+def _steepness(o: Options, vocab: int, of_teacher: bool) -> float:
+    """A bound on the elements of a row's gradients, in units of the factors that they are multiplied with; inf where there is none.
+
+    T |dD/dz_i| <= `Form.steepest`; |dCE/dz_i| <= 1; the z-loss adds 2 z_loss lse q_i, and fp16 logits bound lse.
+    """
+    if o.temperature == math.inf:
+        return math.inf
+    student, teacher = o.student_transform, o.teacher_transform
+    soft = o.divergence.form.steepest if o.soft_weight else 0.0
+    largest = student.softcap or abs(student.scale) * LARGEST_HALF
+    hard = 1.0 + 2.0 * o.z_loss * (largest + math.log(vocab)) if o.hard_weight else 0.0
+    steepness = max(soft, hard) * abs(student.scale)
+    if of_teacher and o.soft_weight:
+        steepness = max(steepness, parse(mirror(o.text)).form.steepest * abs(teacher.scale))
+    return max(1.0, steepness)
+
+
+def _folded(steepness: float | None, leading, weight: Tensor | None, o: Options, vocab: int, denominator):
+    """(operator's arguments, weights, post, boost): value and gradient lack the factor post, and the gradient has one too much, boost.
+
+    steepness: None unless a gradient is fp16, and then a bound on its elements (`_steepness`).
+    """
     value, grad, hard = o.value_scale, o.grad_scale, float(o.hard_weight)
     hard_grad = hard
     post, boosted = None, False
     if o.reduction == "none":
         pass
-    elif underflows:
+    elif steepness is not None:
         # Divided by the number of rows before the upstream gradient (a loss scale, often 65536) has multiplied it, an fp16 gradient
         # would underflow. It is kept near 1 instead, and the backward applies upstream and denominator together.
         if weight is not None:
@@ -429,14 +458,14 @@ def _folded(underflows: bool, leading, weight: Tensor | None, o: Options, vocab:
         value, grad, hard, hard_grad = (x / denominator for x in (value, grad, hard, hard_grad))
 
     factors: Factors = (o.text, float(o.temperature), value, grad, hard, hard_grad, vocab, o.modifiers, o.backend)
-    factors, boost = _boosted(factors) if boosted else (factors, 1.0)
+    factors, boost = _boosted(factors, steepness) if boosted else (factors, 1.0)
     return factors, weight, post, boost
 
 
-def _boosted(factors: Factors) -> tuple[Factors, float]:
-    """The gradient's factors times a power of 2 that takes an fp16 gradient far from underflow, and that power."""
+def _boosted(factors: Factors, steepness: float) -> tuple[Factors, float]:
+    """The gradient's factors times a power of 2 that takes an fp16 gradient far from underflow, and not beyond 2^14; and that power."""
     *before, grad, hard, hard_grad, vocab, modifiers, backend = factors
-    boost = 2.0 ** math.floor(math.log2(16384.0 / max(abs(grad) + abs(hard_grad), 1e-300)))
+    boost = 2.0 ** math.floor(math.log2(16384.0 / max((abs(grad) + abs(hard_grad)) * steepness, 1e-300)))
     return (*before, grad * boost, hard, hard_grad * boost, vocab, modifiers, backend), boost
 
 
@@ -519,7 +548,8 @@ def fused_kd_loss(
         reduction: "mean" over the counted rows (divided by the sum of their weights; 0 when there are none), "sum", or "none".
         num_items: number or 0-d tensor, in place of mean's denominator: gradient accumulation, data parallel.
         vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
-        inplace: the gradient takes the student logits' storage; they are gone afterwards.
+        inplace: the gradient takes the student logits' storage; they are gone afterwards. Not where an fp16 gradient is computed in fp32
+            because nothing bounds it (reverse KL, alpha, T = inf, a scale beyond 32): that takes 6 bytes a logit.
         teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. From the same
             sweeps, but for what takes the fp64 path, and a few cases besides (README, Limits). The hard term has none.
         student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the logits of the model, for

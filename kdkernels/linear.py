@@ -25,6 +25,7 @@ from .transforms import LogitTransform
 CPU_BUDGET, GPU_BUDGET = 256 << 20, 1 << 30
 ROUND = 64  # tokens: what matrix products divide well
 BLOCK_BYTES = 4 << 20  # of a temporary in `_product`
+LARGEST_FITTED = 2.0**14  # of a chunk's gradient that is measured before it is rounded to fp16
 
 TeacherLogits = Tensor | Callable[[int, int], Tensor]
 
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     memory_budget: int
     num_counted: int | None
     stats: bool
+    fitted: bool = False  # no bound holds a gradient within fp16: each chunk's is measured before it is rounded
 
     def of_logits(self, dtype: torch.dtype) -> torch.dtype:
         """What products in `dtype` are rounded to."""
@@ -118,7 +120,7 @@ def _run(
     columns = torch.full((tokens if stats else 0, COLUMNS), math.nan, dtype=torch.float64, device=device)
     models = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
     mine, theirs = (
-        _Gradients(*model, *needs_of, vocab, tokens, device, single=size >= count, all_written=index is None)
+        _Gradients(*model, *needs_of, vocab, tokens, device, single=size >= count, all_written=index is None, fitted=setup.fitted)
         for model, needs_of in zip(models, setup.models, strict=True)
     )
     with torch.autocast(device.type, enabled=False):
@@ -142,22 +144,32 @@ def _run(
             else:
                 rows[at] = ops.loss(z, v, y, w, *factors)
             if own:
-                mine.add(_narrowed(z, second, dtype), x, head, at, start > 0)
+                mine.add(mine.narrowed(z, second, dtype), x, head, at, start > 0)
             if others:
-                theirs.add(_narrowed(dv, second, setup.teacher_dtype), teacher.inputs(at), teacher.weight, at, start > 0)
+                theirs.add(theirs.narrowed(dv, second, setup.teacher_dtype), teacher.inputs(at), teacher.weight, at, start > 0)
     first = second = third = z = v = grad = dv = None  # before gradients are cast
     return rows, *mine.finish(count), *theirs.finish(count), columns
-
-
-def _narrowed(x: Tensor, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else _shaped(buffer, x.shape, dtype).copy_(x)
 
 
 class _Gradients:
     """In a model's hidden states, weight and bias, of those that need one."""
 
-    def __init__(self, hidden, weight, bias, needs, dtype: torch.dtype, vocab: int, tokens: int, device, single: bool, all_written: bool):
-        self.in_hidden, self.like, self.device = needs[0], hidden, device
+    def __init__(
+        self,
+        hidden,
+        weight,
+        bias,
+        needs,
+        dtype: torch.dtype,
+        vocab: int,
+        tokens: int,
+        device,
+        single: bool,
+        all_written: bool,
+        fitted: bool,
+    ):
+        self.in_hidden, self.like, self.device, self.fitted = needs[0], hidden, device, fitted
+        self.unit: Tensor | None = None  # what the sums so far are multiplied with, a power of 2; None for 1
         if needs[0]:
             fresh = torch.empty if all_written else torch.zeros
             self.hidden = fresh((tokens, hidden.shape[-1]), dtype=Setup.of_gradient(hidden.dtype, dtype), device=device)
@@ -166,12 +178,32 @@ class _Gradients:
             for x, need in zip((weight, bias), needs[1:], strict=True)
         )
 
+    def narrowed(self, dz: Tensor, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """A chunk's gradient in the logits as the products take it."""
+        if self.fitted:
+            self.fit(dz)
+        return dz if dz.dtype == dtype else _shaped(buffer, dz.shape, dtype).copy_(dz)
+
+    def fit(self, dz: Tensor) -> None:
+        """Multiply a chunk's fp32 gradient so that fp16 holds it, and the sums so far as well, which are fp32."""
+        unit = torch.exp2(torch.floor(torch.log2(LARGEST_FITTED / dz.abs().amax()))).clamp_max(2.0**60)
+        if self.unit is not None:
+            unit = torch.minimum(unit, self.unit)
+            for sums in (self.weight, self.bias):
+                if sums is not None:
+                    sums.total.mul_(unit / self.unit)
+        self.unit = unit
+        dz.mul_(unit)
+
     def add(self, dz: Tensor, x: Tensor, head: Tensor, at: slice | Tensor, more: bool) -> None:
         """Of a chunk: the logits' gradient, the hidden states, and the head; more: it is not the first."""
-        if self.in_hidden and isinstance(at, slice):
-            _product(dz, head, self.hidden[at])
-        elif self.in_hidden:
-            self.hidden[at] = _product(dz, head, self.hidden.new_empty(x.shape))
+        if self.in_hidden:
+            into = self.hidden[at] if isinstance(at, slice) else self.hidden.new_empty(x.shape)
+            _product(dz, head, into)
+            if self.unit is not None:
+                into /= self.unit
+            if not isinstance(at, slice):
+                self.hidden[at] = into
         if self.weight is not None:
             _product(dz.t(), x, self.weight.total, add=more)
         if self.bias is not None:
@@ -180,6 +212,9 @@ class _Gradients:
     def finish(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of all `count` tokens; an empty tensor for each that needs none."""
         nothing = functools.partial(torch.empty, 0, dtype=torch.float32, device=self.device)
+        for sums in (self.weight, self.bias):
+            if sums is not None and self.unit is not None:
+                sums.total /= self.unit
         dh = self.hidden.view(self.like.shape) if self.in_hidden else nothing()
         return dh, *(nothing() if x is None else x.finish(count) for x in (self.weight, self.bias))
 
@@ -361,7 +396,8 @@ def _sum_rows(z: Tensor, out: Tensor, add: bool) -> None:
 _TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits")
 _ROWS = ("labels", "row_weight", "upstream")
 _SETUP = (
-    "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int memory_budget, SymInt? num_counted, bool stats"
+    "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int memory_budget, SymInt? num_counted, "
+    "bool stats, bool fitted"
 )
 _library, _optional = ops._library, ", ".join(f"Tensor? {x}" for x in (*_TENSORS[2:], *_ROWS))
 _library.define(f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {ops._OPTIONS}) -> ({', '.join(['Tensor'] * 8)})")
@@ -415,12 +451,12 @@ class _PerRow(torch.autograd.Function):
     """Row losses; the backward goes over the chunks again with the upstream gradient in the rows' weights."""
 
     @staticmethod
-    def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, *tensors):
+    def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, steepness: float, *tensors):
         rows, *_, columns = _pass(tensors, labels, row_weight, None, setup._replace(needs=(False,) * 6), factors)
         *tensors_alone, logits = tensors
         ctx.called = logits if callable(logits) else None
         ctx.save_for_backward(*tensors_alone, None if callable(logits) else logits, labels, row_weight)
-        ctx.setup, ctx.factors = setup._replace(stats=False), factors
+        ctx.setup, ctx.factors, ctx.steepness = setup._replace(stats=False), factors, steepness
         ctx.mark_non_differentiable(columns)
         return rows.view(tensors[0].shape[:-1]).to(functional._value_dtype(tensors[0])), columns
 
@@ -430,7 +466,7 @@ class _PerRow(torch.autograd.Function):
         with torch.no_grad():
             upstream, factors, post = upstream.double(), ctx.factors, None
             if ctx.setup.underflows:  # near 1 until it is in fp32, whatever the loss scale
-                factors, boost = functional._boosted(factors)
+                factors, boost = functional._boosted(factors, ctx.steepness)
                 most = upstream.abs().amax() if upstream.numel() else upstream.new_ones(())
                 most = torch.where(most > 0, most, 1.0)
                 upstream, post = upstream / most, most / boost
@@ -440,7 +476,7 @@ class _PerRow(torch.autograd.Function):
             one = torch.ones((), device=upstream.device)
             grads = [functional._OnceDifferentiable.apply(functional._anchor(), g, one) for g in grads]
         wanted = (g for g, need in zip(grads, ctx.setup.needs, strict=True) if need)
-        return *[None] * 4, *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:6]]), None
+        return *[None] * 5, *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:6]]), None
 
 
 def _cast(grads, needs, dtypes) -> list[Tensor | None]:
@@ -455,9 +491,12 @@ def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options,
     """(loss, statistics) of checked arguments; `functional._fused` for hidden states."""
     hidden = tensors[0]
     wants_grad = any(setup.needs)
-    factors, row_weight, post, boost = functional._folded(setup.underflows, hidden.shape[:-1], row_weight, o, vocab, denominator)
+    steepness = functional._steepness(o, vocab, of_teacher=any(setup.needs[3:])) if setup.underflows else None
+    if steepness is not None and steepness > functional.MOST_STEEP:
+        setup, steepness = setup._replace(fitted=True, logits_dtype=torch.float32), 1.0
+    factors, row_weight, post, boost = functional._folded(steepness, hidden.shape[:-1], row_weight, o, vocab, denominator)
     if o.reduction == "none":
-        return _PerRow.apply(labels, row_weight, setup, factors, *tensors)
+        return _PerRow.apply(labels, row_weight, setup, factors, steepness, *tensors)
     if wants_grad:
         total, columns = _Total.apply(labels, row_weight, setup, factors, boost, *tensors)
     else:

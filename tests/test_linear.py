@@ -431,7 +431,7 @@ def test_operator():
     labels, weight = labels.clamp_min(0), torch.linspace(1, 2, 40).double()
     factors = ("kl", 2.0, 1.0, 0.5, 0.1, 0.1, 97, [], "auto")
     for needs in ([True] * 3 + [False] * 3, [False, True, False] * 2):
-        setup = (needs, torch.float32, torch.float32, None, 8000, None, True)
+        setup = (needs, torch.float32, torch.float32, None, 8000, None, True, False)
         tensors = [x.detach() for x in (*student, *teacher)]
         arguments = (*tensors, None, labels, weight, None, *setup, *factors)
         torch.library.opcheck(torch.ops.kdkernels.linear_loss.default, arguments)

@@ -1,5 +1,6 @@
 """Each test is named by what once went wrong."""
 
+import math
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from rows import make_rows
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels import fused_kd_loss, fused_linear_kd_loss
+from kdkernels import LogitTransform, fused_kd_loss, fused_linear_kd_loss
 
 BACKWARDS = ["logits", "logits in place", "both models", "hidden states"]
 
@@ -91,3 +92,93 @@ def test_threads_through_one_graph_disturbed_each_other(what):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+# (options, student, teacher) whose gradients go beyond 1 in units of their factors; the first two are [4.13, -4.13] and [-10, 10] or so
+STEEP = {
+    "reverse KL": ({"divergence": "reverse_kl"}, [1, 0], [0, 20]),
+    "a scale": ({"student_transform": LogitTransform(10.0), "teacher_transform": LogitTransform(10.0)}, [1, 0], [0, 1]),
+    "a large scale": ({"student_transform": LogitTransform(200.0)}, [0.01, 0], [0, 1]),
+    "a scale and a softcap": ({"student_transform": LogitTransform(16.0, 30.0)}, [1, 0, 3], [0, 1, 1]),
+    "alpha(3)": ({"divergence": "alpha(3)"}, [0, 3, 1], [3, 0, 1]),
+    "alpha(-1)": ({"divergence": "alpha(-1)"}, [0, 5, 1], [3, 0, 1]),
+    "alpha(0.01)": ({"divergence": "alpha(0.01)"}, [0, 9, 1], [9, 0, 1]),
+    "reverse_renyi(0.99)": ({"divergence": "reverse_renyi(0.99)"}, [0, 9, 1], [9, 0, 1]),
+    "skew_reverse_kl(1e-9)": ({"divergence": "skew_reverse_kl(1e-9)"}, [9, 0, 1], [0, 20, 1]),
+    "the z-loss": ({"hard_weight": 1.0, "z_loss": 1.0}, [60, 0, 1], [3, 0, 1]),
+    "infinite temperature": ({"temperature": math.inf, "t_squared": True}, [300, 0, 1], [0, -300, 1]),
+    "the teacher's of KL": ({"teacher_grad": True}, [0, 30], [1, 0]),
+}
+HEADS = torch.eye(4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("way", ["logits", "logits in place", "hidden states", "compiled"])
+@pytest.mark.parametrize("name", STEEP)
+def test_fp16_gradients_were_infinite_where_the_right_ones_are_not(name, way, backend, reduction):
+    """Whatever the loss scale: what fp16 can hold is there, to its rounding."""
+    options, student, teacher = STEEP[name]
+    if "in place" in way and options.get("teacher_grad") and reduction == "none":
+        pytest.skip("no such call")
+    if way == "compiled" and (backend == "eager" or reduction != "mean"):
+        pytest.skip("the same operators")
+    rows = [torch.tensor([x, [float(y) for y in reversed(x)]], dtype=torch.float16) for x in (student, teacher)]
+    y = torch.tensor([0, 1])
+    head = HEADS[: rows[0].shape[1], : rows[0].shape[1]]
+
+    def gradients(dtype, scale, **chosen):
+        z, v = (x.to(dtype, copy=True).requires_grad_() for x in rows)
+        v.requires_grad_(options.get("teacher_grad", False))
+        call = options | dict(reduction=reduction) | chosen
+        if way == "hidden states":
+            loss = fused_linear_kd_loss(z, head.to(dtype), v, head.to(dtype), y, memory_budget=8 * len(head), **call)
+        else:
+            f = torch.compile(fused_kd_loss, backend="aot_eager") if way == "compiled" else fused_kd_loss
+            loss = f(z * 1, v, y, inplace="in place" in way and backend != "eager", **call)
+        (loss.sum() * scale).backward()
+        return [x.grad.double() for x in (z, v) if x.grad is not None]
+
+    for scale in (1.0, 16.0):
+        exact = gradients(torch.float64, scale, backend="eager") if way != "hidden states" else gradients(torch.float64, scale)
+        found = gradients(torch.float16, scale, **({} if way == "hidden states" else {"backend": backend}))
+        for g, right in zip(found, exact, strict=True):
+            room = right.abs() * 2**-10 * (4 if way == "hidden states" else 1) + 1e-6 * scale
+            assert right.abs().max() > 1e-4 and ((g - right).abs() <= room).all(), (g, right)
+
+
+TRAINED = [{"divergence": x} for x in ("kl", "cross_entropy", "reverse_kl", "renyi(0.3)", "renyi(3)", "reverse_renyi(0.9)", "alpha(0.3)")]
+TRAINED += [{"divergence": x} for x in ("alpha(2)", "alpha(-0.5)", "jsd(0.3)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd")]
+TRAINED += [{"temperature": math.inf, "t_squared": True}, {"temperature": 20.0, "t_squared": True}, {"hard_weight": 0.5, "z_loss": 0.1}]
+TRAINED += [{"divergence": x, "student_transform": LogitTransform(16.0, 30.0)} for x in ("kl", "reverse_kl")]
+
+
+@pytest.mark.parametrize("way", ["logits", "hidden states"])
+@pytest.mark.parametrize("options", TRAINED, ids=str)
+def test_a_grad_scaler_could_not_train_in_fp16(options, way):
+    """Twenty steps move the weights as fp32 does, and the loss scale ends where it began or above."""
+    g = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(64, 8, generator=g), torch.randint(300, (64,), generator=g)
+    start, teacher = torch.randn(300, 8, generator=g) * 0.2, torch.randn(300, 8, generator=g) * 0.3
+    if "student_transform" in options:
+        start = start / 16
+
+    def train(half: bool) -> tuple[torch.Tensor, float]:
+        weight = start.clone().requires_grad_()
+        optimizer = torch.optim.SGD([weight], lr=0.1 if "student_transform" not in options else 1e-3)
+        scaler = torch.amp.GradScaler("cpu", enabled=half, init_scale=2.0**12)
+        for _ in range(20):
+            with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+                if way == "hidden states":
+                    loss = fused_linear_kd_loss(inputs, weight, inputs, teacher, labels, memory_budget=300 * 8 * 20, **options)
+                else:
+                    loss = fused_kd_loss(inputs @ weight.t(), inputs @ teacher.t(), labels, **options)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return weight.detach() - start, scaler.get_scale()
+
+    (right, _), (found, scale) = train(False), train(True)
+    assert scale >= 2.0**12 and right.norm() > 1e-3
+    assert float((found - right).norm() / right.norm()) < 0.02
