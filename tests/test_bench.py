@@ -78,8 +78,8 @@ def test_no_time_for_a_wrong_result(monkeypatch, capsys, factor, upstream):
     """A wrong loss, and a right loss with a wrong gradient."""
     right = contenders.fused
 
-    def wrong(divergence, T):
-        loss = right(divergence, T)
+    def wrong(divergence, T, backend):
+        loss = right(divergence, T, backend)
         return lambda z, v: factor * (upstream * loss(z, v) + (1 - upstream) * loss(z, v).detach())
 
     monkeypatch.setattr(contenders, "fused", wrong)
@@ -122,24 +122,114 @@ def test_memory_is_seen():
     assert 0.9 < memory["kdkernels"] < 1.3 and memory["kl_div(log_target=True)"] > 3.5
 
 
+LIBRARIES = ("liger_kernel", "trl", "fla")
+
+
 def test_libraries_are_those_installed(monkeypatch):
-    """None on a machine without them; only KL at a finite temperature has one."""
+    """None on a machine without them; KL, reverse KL and JSD at a finite temperature have some."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    case = linear.Case(4, 10, 8, "fp32", "kl", 2.0)
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
-    assert contenders.libraries(parse("kl"), 2.0) == {}
+    assert contenders.libraries(parse("kl"), 2.0) == {} == linear.libraries(case, gpu)
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name)
     assert contenders.libraries(parse("renyi(2)"), 2.0) == contenders.libraries(parse("kl"), math.inf) == {}
-    fake = types.ModuleType("liger_kernel.ops.kl_div")
+    assert list(contenders.libraries(parse("kl"), 2.0)) == ["log_softmax + Liger KLDiv", "log_softmax + Liger JSD"]
+    assert list(contenders.libraries(parse("jsd(0.3)"), 2.0)) == ["log_softmax + Liger JSD"]
+    assert list(linear.libraries(case, cpu)) == ["Liger chunked JSD", "TRL chunked divergence"]
+    assert list(linear.libraries(case, gpu))[1::2] == ["Liger Triton JSD", "flash-linear-attention KL"]
+    assert "flash-linear-attention KL" not in linear.libraries(linear.Case(4, 10, 8, "fp32", "reverse_kl", 2.0), gpu)
+    assert linear.libraries(linear.Case(4, 10, 8, "fp32", "tvd", 2.0), gpu) == {}
 
-    def apply(log_q, log_p, reduction, log_target):
-        return torch.nn.functional.kl_div(log_q, log_p, reduction=reduction, log_target=log_target)
 
-    fake.LigerKLDivLossFunction = types.SimpleNamespace(apply=apply)
-    for name in ("liger_kernel", "liger_kernel.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.kl_div", fake)
-    (loss,) = contenders.libraries(parse("kl"), 2.0).values()
-    z, v = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loss(z, v), contenders.fused(parse("kl"), 2.0)(z, v))
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd(0.3)"])
+@pytest.mark.parametrize("package", LIBRARIES)
+def test_libraries_are_the_same_loss(package, divergence):
+    """Where they are installed: what runs here, Triton kernels under the interpreter, gives our loss and its gradient."""
+    pytest.importorskip(package)
+    which = parse(divergence)
+    case = linear.Case(40, 60, 16, "fp32", divergence, 2.0)
+    h, w, th, tw = case.inputs(torch.device("cpu"))
+    ours = linear.steps(case)["kdkernels"](h, w, th, tw)
+    right = torch.autograd.grad(ours, (h, w))
+    mine = {"liger_kernel": "Liger", "trl": "TRL", "fla": "flash"}[package]
+    for name, step in linear.libraries(case, torch.device("cuda")).items():
+        if name.startswith(mine):
+            loss = step(h, w, th, tw)
+            assert float(loss) == pytest.approx(float(ours), rel=1e-5), name
+            for g, x in zip(torch.autograd.grad(loss, (h, w)), right, strict=True):
+                assert float((g - x).norm() / x.norm()) < 1e-4, name
+    if package == "liger_kernel":
+        z, v = (h @ w.t()).detach().requires_grad_(), th @ tw.t()
+        (x,) = torch.autograd.grad(contenders.fused(which, 2.0)(z, v), z)
+        for name, loss in contenders.libraries(which, 2.0).items():
+            if name.endswith("KLDiv"):  # takes a number for a tensor, which the interpreter does not
+                continue
+            (g,) = torch.autograd.grad(loss(z, v), z)
+            assert float((g - x).norm() / x.norm()) < 1e-4, name
+
+
+def unable(*_):
+    raise ModuleNotFoundError("No module named 'flux'")
+
+
+def test_a_library_that_cannot_run_is_left_out(monkeypatch, capsys):
+    """With a line that says why; the others are measured."""
+    monkeypatch.setattr(linear, "libraries", lambda case, device: {"another": unable})
+    assert main(["bench", "--linear", "96x500x16", "--dtypes", "fp32", "--divergences", "kl", "--device", "cpu", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: another: ModuleNotFoundError: No module named 'flux'" in out and "\nkdkernels " in out and "\nanother" not in out
+    monkeypatch.setattr(contenders, "libraries", lambda which, T: {"another": unable})
+    bench = measure.Bench("cpu", 1, compiled=False)
+    monkeypatch.setattr(bench, "device", types.SimpleNamespace(type="like a GPU"))
+    monkeypatch.setattr(bench, "_peak_memory", lambda step: None)
+    monkeypatch.setattr(bench, "_times", lambda steps, repeats: {name: (1.0, 1.0, 1.0) for name in steps})
+    monkeypatch.setattr(
+        measure.Case, "logits", lambda case, device: [x.requires_grad_(i == 0) for i, x in enumerate(measure.logits(8, 50))]
+    )
+    assert "another" not in bench.run(measure.Case(8, 50, "fp32", "kl", 2.0))["contenders"]
+    assert "left out: another" in capsys.readouterr().out
+
+
+def test_backends_are_lines_of_their_own(capsys, tmp_path):
+    """The first is what all are compared with; every one is checked."""
+    command = [*SMALL, "--no-compile", "--dtypes", "fp32", "--divergences", "kl", "--json", str(tmp_path / "b.json"), "--backends"]
+    assert main([*command, "cpu", "eager"]) == 0
+    out = capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "b.json").read_text())["cases"]
+    cpu, eager = (case["contenders"][f"kdkernels ({x})"] for x in ("cpu", "eager"))
+    assert cpu["speed_up"] == 1 < eager["speed_up"] and case["device"].startswith("cpu: ") and f"{case['device']}, copy" in out
+    assert "kdkernels" not in case["contenders"] and f"{eager['speed_up']:.1f} x" in out
+    assert (
+        main(["bench", "--linear", "96x500x16", "--dtypes", "fp32", "--divergences", "kl", "--device", "cpu", "--backends", "eager"]) == 0
+    )
+    assert "\nkdkernels (eager) " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "says"), [("cpv", "must be one of auto, cpu"), ("cuda", "it takes CUDA tensors, not cpu")])
+@pytest.mark.parametrize("more", [[], ["--linear", "96x500x16"]])
+def test_a_backend_that_cannot_run(name, says, more, monkeypatch):
+    monkeypatch.setattr(measure.Bench, "run", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(SystemExit, match=says):
+        main([*SMALL, *more, "--backends", name])
+
+
+@pytest.mark.parametrize("more", [[], ["--linear", "96x500x16"]])
+def test_what_was_measured_is_kept(more, monkeypatch, tmp_path):
+    """Of a run that ends in its second case."""
+    where = (linear, "run") if more else (measure.Bench, "run")
+    right, seen = getattr(*where), []
+
+    def ends(*arguments, **options):
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(*where, ends)
+    with pytest.raises(KeyboardInterrupt):
+        main([*SMALL, *more, "--no-compile", "--dtypes", "fp32", "bf16", "--divergences", "kl", "--json", str(tmp_path / "b.json")])
+    (case,) = json.loads((tmp_path / "b.json").read_text())["cases"]
+    assert case["dtype"] == "fp32" and case["contenders"]
 
 
 def test_linear(capsys, tmp_path):
@@ -159,13 +249,3 @@ def test_no_time_for_a_wrong_chunk(monkeypatch):
     monkeypatch.setattr(linear.linear, "fused_linear_kd_loss", lambda h, *rest, **options: right(h * 1.01, *rest, **options))
     with pytest.raises(SystemExit, match="wrong here"):
         main(["bench", "--linear", "96x500x16", "--dtypes", "fp32", "--divergences", "kl", "--device", "cpu"])
-
-
-def test_liger_is_the_same_loss():
-    """Where it is installed: the chunked one, also for KL."""
-    pytest.importorskip("liger_kernel")
-    for text in ("kl", "jsd(0.3)"):
-        case = linear.Case(40, 60, 8, "fp32", text, 2.0)
-        inputs = [x.double().detach() for x in case.inputs(torch.device("cpu"))]
-        (loss,) = linear.liger(parse(text), 2.0, torch.device("cpu")).values()
-        assert float(loss(*inputs)) == pytest.approx(linear.exact(case, inputs)[0], rel=1e-6)

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--divergences", nargs="+", default=("kl", "renyi(0.5)"), help='as in fused_kd_loss, default "kl" "renyi(0.5)"')
     parser.add_argument("--temperatures", nargs="+", type=float, default=(2.0,), help="default 2; inf is possible")
     parser.add_argument("--device", help="default: the accelerator where there is one, else cpu")
+    parser.add_argument("--backends", nargs="+", default=("auto",), metavar="NAME", help="of the fused loss, each a line; default auto")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds on a CPU, in which the contenders take turns")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
@@ -44,10 +45,7 @@ def main(args: argparse.Namespace) -> dict:
     from . import linear, measure, report
 
     if args.linear is not None:
-        results = linear.main(args)
-        if args.json:
-            report.write_json(results, args.json)
-        return results
+        return linear.main(args)
     if args.plot:
         report.check_plot(args.plot)
     try:
@@ -57,7 +55,7 @@ def main(args: argparse.Namespace) -> dict:
         ]
     except ValueError as error:
         raise SystemExit(f"bench: {error}") from None
-    bench = measure.Bench(args.device, args.repeats, compiled=not args.no_compile)
+    bench = measure.Bench.of(args, compiled=not args.no_compile)
     results = {"machine": bench.machine, "cases": []}
     print(report.header(bench.machine))
     with tqdm(total=len(cases), unit="case", disable=None) as bar:
@@ -67,8 +65,8 @@ def main(args: argparse.Namespace) -> dict:
             results["cases"].append(result)
             bar.write(report.table(result))
             bar.update()
-    if args.json:
-        report.write_json(results, args.json)
+            if args.json:
+                report.write_json(results, args.json)
     if args.plot:
         report.plot(results, args.plot)
     return results

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergence import Divergence
+from ..divergence import JSD, Divergence
 from ..functional import fused_kd_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -22,8 +22,22 @@ FUSED = "kdkernels"
 COMPILED = "torch.compile"
 
 
-def fused(divergence: Divergence, T: float) -> Loss:
-    return functools.partial(fused_kd_loss, divergence=divergence, temperature=T, t_squared=True)
+def fused(divergence: Divergence, T: float, backend: str = "auto") -> Loss:
+    return functools.partial(fused_kd_loss, divergence=divergence, temperature=T, t_squared=True, backend=backend)
+
+
+def fused_name(backend: str) -> str:
+    return FUSED if backend == "auto" else f"{FUSED} ({backend})"
+
+
+def jsd_beta(divergence: Divergence) -> float | None:
+    """What Liger and TRL call this divergence, whose generalised JSD is KL for 0 and reverse KL for 1; None where they have it not."""
+    form = divergence.form
+    if form.family == "kl":
+        return 0.0
+    if form.family == "mixture" and form.mix == 0:
+        return 1.0
+    return divergence.beta if isinstance(divergence, JSD) else None
 
 
 def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
@@ -81,16 +95,24 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
 
 def libraries(divergence: Divergence, T: float) -> dict[str, Loss]:
     """Kernels of others that take logits or what PyTorch makes of them, where they are installed. For GPUs: they are written in Triton."""
-    found: dict[str, Loss] = {}
-    if importlib.util.find_spec("liger_kernel") and divergence.form.family == "kl" and math.isfinite(T):
+    beta = jsd_beta(divergence)
+    if not importlib.util.find_spec("liger_kernel") or beta is None or math.isinf(T):
+        return {}
+
+    def log_softmaxes(z, v):
+        return (F.log_softmax(x / T, -1).flatten(0, -2) for x in (z, v))
+
+    def kl(z, v):
         from liger_kernel.ops.kl_div import LigerKLDivLossFunction
 
-        def liger(z, v):
-            log_q, log_p = (F.log_softmax(x / T, -1).flatten(0, -2) for x in (z, v))
-            return T * T * LigerKLDivLossFunction.apply(log_q, log_p, "batchmean", True)
+        return T * T * LigerKLDivLossFunction.apply(*log_softmaxes(z, v), "batchmean", True)
 
-        found["log_softmax + Liger KLDiv"] = liger
-    return found
+    def jsd(z, v):
+        from liger_kernel.ops.jsd import LigerJSDFunction
+
+        return T * T * LigerJSDFunction.apply(*log_softmaxes(z, v), None, beta)
+
+    return {"log_softmax + Liger KLDiv": kl, "log_softmax + Liger JSD": jsd} if beta == 0 else {"log_softmax + Liger JSD": jsd}
 
 
 def compiled(loss: Loss) -> Loss:

@@ -6,6 +6,7 @@ products with a gradient that is there already, and the fused loss of logits tha
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import divergence, functional, linear
-from . import contenders
+from . import contenders, report
 from .measure import TORCH_DTYPES, Bench
 
 SHAPES = ("2048x32768x256", "1024x128256x256")
 PAPER_TOKENS, PAPER_VOCABS, PAPER_WIDTHS = 8192, (32768, 128256, 262144), (1024, 4096)
-FUSED, FLOOR = "kdkernels", "floor"
 # relative, (loss, hidden states' gradient, weight's): the first by the chunk's sums, the others by the rounding of logits
 TOLERANCES = {"fp32": (2e-5, 2e-5, 2e-5), "bf16": (2e-2, 1e-1, 1e-1), "fp16": (2e-3, 5e-3, 5e-3)}
 CHECKED_TOKENS = 256  # of the fp64 reference at a time
@@ -43,11 +43,11 @@ class Case:
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         """A student that has learned most of its teacher."""
-        g = torch.Generator().manual_seed(0)
-        hidden, weight = torch.randn(self.tokens, self.width, generator=g), torch.randn(self.vocab, self.width, generator=g) * 3
+        draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
+        hidden, weight = draw(self.tokens, self.width), draw(self.vocab, self.width) * 3
         weight *= self.width**-0.5
-        teacher = hidden + 0.15 * torch.randn(hidden.shape, generator=g), weight.clone()
-        made = [x.to(device, TORCH_DTYPES[self.dtype]) for x in (hidden, weight, *teacher)]
+        teacher = hidden + 0.15 * draw(*hidden.shape), weight.clone()
+        made = [x.to(TORCH_DTYPES[self.dtype]) for x in (hidden, weight, *teacher)]
         return [x.requires_grad_(i < 2) for i, x in enumerate(made)]
 
 
@@ -91,40 +91,68 @@ def paper() -> str:
     return "\n".join(lines)
 
 
-def steps(case: Case, device: torch.device) -> dict[str, Step]:
-    """The ways from hidden states to the loss, by name."""
+def steps(case: Case, backends: tuple[str, ...] = ("auto",)) -> dict[str, Step]:
+    """Our and PyTorch's ways from hidden states to the loss, by name; the fused loss of the first backend comes first."""
     which, T = divergence.parse(case.divergence), case.temperature
     eager = contenders.spellings(which, T)
     spelling, spelled = list(eager.items())[-1]
     options = dict(divergence=which, temperature=T, t_squared=True)
-    return {
-        FUSED: lambda h, w, th, tw: linear.fused_linear_kd_loss(h, w, th, tw, **options),
-        "full logits": lambda h, w, th, tw: functional.fused_kd_loss(h @ w.t(), th @ tw.t(), **options),
-        "full logits, in place": lambda h, w, th, tw: functional.fused_kd_loss(h @ w.t(), th @ tw.t(), inplace=True, **options),
+
+    def fused(backend: str) -> Step:
+        return lambda h, w, th, tw: linear.fused_linear_kd_loss(h, w, th, tw, backend=backend, **options)
+
+    def full(inplace: bool) -> Step:
+        return lambda h, w, th, tw: functional.fused_kd_loss(h @ w.t(), th @ tw.t(), inplace=inplace, backend=backends[0], **options)
+
+    return {contenders.fused_name(x): fused(x) for x in backends} | {
+        "full logits": full(False),
+        "full logits, in place": full(True),
         f"eager {spelling}": lambda h, w, th, tw: spelled(h @ w.t(), th @ tw.t()),
-    } | liger(which, T, device)
+    }
 
 
-def liger(which: divergence.Divergence, T: float, device: torch.device) -> dict[str, Step]:
-    """Liger-Kernel's two fused linear JSD losses, where they are installed and run: the Triton one on GPUs. beta = 0 is KL there."""
-    form = which.form
-    if not importlib.util.find_spec("liger_kernel") or math.isinf(T) or not (form.family == "kl" or isinstance(which, divergence.JSD)):
+def libraries(case: Case, device: torch.device) -> dict[str, Step]:
+    """Losses of others from hidden states, where they are installed; those that are Triton kernels and nothing else on GPUs alone.
+
+    Liger-Kernel's chunked and fused linear JSD, TRL's chunked divergence: a generalised JSD with beta. flash-linear-attention's KL, which
+    has no temperature: it takes the hidden states over T.
+    """
+    which, T = divergence.parse(case.divergence), case.temperature
+    beta = contenders.jsd_beta(which)
+    if beta is None or math.isinf(T):
         return {}
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    beta = 0.0 if form.family == "kl" else which.beta
-    chunked = LigerFusedLinearJSDLoss(0.0, 1.0, beta, temperature=T, compiled=False)
 
     def labels(h):
         return torch.zeros(len(h), dtype=torch.int64, device=h.device)
 
-    found = {"Liger chunked JSD": lambda h, w, th, tw: T * T * chunked(h, w, th, tw, labels(h))}
-    if device.type != "cpu":
+    def chunked(h, w, th, tw):
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        return T * T * LigerFusedLinearJSDLoss(0.0, 1.0, beta, temperature=T, compiled=False)(h, w, th, tw, labels(h))
+
+    def fused(h, w, th, tw):
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-        fused = LigerFusedLinearJSD(jsd_beta=beta, temperature=T)
-        found["Liger Triton JSD"] = lambda h, w, th, tw: T * T * fused(h, w, th, tw, labels(h))
-    return found
+        return T * T * LigerFusedLinearJSD(jsd_beta=beta, temperature=T)(h, w, th, tw, labels(h))
+
+    def trl(h, w, th, tw):
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        return T * T * ChunkedDivergenceFunction.apply(h, w, None, th, tw, None, beta, T)[0].mean()
+
+    def fla(h, w, th, tw):
+        from fla.modules.fused_kl_div import fused_kl_div_loss
+
+        return T * T * fused_kl_div_loss(h / T, th / T, w, tw)
+
+    on_gpu = device.type != "cpu"
+    known = (
+        ("liger_kernel", "Liger chunked JSD", chunked, True),
+        ("liger_kernel", "Liger Triton JSD", fused, on_gpu),
+        ("trl", "TRL chunked divergence", trl, True),
+        ("fla", "flash-linear-attention KL", fla, on_gpu and beta == 0),
+    )
+    return {name: step for package, name, step, runs in known if runs and importlib.util.find_spec(package)}
 
 
 def exact(case: Case, inputs: list[Tensor]) -> tuple[float, Tensor, Tensor]:
@@ -147,15 +175,28 @@ def run(bench: Bench, case: Case) -> dict:
     h, w, th, tw = inputs
     total, *grads = exact(case, inputs)
     scale = 2.0**14 if case.dtype == "fp16" else 1.0
-    ways, errors, memories = steps(case, bench.device), {}, {}
-    for name, step in ways.items():
+    others = libraries(case, bench.device)
+    ways, errors, memories = steps(case, bench.backends) | others, {}, {}
+
+    def check(step: Step) -> tuple[float, ...]:
+        h.grad = w.grad = None
         loss = step(*inputs)
         loss.backward(torch.full_like(loss, scale))
         found = [float((x.grad.double() / scale - g).norm() / g.norm()) for x, g in zip((h, w), grads, strict=True)]
-        errors[name] = (abs(float(loss.detach()) / total - 1), *found)
-        h.grad = w.grad = None
-    if not all(error <= limit for error, limit in zip(errors[FUSED], TOLERANCES[case.dtype], strict=True)):
-        raise SystemExit(f"kdkernels is wrong here ({case}): relative errors of loss and gradients {errors[FUSED]}, no time is given")
+        return abs(float(loss.detach()) / total - 1), *found
+
+    for name in list(ways):
+        try:
+            errors[name] = check(ways[name])
+        except Exception as error:
+            if name not in others:
+                raise
+            print(report.left_out(name, error), flush=True)
+            del ways[name]
+    h.grad = w.grad = None
+    for name in map(contenders.fused_name, bench.backends):
+        if not all(error <= limit for error, limit in zip(errors[name], TOLERANCES[case.dtype], strict=True)):
+            raise SystemExit(f"{name} is wrong here ({case}): relative errors of loss and gradients {errors[name]}, no time is given")
 
     def timed(step: Step) -> Callable[[], None]:
         def once() -> None:
@@ -175,8 +216,10 @@ def run(bench: Bench, case: Case) -> dict:
         logits.backward(v)
         h.grad = w.grad = None
 
+    loss = contenders.fused(divergence.parse(case.divergence), case.temperature, bench.backends[0])
+
     def loss_alone() -> None:
-        functional.fused_kd_loss(z, v, divergence=case.divergence, temperature=case.temperature, t_squared=True).backward()
+        loss(z, v).backward()
         z.grad = None
 
     times = bench._times(steady | {"projections": projections, "loss": loss_alone}, bench.repeats)
@@ -185,6 +228,7 @@ def run(bench: Bench, case: Case) -> dict:
         case.tokens, case.vocab, 2 * h.element_size(), linear.CPU_BUDGET if bench.device.type == "cpu" else linear.GPU_BUDGET
     )
     return asdict(case) | {
+        "device": bench.machine["device"],
         "chunk": chunk,
         "floor_ms": 1e3 * floor,
         "contenders": {
@@ -201,7 +245,7 @@ def run(bench: Bench, case: Case) -> dict:
 
 def table(case: Case, result: dict) -> str:
     lines = [
-        f"\n{case}; floor {result['floor_ms']:.0f} ms, chunks of {result['chunk']} tokens",
+        f"\n{case}; {result['device']}, floor {result['floor_ms']:.0f} ms, chunks of {result['chunk']} tokens",
         f"{'':38s}{'ms':>9s}{'of floor':>10s}{'MiB':>9s}{'loss err':>10s}{'dh err':>9s}{'dW err':>9s}",
     ]
     for name, x in result["contenders"].items():
@@ -219,7 +263,7 @@ def main(args) -> dict:
             functional.options(case.divergence, case.temperature, True)
     except ValueError as error:
         raise SystemExit(f"bench: {error}") from None
-    bench = Bench(args.device, args.repeats, compiled=False)
+    bench = Bench.of(args, compiled=False)
     results = {"machine": bench.machine, "cases": []}
     print(paper())
     print(
@@ -228,4 +272,6 @@ def main(args) -> dict:
     for case in cases:
         results["cases"].append(run(bench, case))
         print(table(case, results["cases"][-1]), flush=True)
+        if args.json:
+            report.write_json(results, args.json)
     return results
