@@ -126,6 +126,7 @@ def test_log(tmp_path, capsys):
 def test_the_course(tmp_path, capsys):
     """All right: times, shapes, tuning, tests. Something wrong: the sanitizers on that very case come before any time."""
     found = log.Log(tmp_path / "x.jsonl")
+    assert [str(x) for x in drive.course(found)] == ["here+copy"]  # no device
     found.write("here", cache_fits=True)
     found.write("right cuda kl T=2 9x128256 bfloat16", right=True)
     names = [str(x) for x in drive.course(found)]

@@ -70,6 +70,8 @@ def right(processes: int) -> Step:
 def course(log: Log) -> Iterator[Step]:
     """What to do next, by what was found: a wrong result is looked into before any time is measured."""
     yield HERE
+    if "here" not in log.outcomes():  # no GPU, or none that answers
+        return
     # with a cache that fits nothing is compiled; without, eight processes compile beside each other
     yield right(2 if log.outcomes().get("here", {}).get("cache_fits") else 8)
     if suspects(log):

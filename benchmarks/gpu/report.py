@@ -247,7 +247,8 @@ def _head(result: Result) -> str:
     versions = ", ".join(f"{x} {here[x]}" for x in ("torch", "triton", "python") if x in here)
     title = f"# {result.card}" if result.card != "cpu" else "# A rehearsal on a CPU: no figure here is a GPU's"
     copy = f"; a copy moves {result.copy / 1e12:.2f} TB/s, bytes read and written" if result.copy else ""
-    return f"{title}\n\n{versions}{copy}. Times are medians of loss and gradient, with the second-level cache flushed before each.\n"
+    about = f"{versions}{copy}. " if versions else ""
+    return f"{title}\n\n{about}Times are medians of loss and gradient, with the second-level cache flushed before each.\n"
 
 
 def _right(result: Result) -> str:
