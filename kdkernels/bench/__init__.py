@@ -44,6 +44,8 @@ def main(args: argparse.Namespace) -> dict:
         raise SystemExit("bench: needs tqdm; pip install tqdm matplotlib") from None
     from . import linear, measure, report
 
+    if args.json:
+        report.check_json(args.json)
     if args.linear is not None:
         return linear.main(args)
     if args.plot:

@@ -183,13 +183,15 @@ class _Check:
         self.value = values.mean()
 
     def errors(self, loss: Loss) -> tuple[float, float]:
-        few = loss(self.z[self.few], self.v[self.few])
-        few.backward()  # so that torch.compile has seen two batch sizes, as in use; what it then makes is its fastest and leanest
-        whole = loss(self.z, self.v)
-        self.z.grad = None
-        whole.backward(torch.full_like(whole, self.scale))
-        grad = self.z.grad[self.few].double().cpu().numpy() * len(self.z) / self.scale
-        self.z.grad = None
+        try:
+            few = loss(self.z[self.few], self.v[self.few])
+            few.backward()  # so that torch.compile has seen two batch sizes, as in use; what it then makes is its fastest and leanest
+            whole = loss(self.z, self.v)
+            self.z.grad = None
+            whole.backward(torch.full_like(whole, self.scale))
+            grad = self.z.grad[self.few].double().cpu().numpy() * len(self.z) / self.scale
+        finally:  # also where it raises: what is left would count as memory of the next
+            self.z.grad = None
         return abs(float(few.item() / self.value - 1)), float(
             np.linalg.norm((grad - self.grad).astype(float)) / np.linalg.norm(self.grad.astype(float))
         )

@@ -46,11 +46,19 @@ def table(case: dict) -> str:
     return "\n".join(lines)
 
 
+def check_json(path: str) -> None:
+    """A file that could not be written is an error before the measuring, not after; a device or a pipe would be replaced by a file."""
+    file = Path(path)
+    if not file.parent.is_dir() or (file.exists() and not file.is_file()):
+        raise SystemExit(f"--json: a file in a folder that is there, got {path!r}")
+
+
 def write_json(results: dict, path: str) -> None:
-    """In one step, so that a run that is ended keeps what it had."""
-    new = Path(f"{path}.new")
+    """In one step, so that a run that is ended keeps what it had; where the path is a link, to what it names."""
+    file = os.path.realpath(path)
+    new = Path(f"{file}.new")
     new.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(new, path)
+    os.replace(new, file)
 
 
 def check_plot(path: str) -> None:
