@@ -4,7 +4,9 @@ A new gradient of a few hundred megabytes is fresh memory in every step: the ker
 than the loss itself (on a virtual machine, twice as much). PyTorch's CPU allocator gives freed memory back at once; here the two
 largest blocks (a student's and a teacher's) are kept, marked MADV_FREE: the system may take their pages whenever it needs memory, and until
 it does the next step finds them.
-KDKERNELS_RECYCLE=0 turns this off.
+
+Such a tensor's storage cannot be resized ("Trying to resize storage that is not resizable"): torch resizes what it has allocated itself,
+and from Python it can only be lent memory. `x.grad = None` gives a gradient back; KDKERNELS_RECYCLE=0 turns all of this off.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ def empty(like: Tensor) -> Tensor:
     if not _possible or like.device.type != "cpu" or size < SMALLEST:
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
     block = _take(size)
+    if block is None:  # torch's error where it finds none either
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
     view = memoryview(block)  # dies with the tensor's storage
-    weakref.finalize(view, _release, block)
+    weakref.finalize(view, _release, block).atexit = False  # the interpreter's end is not the tensor's: others may still read it
     return torch.frombuffer(view, dtype=like.dtype, count=size // like.element_size()).view(like.shape)
 
 
@@ -41,7 +45,8 @@ def clear() -> None:
         _kept.clear()
 
 
-def _take(size: int) -> mmap.mmap:
+def _take(size: int) -> mmap.mmap | None:
+    """A block of at least this size; None where the system has none, not even for what is kept."""
     with _lock:
         for i, block in enumerate(_kept):
             if size <= len(block):  # pages beyond size stay marked
@@ -50,12 +55,20 @@ def _take(size: int) -> mmap.mmap:
                     return found
                 _kept.append(found)  # a finalizer has been here
                 break
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for _ in range(2):
+        try:
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError):
+            clear()
+    return None
 
 
 def _release(block: mmap.mmap) -> None:
     with _lock:
-        block.madvise(mmap.MADV_FREE)
+        try:
+            block.madvise(mmap.MADV_FREE)
+        except OSError:  # memory is locked (mlockall), or the system does not know it: not kept
+            return
         _kept.append(block)
         _kept.sort(key=len)
         del _kept[:-2]
