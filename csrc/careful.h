@@ -87,7 +87,7 @@ template <class F, class Crew> class Careful {
     if (near_one(R)) log_r_ = log1p_of(-b_ * plan_.order * terms);
     gain_ = plan_.alpha ? exp_of(log_r_) / plan_.order : plan_.factor;
     if (plan_.alpha) return near_one(R) ? terms : expm1_of(log_r_) / (-b_ * plan_.order);
-    return plan_.factor * log_r_ / -b_;
+    return top_u_ < kMost ? plan_.factor * log_r_ / -b_ : INFINITY;
   }
 
   // After measure: log-sum-exps of z/T and v/T, and the entropies of their softmaxes.
@@ -99,7 +99,8 @@ template <class F, class Crew> class Careful {
       const Int no_z = masked(z), no_v = masked(v);
       const F a = select(no_z, F{}, (z - top_z_) * k), b = select(no_v, F{}, (v - top_v_) * k);
       const F ez = select(no_z, F{}, exp2_flushed(a * kLog2e)), ev = select(no_v, F{}, exp2_flushed(b * kLog2e));
-      sz += ez; sv += ev; log_z += ez * a; log_v += ev * b;
+      sz += ez; sv += ev;
+      log_z += select(ez > 0., ez * a, F{}); log_v += select(ev > 0., ev * b, F{});   // a and b may be -inf
     });
     const double z = crew_.sum(sz), v = crew_.sum(sv), lse_z = log_of(z), lse_v = log_of(v);
     return {lse_z + k * top_z_, lse_v + k * top_v_, lse_z - crew_.sum(log_z) / z, lse_v - crew_.sum(log_v) / v};
@@ -109,17 +110,21 @@ template <class F, class Crew> class Careful {
   KD_HD F gradient(F z, F v) const { return broken_ ? splat<F>(NAN) : moved(z, v); }
 
  private:
+  static constexpr double kMost = 1e308;   // the largest exponent that is told from others
+
   static KD_HD Int masked(F x) { return x == -INFINITY; }
   KD_HD F exp_z(F z) const { return exp2_flushed((z - top_z_) * plan_.c); }
   KD_HD F exp_set(F z) const { return exp2_flushed((z - top_set_) * plan_.c); }
   KD_HD F exp_v(F v) const { return exp2_flushed((v - top_v_) * plan_.c); }
-  // ((z - v) - (top_z - top_v)) / T in base 2, 0 where a class is masked
-  KD_HD F diff(F z, F v) const { return select(masked(z) | masked(v), F{}, (z - v) - (top_z_ - top_v_)) * plan_.c; }
-  KD_HD F log_ratio(F z, F v) const { return diff(z, v) * kLn2 - shift_; }
-  // base-2 exponent of p^a q^(1-a), up to the constants of the row
+  // (z - v) - (top_z - top_v), 0 where a class is masked. A logit may be the least finite number (a mask of many models): it is scaled last,
+  // as a sum of scaled numbers could be inf - inf.
+  KD_HD F diff(F z, F v) const { return select(masked(z) | masked(v), F{}, (z - v) - (top_z_ - top_v_)); }
+  KD_HD F log_ratio(F z, F v) const { return diff(z, v) * k_ - shift_; }
+  // base-2 exponent of p^a q^(1-a), up to the constants of the row; not +inf, so that classes compare
   KD_HD F exponent(F z, F v) const {
     const Int dead = masked(v) | masked(z);                            // orders above 1 with z masked are +inf anyway
-    return select(dead, splat<F>(-INFINITY), (v - top_v_) * plan_.c + b_ * diff(z, v));
+    const F all = ((v - top_v_) + b_ * diff(z, v)) * plan_.c;
+    return select(dead, splat<F>(-INFINITY), select(all > kMost, splat<F>(kMost), all));
   }
   // the classes that w is q restricted to, order inf
   KD_HD Int chosen(F z, F v) const { return ((z - v) * sign_ == least_) & ~(masked(z) | masked(v)); }
@@ -133,7 +138,7 @@ template <class F, class Crew> class Careful {
       sv_ += both; sd_ += select(no_z | no_v, F{}, z - v);
       return;
     }
-    const F ez = exp_z(z), ev = exp_v(v), y = diff(z, v);
+    const F ez = exp_z(z), ev = exp_v(v), y = diff(z, v) * plan_.c;
     const Int near = (abs_of(y) < .5) & ~(no_z | no_v);
     sz_ += ez; sv_ += ev;
     sd_ += select(near, ev * expm1_psi(select(near, y, F{})).m1, ez - ev);
@@ -161,7 +166,7 @@ template <class F, class Crew> class Careful {
       term = select(no_v, q / plan_.order, select(no_z, p / b_, term));
     } else {
       const F series = near_zero(d, near).psi;
-      term = select(near, p * series, (q - p) - p * d);
+      term = select(near, p * series, (q - p) - select(p > 0., p * d, F{}));   // d may be inf
       term = select(no_v, q, term);
     }
     f_ += select(no_z & no_v, F{}, term);
@@ -183,9 +188,11 @@ template <class F, class Crew> class Careful {
     }
     const double l = plan_.mixture.l, keep = plan_.mixture.keep;
     const MixedTerm<F> close = mixed_term(select(near, x, F{}), m, plan_.mixture);
-    const F most = select(x > 700., splat<F>(700), select(x < -700., splat<F>(-700), x));
-    const F u = l > 0 ? log1p_psi(expm1_psi(most * kLog2e).m1 * l).log + select(x > 700., x - 700., F{}) : F{};
-    const F w = x - u, mixture = b + gap * l, share = select(mixture > 0., gap / mixture, F{});
+    // Beyond 700 either way one of b and o is 0: what is times the other, u or w, is what it is at 700. w is not x - u there: where x is a large
+    // finite mask's, the two agree to all their digits.
+    const F least = select(x < -700., splat<F>(-700), x), most = l > 0 ? select(least > 700., splat<F>(700), least) : least;
+    const F u = l > 0 ? log1p_psi(expm1_psi(most * kLog2e).m1 * l).log : F{};
+    const F w = most - u, mixture = b + gap * l, share = select(mixture > 0., gap / mixture, F{});
     const F far = (gap * l - b * u) * plan_.mixture.base + (o * w - gap * keep) * plan_.mixture.other;
     F term = select(near, b * close.term, far);
     const F far_xi = (flip ? u * -plan_.mixture.base : w * plan_.mixture.other) + share * plan_.mixture.moves;
@@ -217,7 +224,8 @@ template <class F, class Crew> class Careful {
     // log(w / p), or log(w / q), which is 0 as the order goes to 0
     const F x = plain ? F{} : plan_.student_base ? -plan_.order * d - log_r_ : b_ * d - log_r_;
     const bool of_q = !plain && plan_.student_base;
-    const Int near = ((abs_of(d) < .5) | (splat<F>(of_q) > F{})) & (abs_of(x) < .5) & ~(no_z | no_v);
+    // of a large d little is left in x
+    const Int small = of_q ? abs_of(plan_.order * d) < 8. : abs_of(d) < .5, near = small & (abs_of(x) < .5) & ~(no_z | no_v);
     const F m1 = near_zero(x, near).m1, g = select(near, of_q ? -q * m1 : p * (near_zero(d, near).m1 - m1), q - w);
     return select(no_z, F{}, g * gain_);                  // a masked class of the student is not moved
   }

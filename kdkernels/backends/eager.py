@@ -196,6 +196,7 @@ class _Row:
         sides = form.sides
         b, o, x, only_b, only_o = (q, p, -d, self.only_z, self.only_v) if sides.student_base else (p, q, d, self.only_v, self.only_z)
         l = sides.mix  # noqa: E741
+        x = x.clamp_min(-700)  # beyond, o is 0, and x may be -inf
         x = x.clamp_max(700) if l else x  # beyond, log m is log o + log(l), whatever x
         m1 = torch.expm1(x.clamp_max(700))
         u = torch.log1p(l * m1)
