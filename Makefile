@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
-.PHONY: bench regress test slow simt aot gpu-pack lint format clean
+.PHONY: bench regress test slow fuzz simt aot gpu-pack lint format clean
 
 # --no-compile: modules are compiled when they are first imported, and most never are
 .venv/ready: constraints.txt
@@ -29,6 +29,11 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# calls of the public surface drawn at random against the oracle, with the time that is left; SEED=1 draws others
+SEED ?= 0
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(SEED) 50000
 
 # the CUDA kernels on host threads: every combination, and under sanitizers
 simt: .venv/installed
