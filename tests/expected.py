@@ -402,6 +402,8 @@ def of_log_softmax(case: Case, found: dict, engine: str) -> Iterator[tuple]:
     out, g, room, room_g = (np.full(x.shape, NAN) for _ in range(4))
     for i, row in enumerate(x):
         if broken(row):
+            g[i] = NAN if T < math.inf else 0
+            room_g[i] = 0
             continue
         out[i] = log_softmax(row, T)
         p, size = np.exp(out[i]), np.abs(finite(out[i]))

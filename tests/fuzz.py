@@ -376,6 +376,16 @@ KNOWN: dict[str, Known] = {
         lambda case, failure: failure.startswith("raises IndexError: too many indices") and case.leading == (),
         head(1, leading=(), layouts=("plain", "classes apart"), options=dict(backend="eager")),
     ),
+    "triton: a teacher's +inf at T = inf": Known(
+        "0 where the row is nan",
+        lambda case, failure: case.get("backend") == "triton" and math.isinf(case.temperature) and is_broken(case),
+        one_row([0, 0], [math.inf, 0], temperature=math.inf, t_squared=True, backend="triton"),
+    ),
+    "triton: 1e-21 where the student is the teacher but for an offset": Known(
+        "the square of what is left of the offset; bounds.py allows 1e-30",
+        lambda case, failure: case.get("backend") == "triton" and is_value(failure) and figure(failure) < 1e-18,
+        one_row([0.6611328125], [1000.5], ("fp16", "fp16"), temperature=3.0, backend="triton"),
+    ),
     "eager: gradient of log-softmax at T = inf": Known(
         "autograd of x / inf",
         lambda case, failure: case.call == "tempered_log_softmax" and math.isinf(case.temperature) and case.get("backend") == "eager",
