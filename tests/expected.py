@@ -162,21 +162,21 @@ def teacher_row(z, v, name: str, T: float, engine: str):
 
 
 def soft_bounds(case: Case, z, v, D, size: float, of_teacher: bool = False) -> tuple[float, float]:
-    """Of D, and of T dD/dz or T dD/dv of that norm. A common offset is rounded in fp64, whose square is 1e-24 of D."""
+    """Of D, and of T dD/dz or T dD/dv of that norm. Logits are rounded at their size in fp64, whose square is in D."""
     name, T = case.divergence, case.temperature
     if broken(z, v):
         return 0.0, 0.0
     D, (kind, a) = float(finite(D)), oracle.parse(name)
-    if is_double(case):  # test_fp64_is_fp64; beneath, the rounding of logits of their size
-        largest = min(max(float(np.abs(finite(x)).max()) for x in (z, v)), 1e6)
-        return 1e-9 * D + 1e-24 + 1e-15 * (kind == "tvd"), max(1e-9 * size, 1e-14 * (1e3 + largest) * (1 + D))
+    offset = 1e-15 * (1e3 + min(max(float(np.abs(finite(x)).max()) for x in (z, v)), 1e6))
+    if is_double(case):  # test_fp64_is_fp64
+        return 1e-9 * D + offset**2 + 1e-15 * (kind == "tvd"), max(1e-9 * size, 10 * offset * (1 + D))
     spread = min(spread_of(z, v, T), DEEPEST)
     order = {"kl": 1.0, "matching": 1.0, "cross_entropy": 1.0, "renyi": a}.get(kind)
     room = gradient_bound_of(size, D) if order is None or of_teacher else gradient_bound(order, size)
     if kind == "tvd":
         room += undecided(*((v, z) if of_teacher else (z, v)), T)
     value = value_bound_of(name, case.vocab, T, spread, D) if order is None else value_bound(order, case.vocab, T, spread, D)
-    return value + 1e-24, room
+    return value + offset**2, room
 
 
 def undecided(z, v, T: float) -> float:
@@ -253,6 +253,8 @@ def of_loss(case: Case, found: dict, engine: str) -> Iterator[tuple]:
                 rooms[side, i] += abs(f * in_grad) * steep[side] * (room_g[side] + rounding * norm(part))
             if not np.isfinite(D):
                 rooms[1, i] = INF  # the teacher's gradient is then one thing or another
+                if D == INF and not np.isneginf([z, v]).any():
+                    rooms[0, i] = INF  # beyond a long double
         ce = None
         if hard != 0:
             *ce, gh, room_ce, room_gh = hard_row(case, z, case.labels[i])
