@@ -24,10 +24,11 @@ template <class F, class Crew> class Careful {
   template <class Classes> KD_HD double measure(Classes classes) {
     classes([&](F z, F v) {
       mz = larger(z, mz); mv = larger(v, mv);
-      nan |= (z != z) | (v != v);
+      nan_z_ |= z != z; nan_v_ |= v != v;
     });
     top_z_ = crew_.largest(mz); top_v_ = crew_.largest(mv);
-    broken_ = crew_.any(nan) || !std::isfinite(top_z_) || !std::isfinite(top_v_);
+    broken_student_ = crew_.any(nan_z_) || !std::isfinite(top_z_);
+    broken_ = crew_.any(nan_v_) || !std::isfinite(top_v_) || broken_student_;
     if (broken_) return NAN;
 
     classes([&](F z, F v) { add_sums(z, v); });
@@ -89,6 +90,9 @@ template <class F, class Crew> class Careful {
     if (plan_.alpha) return near_one(R) ? terms : expm1_of(log_r_) / (-b_ * plan_.order);
     return top_u_ < kMost ? plan_.factor * log_r_ / -b_ : INFINITY;
   }
+
+  // After measure: whether the student's row has nan or +inf, or no class, which breaks its hard term as well.
+  KD_HD bool broken_student() const { return broken_student_; }
 
   // After measure: log-sum-exps of z/T and v/T, and the entropies of their softmaxes.
   template <class Classes> KD_HD Shapes shapes(Classes classes) const {
@@ -248,10 +252,10 @@ template <class F, class Crew> class Careful {
   const Crew &crew_;
   const double k_, b_, sign_;
   F mz = splat<F>(-INFINITY), mv = splat<F>(-INFINITY), mu_ = splat<F>(-INFINITY), least_v_ = splat<F>(INFINITY);
-  Int nan{}, lone_p_{}, lone_q_{};
+  Int nan_z_{}, nan_v_{}, lone_p_{}, lone_q_{};
   F sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
   double top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0, moved_ = 0, gain_ = 1, log_z_ = 0, entropy_z_ = 0;
-  bool broken_ = false, infinite_ = false;
+  bool broken_ = false, broken_student_ = false, infinite_ = false;
 };
 
 }  // namespace KD_LEVEL

@@ -542,7 +542,7 @@ def fused_kd_loss(
             "alpha(2)", "jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd".
         temperature: T in (0, inf]. inf is the limit of T^2 D, (k/2) Var(student - teacher), and needs t_squared=True.
         t_squared: multiply the soft term by T^2, so that its gradient does not vanish at high temperature.
-        soft_weight, hard_weight: weights of the two terms.
+        soft_weight, hard_weight: weights of the two terms. A term of weight 0 is not there, whatever its logits are.
         ignore_index: the label of rows that do not count.
         token_weight: (...) weight of each row, >= 0; rows of weight 0 are ignored rows, and are not read.
         reduction: "mean" over the counted rows (divided by the sum of their weights; 0 when there are none), "sum", or "none".

@@ -4,6 +4,7 @@ backend="cuda" is the kernels on host threads (tests/simt). Triton's own faults 
 """
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from bounds import cast_bound, gradient_bound_of, spread_of, value_bound_of
 
-from kdkernels import backends, fused_kd_loss, fused_linear_kd_loss
+from kdkernels import LogitTransform, backends, fused_kd_loss, fused_linear_kd_loss
 from kdkernels.backends import cuda
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
@@ -156,3 +158,107 @@ def test_a_large_finite_mask_as_a_bias_of_the_linear_loss(backend, divergence):
         D, dz = exact(z.detach(), other[i : i + 1], divergence)
         assert loss[i].item() == pytest.approx(D, rel=1e-5)
         torch.testing.assert_close(grad[i].double(), dz @ w.double(), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- a soft weight of 0
+
+BROKEN = {"nan": math.nan, "inf": math.inf, "masked": -math.inf}
+NO_SOFT_TERM = wrong_on_triton(*BACKENDS, reason="the gradient of a term of weight 0 is 0 times nan")
+
+
+def a_broken_teacher(how, vocab=40):
+    """Rows of which the second has a broken teacher: one class of it, or, masked, all."""
+    g = torch.Generator().manual_seed(1)
+    z, v, y = torch.randn(4, vocab, generator=g), torch.randn(4, vocab, generator=g), torch.tensor([3, 7, 0, 5])
+    if how == "masked":
+        v[1] = -math.inf
+    else:
+        v[1, 5] = BROKEN[how]
+    return z, v, y
+
+
+def of_hard_term(z, y, weight=0.5, reduction="sum", **smoothing):
+    x = z.double().requires_grad_()
+    loss = weight * F.cross_entropy(x, y, reduction=reduction, **smoothing)
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "renyi(0.5)", "renyi(0)", "renyi(inf)", "jsd(0.5)", "tvd", "alpha(2)"])
+@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+def test_a_soft_weight_of_0_and_a_broken_teacher(backend, divergence, how):
+    """The term is not there: value and gradient are the hard term's alone. The gradient was nan."""
+    z, v, y = a_broken_teacher(how)
+    for stats in (False, True):
+        for reduction in ("sum", "none"):
+            x = z.clone().requires_grad_()
+            options = dict(divergence=divergence, soft_weight=0.0, hard_weight=0.5, return_stats=stats, reduction=reduction)
+            out = fused_kd_loss(x, v, y, temperature=2.0, backend=backend, **options)
+            loss = out[0] if stats else out
+            loss.sum().backward()
+            right, grad = of_hard_term(z, y, reduction=reduction)
+            torch.testing.assert_close(loss.detach().double(), right, rtol=1e-6, atol=0)
+            torch.testing.assert_close(x.grad.double(), grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+def test_a_soft_weight_of_0_at_infinite_temperature(backend):
+    z, v, y = a_broken_teacher("nan")
+    loss, grad = measured(z, v, y, T=1.0, soft_weight=0.0, hard_weight=0.5, backend=backend)
+    x = z.clone().requires_grad_()
+    fused_kd_loss(
+        x, v, y, temperature=math.inf, t_squared=True, soft_weight=0.0, hard_weight=0.5, reduction="sum", backend=backend
+    ).backward()
+    right, g = of_hard_term(z, y)
+    torch.testing.assert_close(x.grad.double(), g, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad, g, rtol=1e-5, atol=1e-7)
+    assert loss.item() == pytest.approx(right.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+def test_a_soft_weight_of_0_with_label_smoothing_and_a_softcap(backend):
+    z, v, y = a_broken_teacher("nan")
+    options = dict(soft_weight=0.0, hard_weight=0.5, label_smoothing=0.1, student_transform=LogitTransform(1.0, 5.0))
+    _, grad = measured(z, v, y, backend=backend, **options)
+    x = z.double().requires_grad_()
+    (0.5 * F.cross_entropy(5 * torch.tanh(x / 5), y, reduction="sum", label_smoothing=0.1)).backward()
+    torch.testing.assert_close(grad, x.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+def test_a_soft_weight_of_0_in_the_linear_loss_and_in_place(backend):
+    z, v, y = a_broken_teacher("inf")
+    eye = torch.eye(40).requires_grad_()
+    fused_linear_kd_loss(z, eye, teacher_logits=v, labels=y, soft_weight=0.0, hard_weight=0.5, reduction="sum", backend=backend).backward()
+    _, grad = of_hard_term(z, y)
+    torch.testing.assert_close(eye.grad.double(), grad.T @ z.double(), rtol=1e-5, atol=1e-6)
+    if backend == "eager":
+        return
+    x = z.clone().requires_grad_()
+    fused_kd_loss(x * 1, v, y, soft_weight=0.0, hard_weight=0.5, reduction="sum", inplace=True, backend=backend).backward()
+    torch.testing.assert_close(x.grad.double(), grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+def test_a_soft_weight_of_0_and_the_gradient_of_a_broken_teacher(backend):
+    """The hard term has none in the teacher: it is 0."""
+    z, v, y = a_broken_teacher("nan")
+    x, w = z.clone().requires_grad_(), v.clone().requires_grad_()
+    fused_kd_loss(x, w, y, soft_weight=0.0, hard_weight=0.5, teacher_grad=True, reduction="sum", backend=backend).backward()
+    assert (w.grad == 0).all()
+    torch.testing.assert_close(x.grad.double(), of_hard_term(z, y)[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocab", [40, 9000])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "eager", "cuda"])
+def test_a_soft_weight_of_0_and_a_broken_student(backend, dtype, vocab):
+    """It breaks the hard term: nan in value and gradient, of that row alone, wherever in the row it is."""
+    for at, how in ((0, math.nan), (vocab - 1, math.nan), (vocab // 2, math.inf), (slice(None), -math.inf), (slice(None), math.nan)):
+        z, v, y = a_broken_teacher("nan", vocab)
+        z = z.to(dtype)
+        z[2, at] = how
+        loss, grad = measured(z, v.to(dtype), y, soft_weight=0.0, hard_weight=0.5, backend=backend)
+        assert loss.isnan()
+        assert grad[2].isnan().all() and not grad[[0, 1, 3]].isnan().any()

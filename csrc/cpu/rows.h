@@ -162,6 +162,8 @@ template <class Real> class RowJob {
       }
     };
     const double value = careful.measure(classes);
+    // a factor of 0 says that the soft term is not there, whatever it would be; the student's row breaks the hard term too
+    const double none = hard() && careful.broken_student() ? NAN : 0;
     if (hard() && !plan_.careful) {                  // the sweep stopped where the row was lost
       for (int64_t i = 0; i < blocks_; i++) {
         with_block(row, i, desk, [&](auto *z, auto *, auto *) { s.hard_parts[i] = hard_block(z, length(i), desk.slot); });
@@ -169,15 +171,17 @@ template <class Real> class RowJob {
     }
     Shapes shapes{};
     if (c_.stats) shapes = careful.shapes(classes);
-    finish(s, row, value, desk, &shapes);
+    finish(s, row, value, desk, &shapes, none);
     if (!c_.grad) return;
-    const double scale = s.weight * grad_scale_;
+    const bool soft_counts = grad_scale_ != 0;
+    const double scale = soft_counts ? s.weight * grad_scale_ : 1;
     Real *soft = desk.slot, *e1 = desk.slot + kSlot<Real>;
     for (int64_t i = 0; i < blocks_; i++) {
       const int64_t n = length(i), i0 = i * kBlock<Real>;
       if (hard()) with_block(row, i, desk, [&](auto *z, auto *, auto *) { hard_block(z, n, e1); });
       for (int64_t j = 0; j < n; j += N) {
         const int64_t m = smaller(N, n - j);
+        if (!soft_counts) { for (int64_t l = 0; l < m; l++) soft[j + l] = Real(none); continue; }
         const int64_t padded = fill(i0 + j, m);
         for (int64_t l = 0; l < padded; l += W) store(g + l, careful.gradient(load<VD>(z + l), load<VD>(v + l)));
         for (int64_t l = 0; l < m; l++) soft[j + l] = Real(g[l]);
@@ -275,9 +279,9 @@ template <class Real> class RowJob {
     }
   }
 
-  // shapes: of a row that careful.h has measured
-  void finish(State &s, int64_t row, double value, Desk<Real> &desk, const Shapes *shapes) const {
-    double loss = c_.value_scale != 0 ? c_.value_scale * value : 0, cross_entropy = NAN;
+  // shapes: of a row that careful.h has measured; none: the soft term where it has no weight
+  void finish(State &s, int64_t row, double value, Desk<Real> &desk, const Shapes *shapes, double none = 0) const {
+    double loss = c_.value_scale != 0 ? c_.value_scale * value : none, cross_entropy = NAN;
     if (hard()) {
       Real label;
       label = *fetch(student(row), c_.student_dtype, of_student_, c_.labels[row], 1, &label);

@@ -43,6 +43,8 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
   Careful<double, BlockCrew<G>> careful(job.plan, crew);
   const auto classes = [&](auto body) { KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) body(student(i), teacher(i)); };
   const double value = careful.measure(classes);
+  // a factor of 0 says that the soft term is not there, whatever it would be; the student's row breaks the hard term too
+  const double none = job.hard && careful.broken_student() ? NAN : 0;
   SmoothPart own;
   HardRow h;
   const auto hard_weight = [&](double z) { return exp2_flushed((z - own.top) * kLog2e); };
@@ -74,7 +76,7 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
     if (gpu::thread() == 0) { put_values(job, out, value, h); put_shapes(out, shapes, first_z, first_v); }
   }
   gpu::sync_block();
-  if (gpu::thread() == 0 && c.loss) c.loss[row] = loss_of(job, at.weight, value, h);
+  if (gpu::thread() == 0 && c.loss) c.loss[row] = loss_of(job, at.weight, value, h, none);
   if (!c.grad) return;
   const double scale = at.weight * c.grad_scale, hard_scale = at.weight * c.hard_grad_scale;
   const double label = job.hard ? hard_scale * label_gradient(c, h) : 0, of_q = hard_scale * (1 + h.pull) / h.s;
@@ -82,7 +84,7 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
   const bool known = at.label_logit == at.label_logit;
   KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) {
     const double z = student(i);
-    double g = scale * careful.gradient(z, teacher(i));
+    double g = c.grad_scale != 0 ? scale * careful.gradient(z, teacher(i)) : none;
     if (job.hard) g += i == at.label ? label : own.s > 0 ? of_q * hard_weight(z) : 0;
     g = (g + (z > -INFINITY ? smoothing : 0)) * slope(z, of_student);
     const float out = known ? float(g) : NAN;

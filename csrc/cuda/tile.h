@@ -846,9 +846,10 @@ KD_DEVICE RowAt look_up(const Job &job, int64_t row) {
   return at;
 }
 
-KD_DEVICE double loss_of(const Job &job, double weight, double value, const HardRow &h) {
+// none: the soft term where it has no weight
+KD_DEVICE double loss_of(const Job &job, double weight, double value, const HardRow &h, double none = 0) {
   const kd_call &c = job.call;
-  double loss = c.value_scale != 0 ? c.value_scale * value : 0;
+  double loss = c.value_scale != 0 ? c.value_scale * value : none;
   if (job.hard) loss += c.hard_scale * hard_value(c, h);
   return weight * loss;
 }

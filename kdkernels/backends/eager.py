@@ -37,16 +37,24 @@ def rows(
     modifiers: Modifiers,
 ) -> Tensor:
     """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0 are not looked at."""
-    z, v = (transform(x.double()) for transform, x in zip(modifiers.transforms, (student, teacher), strict=True))
+    hard = labels is not None and hard_scale != 0
+    z, v = _of_terms(student.double(), teacher.double(), value_scale != 0, hard)
+    z, v = (transform(x) for transform, x in zip(modifiers.transforms, (z, v), strict=True))
     clean_z, clean_v, labels, broken = _clean(z, v, labels, weight)
     row = _Row(clean_z, clean_v, temperature)
-    loss = value_scale * row.divergence(math_of.parse(divergence)) if value_scale else clean_z.new_zeros(z.shape[0])
-    if labels is not None and hard_scale:
+    loss = value_scale * row.divergence(math_of.parse(divergence)) if value_scale else (0.0 * row.z + 0.0 * row.v).sum(-1)
+    if hard:
         loss = loss + hard_scale * row.hard(labels, modifiers)
     # nan in value and gradient of the broken rows, 0 added to the others
     poison = torch.where(broken, math.nan, 0.0)
     loss = loss + (poison * torch.where(broken, z, row.z)).sum(-1)
     return loss if weight is None else torch.where(weight != 0, weight.double() * loss, 0.0)
+
+
+def _of_terms(z: Tensor, v: Tensor, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
+    """(z, v) with zeros for logits that no term is made of: a term of weight 0 is not there, whatever its logits are."""
+    nowhere = torch.zeros((), dtype=torch.bool, device=z.device)
+    return z if soft or hard else torch.where(nowhere, z, 0.0), v if soft else torch.where(nowhere, v, 0.0)
 
 
 def _clean(z: Tensor, v: Tensor, labels: Tensor | None, weight: Tensor | None):
@@ -96,14 +104,21 @@ def loss(
         out[index] = rows(z, v, y, w, divergence, temperature, value_scale, hard_scale, modifiers)
         if grad is None and stats is None and other is None:
             continue
-        z, v = (transform(x) for transform, x in zip(modifiers.transforms, (z, v), strict=True))
+        raw = z, v, y
+        z, v = (transform(x) for transform, x in zip(modifiers.transforms, raw[:2], strict=True))
         z, v, y, broken = _clean(z, v, y, w)
         row = _Row(z, v, temperature)
         if stats is not None:
             lost = broken if w is None else broken | (w == 0).unsqueeze(-1)
             stats[index] = torch.where(lost, math.nan, row.columns(which, y))
         of_z, of_v = modifiers.transforms
-        if other is not None:
+        if not grad_scale:
+            z, v = _of_terms(*raw[:2], False, raw[2] is not None and (hard_scale != 0 or hard_grad_scale != 0))
+            z, v, y, broken = _clean(of_z(z), v, raw[2], w)
+            row = _Row(z, v, temperature)
+        if other is not None and not grad_scale:
+            _write(other, at, vocab, torch.zeros_like(v), w)
+        elif other is not None:
             entropic = isinstance(which, math_of.CrossEntropy)
             g = row.teacher_gradient() if entropic else _Row(v, z, temperature).gradient(math_of.parse(mirror[5]))
             _write(other, at, vocab, torch.where(broken, math.nan, grad_scale * g * of_v.slope(v)), w)
