@@ -30,12 +30,15 @@ enum Care { kFast, kExact, kMasked };                    // kExact: (o - b)/T wi
 // What the statistics sum: e a and eo a_o, of eo = e + em; or, where both have every class, em a_o alone, as (other_log) gives the rest.
 enum Logs { kNoLogs, kBothLogs, kBriefLogs };
 
+// What the rounding of o - b has lost, exactly.
+template <class F> KD_HD F lost_in_difference(F o, F b) {
+  const F hi = o - b, back = hi - o;
+  return (o - (hi - back)) - (b + back);
+}
 // o - b - ref. The rounding of o - b matters when a common offset is much larger than what remains of the difference.
 template <bool kCarry, class F> KD_HD F difference(F o, F b, typename Element<F>::Real ref, typename Element<F>::Real ref_low) {
   const F hi = o - b;
-  if (!kCarry) return hi - ref;
-  const F back = hi - o, lo = (o - (hi - back)) - (b + back);
-  return (hi - ref) + (lo - ref_low);
+  return kCarry ? (hi - ref) + (lost_in_difference(o, b) - ref_low) : hi - ref;
 }
 
 // One element (or a vector of them). wild: bits of the largest |y|, or all ones for what no finite formula takes.

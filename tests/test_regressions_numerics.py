@@ -262,3 +262,40 @@ def test_a_soft_weight_of_0_and_a_broken_student(backend, dtype, vocab):
         loss, grad = measured(z, v.to(dtype), y, soft_weight=0.0, hard_weight=0.5, backend=backend)
         assert loss.isnan()
         assert grad[2].isnan().all() and not grad[[0, 1, 3]].isnan().any()
+
+
+# ---------------------------------------------------------------- 16-bit logits with a common offset
+
+OFFSETS = [(FP16, 10.0, 1e-3, 31), (BF16, 29952.0, 0.3, 2), (BF16, 100.0, 1e-3, 4099), (FP16, 100.0, 1e-2, 33000)]
+
+
+def with_offset(dtype, offset, spread, vocab, of_teacher):
+    g = torch.Generator().manual_seed(vocab)
+    near, far = (torch.randn(1, vocab, generator=g) * spread).to(dtype), torch.full((1, vocab), offset).to(dtype)
+    return (near, far) if of_teacher else (far, near)
+
+
+@pytest.mark.parametrize("of_teacher", [True, False])
+@pytest.mark.parametrize("case", OFFSETS, ids=str)
+@pytest.mark.parametrize("divergence", ["kl", "cross_entropy", "renyi(0.5)", "jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "tvd"])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_16_bit_logits_with_a_common_offset(backend, divergence, case, of_teacher):
+    """10 - 0.001 of fp16 numbers has more than 24 bits, and D lost digits to its rounding: 4e-4 of it."""
+    z, v = with_offset(*case, of_teacher)
+    D, _ = exact(z, v, divergence)
+    for stats in (False, True):
+        out = fused_kd_loss(z, v, divergence=divergence, reduction="sum", return_stats=stats, backend=backend)
+        loss = (out[0] if stats else out).item()
+        assert abs(loss - D) <= value_bound_of(divergence, case[-1], 1.0, spread_of(z[0], v[0], 1.0), D)
+
+
+@pytest.mark.parametrize("case", [c for c in OFFSETS if c[-1] < 1e4], ids=str)
+@pytest.mark.parametrize("divergence", ["kl", "jsd(0.5)"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_bound_of_16_bit_logits_with_a_common_offset_on_a_gpu(backend, divergence, case):
+    """docs/numerics.md, section 5: the kernels for GPUs do not carry it."""
+    for of_teacher in (True, False):
+        z, v = with_offset(*case, of_teacher)
+        D, _ = exact(z, v, divergence)
+        loss = fused_kd_loss(z, v, divergence=divergence, reduction="sum", backend=backend).item()
+        assert abs(loss - D) <= 1.7e-7 * case[1] * math.sqrt(D) + 1e-6 * D

@@ -327,6 +327,20 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPa
   }
 }
 
+// Whether the rounding of 16-bit differences is more than 1e-7 of what the block adds to D, `own` for each of its s. Their rounding errors are
+// of a few classes, or, where one of the rows is near 0 and the other is not, of all and alike, so that they do not average out.
+template <class Real, class S> bool rounding_shows(const S *b, const S *o, int64_t n, const Real *e, double k, double s, double own) {
+  using F = typename Vec<Real>::F;
+  typename Vec<Real>::D total{};
+  F sum{};
+  const auto add = [&](int64_t i, F vb, F vo) __attribute__((always_inline)) {
+    const F lost = lost_in_difference(vo, vb), weight = load<F>(e + i);
+    sum += select(weight > F{}, weight * lost * lost, F{});
+  };
+  each_vector<Real, false>(b, o, n, add, add, [&]() __attribute__((always_inline)) { total += __builtin_convertvector(sum, typename Vec<Real>::D); sum = F{}; });
+  return k * k * sum_of<Real>(total) > 5e-15 * own * s;
+}
+
 // A block from its logits: references (unless the row has given its own), then as much care as it turns out to need.
 template <class Real, class S>
 void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, const double *ref, Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
@@ -348,10 +362,12 @@ void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart
     if (p.care == kMasked) p.care = kExact;          // which is the same without masks
     return;
   }
-  // The rounding of o - b, 2^-24 of the offset, must stay under 1e-6 of the differences that remain; 16-bit logits have none.
-  if (Half<S>::value || p.care != kFast) return;
+  // The rounding of o - b, 2^-24 of the offset, must stay under 1e-6 of the differences that remain; 16-bit logits seldom have any.
+  if (p.care != kFast) return;
   const double d = p.d / p.s, own = p.k1 / p.s - (d - std::log1p(d)), off = plan.k * p.ref;
-  if (off * off > 512 * own) sweep(kExact, b, o, n, plan, stats, keep, p, wide_b, wide_o);
+  if (!(off * off > 512 * own)) return;
+  if constexpr (Half<S>::value) if (!rounding_shows(b, o, n, keep[0], plan.k, p.s, own)) return;
+  sweep(kExact, b, o, n, plan, stats, keep, p, wide_b, wide_o);
 }
 
 template <bool kSmooth, class Real, class S> SmoothPart sweep_hard(const S *z, int64_t n, Real *e1) {
