@@ -209,7 +209,7 @@ inline Mixed<double> make_mixed(bool tvd, bool student_base, double l, double ba
   Mixed<double> r{};
   r.tvd = tvd;
   r.student_base = student_base;
-  if (tvd) { r.o_alone = 1; r.o_moves = r.b_moves = .5; return r; }
+  if (tvd) { r.o_alone = 1; r.b_moves = student_base ? 0 : -1; return r; }   // xi: tvd_side
   const double keep = 1 - l, rest = std::log1p(-l);
   r.l = l; r.keep = keep; r.base = base; r.other = other;
   const double less = base * l, more = other * keep;

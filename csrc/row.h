@@ -102,8 +102,16 @@ template <bool kCarry, class F> KD_HD F deviation(F b, F o, const References<typ
   return kCarry ? t * r.c + (t * r.c_low - rest) : t * r.c - rest;
 }
 
+// TVD's xi: 0 where the student has more of the class than the teacher, -1 where it has less, -1/2 where they are equal. So M is minus what
+// the student has of the others, a sum of one sign: where q is nearly one-hot, q (xi - M) is q of its class times the little that is left.
+template <class F> KD_HD F tvd_side(F gap, bool student_base) {   // gap: of the sign of o - b
+  const F zero{}, less = splat<F>(-1);
+  return select(gap > zero, student_base ? less : zero, select(gap < zero, student_base ? zero : less, splat<F>(-.5)));
+}
+
 // One element of the second sweep of the mixture family, whose y is x itself: q in units of e, and xi, of which G = q xi; sums of the
-// terms of D (k1) and of G (d). TVD sums what q has more (k1), what p has more (k2), and the base of the former (t).
+// terms of D (k1) and of G (d). TVD sums what q has more (k1), what p has more (k2), and the base of the former with half of that where
+// they are equal (t).
 // eo is e e^x.
 template <bool kCarry, bool kMask, class F, class Mix>
 KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &r, const Mix &mix,
@@ -123,10 +131,9 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
   F q = mix.student_base ? e : eo, term, xi;
   if (mix.tvd) {
     const F em = e * expm1_psi(y).m1;
-    const Real half = Real(mix.student_base ? -.5 : .5);
-    xi = select(em > zero, splat<F>(half), select(em < zero, splat<F>(-half), zero));
+    xi = tvd_side(em, mix.student_base);
     term = larger(em, zero);
-    s.k2 += larger(-em, zero); s.t += select(em > zero, e, zero);
+    s.k2 += larger(-em, zero);
   } else {
     const MixedTerm<F> m = mixed_class(y, far, mix);
     term = e * m.term; xi = m.xi;
@@ -144,6 +151,7 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
     wild = lost ? Int{} + Exp2<Real>::kAbs : wild;
   }
   s.k1 += term; s.d += q * xi;
+  if (mix.tvd) s.t += e + e * xi;
   return {q, xi, zero};
 }
 
@@ -176,9 +184,8 @@ KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r
   F y = deviation<false>(b, o, r, rest), xi;
   if (kLast) y = select(b == -Real(INFINITY), zero, y);
   if (kHow == kTvdGap) {
-    s.k1 += larger(gap, zero); s.k2 += larger(-gap, zero); s.t += select(gap > zero, e, zero);
-    const Real half = Real(mix.student_base ? -.5 : .5);
-    xi = select(y > zero, splat<F>(half), select(y < zero, splat<F>(-half), zero));
+    xi = tvd_side(y, mix.student_base);
+    s.k1 += larger(gap, zero); s.k2 += larger(-gap, zero); s.t += e + e * xi;
     s.d += q * xi;
   } else if (kHow == kReverse) {
     s.t += eo * y;
@@ -237,7 +244,7 @@ struct Part {
   double rest = 0;                    // s - 1 to its own digits (kEntropy)
   double d = 0;                       // sum of em
   // sums of e psi(y), e psi(tilt y), e + et, -e log e (kEntropy); after its second sweep the mixture family's: of the terms of D (TVD: of
-  // what q has more), TVD's of what p has more, and of p where q has more, of G. No words of their own: csrc/cuda sends parts about
+  // what q has more), TVD's of what p has more, and of p where q has more (step_mixed), of G. No words of their own: csrc/cuda sends parts about
   union { double k1 = 0; double terms; };
   union { double k2 = 0; double lacks; };
   union { double t = 0; double excess; };
@@ -265,12 +272,16 @@ struct Row {
   double shift = 0;                   // log sum b e^{(o - b)/T}, with b normalised: o's log-sum-exp minus b's
   double F = 0, R = 1, log_r = 0, value = 0;
   double gain = 1;                    // of the gradient: T dD/dz = gain (q - w)
-  double moved = 0;                   // M of the mixture family
+  double moved = 0, turned = 0;       // M of the mixture family, of the student's gradient and of the teacher's
+  double above = 0, above_turned = 0; // TVD: 1 + M of each, to its own digits
   bool lost = false;                  // outside the range of the step: careful.h
   bool refine = false;                // the references were far from shift: sweep again with shift as everyone's
 };
 
-struct Coefficients { double A, B, C; };
+// end: of TVD, C - A to its own digits, what a class with xi = -1 has
+struct Coefficients { double A, B, C, end = 0; };
+// What A xi + C lacks of that once A and C are rounded. Where `end` is the larger of the two, C is the one that counts, and nothing is added.
+template <class Real> KD_HD Real left_over(Real A, Real C, Real end) { return std::fabs(end) < std::fabs(C) ? end - (C - A) : Real(0); }
 
 // e^x - 1 and psi for h, which at T = inf are their first and second order
 KD_HD double expm1_of(double x, const Plan &plan) { return plan.moments ? x : expm1_of(x); }
@@ -372,6 +383,8 @@ template <class Crew = Alone> KD_HD void close_mixed(const Part *parts, int n, c
   });
   r.value = larger(plan.tvd && sums[3] + sums[0] > .5 ? sums[2] : sums[0], 0.);
   r.moved = sums[1];
+  r.turned = plan.tvd ? -sums[3] : r.value - r.moved;   // the two are D together, and TVD's xi are 1/2 less than what that holds for
+  r.above = sums[3] + sums[0]; r.above_turned = sums[2] - sums[1];
   r.lost |= !std::isfinite(r.value) || !std::isfinite(r.moved);
 }
 
@@ -391,7 +404,7 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
     const double unit = p.unit * scale, h = r.shift - p.offset;
     return {-unit * exp_of(-h), 0, -unit * expm1_of(-h)};
   }
-  if (plan.mixed) return {p.unit * scale, 0, -p.unit * scale * r.moved};
+  if (plan.mixed) return {p.unit * scale, 0, -p.unit * scale * r.moved, -p.unit * scale * r.above};
   const double unit = p.unit * scale * r.gain, h = r.shift - p.offset;
   if (plan.mirror == kNegative) return {-unit, 0, unit * h};
   if (plan.moments) return {unit, 0, -unit * h};
@@ -408,7 +421,7 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
 KD_HD Coefficients mirror_coefficients(const Part &p, const Row &r, const Plan &plan, const Plan &mirror, double scale) {
   if (p.empty()) return {0, 0, 0};
   const double unit = p.unit * scale;
-  if (plan.mixed && mirror.mirror == kSame) return {unit, 0, -unit * (r.value - r.moved)};
+  if (plan.mixed && mirror.mirror == kSame) return {unit, 0, -unit * r.turned, -unit * r.above_turned};
   if (mirror.mirror == kLogRatio) {
     const double log_b = plan.entropy ? plan.k * (p.top - r.top) - log_of(r.total) : 0;
     return {-unit * kLn2, 0, -unit * (p.offset - r.shift + log_b + r.value)};

@@ -299,3 +299,78 @@ def test_the_bound_of_16_bit_logits_with_a_common_offset_on_a_gpu(backend, diver
         D, _ = exact(z, v, divergence)
         loss = fused_kd_loss(z, v, divergence=divergence, reduction="sum", backend=backend).item()
         assert abs(loss - D) <= 1.7e-7 * case[1] * math.sqrt(D) + 1e-6 * D
+
+
+# ---------------------------------------------------------------- the gradient of TVD where rows are confident
+
+CONFIDENT = [
+    ([0.0, -8.0], [0.21, -6.79], 0.7),
+    ([0.0, -8.0], [-0.21, -9.2], 0.7),
+    ([0.0, -10.0], [0.0, -10.001], 0.7),
+    ([0.0, -15.0], [0.0, -14.9], 1.0),
+    ([0.0, -15.0, -16.0], [0.0, -14.9, -17.0], 1.0),
+    ([20.0, 0.0], [0.0, 20.0], 1.0),
+]
+ROUNDED_MEAN = "the mean that the gradient takes off every class is rounded at the size of 1"
+
+
+def confident_rows():
+    yield from ((*rows_of(FP32, z, v), T) for z, v, T in CONFIDENT)
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(1, 4999, generator=g)
+    z = v + 0.3 * torch.randn(1, 4999, generator=g)
+    z[0, 7] += 22
+    v[0, 7] += 21
+    yield z, v, 1.0
+    many, others = v[:, 100:200].clone(), v[:, 100:200].clone()  # no class dominates, and nearly all have the same sign
+    many[0, :20] -= 14
+    others[0, :20] -= 13
+    yield many, others, 1.0
+
+
+def relative_error(grad, right):
+    return float((grad - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("backend", wrong_on_triton(*BACKENDS, reason=ROUNDED_MEAN))
+def test_the_gradient_of_tvd_where_rows_are_confident(backend):
+    """M is nearly xi of the one class: xi - M was rounded at 1e-7, and the gradient is as small as the others' probability."""
+    for z, v, T in confident_rows():
+        _, g = exact(z, v, "tvd", T)
+        _, grad = measured(z, v, T=T, divergence="tvd", backend=backend)
+        assert relative_error(grad[0], g) <= 3e-6, (z, v)
+
+
+@pytest.mark.parametrize("backend", wrong_on_triton(*BACKENDS, reason=ROUNDED_MEAN))
+def test_the_gradient_of_tvd_in_a_confident_teacher(backend):
+    for z, v, T in confident_rows():
+        _, g = exact(v, z, "tvd", T)
+        x, w = z.clone().requires_grad_(), v.clone().requires_grad_()
+        fused_kd_loss(x, w, divergence="tvd", temperature=T, teacher_grad=True, reduction="sum", backend=backend).backward()
+        assert relative_error(w.grad[0].double() * T, g) <= 3e-6, (z, v)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "cuda"])
+def test_the_gradient_of_tvd_beside_a_hard_term_and_masks(backend):
+    """The label's class is written apart; a class that one of the two masks, or both, is on one side or none."""
+    inf = math.inf
+    for z, v in (
+        rows_of(FP32, [0.0, -8.0, -9.0], [0.21, -6.79, -9.5]),
+        rows_of(FP32, [0.0, -8.0, -9.0, -inf], [0.21, -6.79, -inf, -inf]),
+        rows_of(FP32, [0.0, -8.0, -9.0, -inf], [0.21, -6.79, -inf, -11.0]),
+    ):
+        for label, hard in ((0, 1e-6), (1, 1e-6), (2, 0.0)):
+            y = torch.tensor([label])
+            g, ce = exact(z, v, "tvd")[1], of_hard_term(z, y, hard)[1].nan_to_num(0.0)
+            _, grad = measured(z, v, y, divergence="tvd", hard_weight=hard, backend=backend)
+            assert relative_error(grad[0], g + ce[0]) <= 3e-6, (z, v, label)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "cuda"])
+def test_no_gradient_of_tvd_where_all_classes_are_equal(backend):
+    """Each counts half to either side."""
+    z, _ = rows_of(FP32, [0.0, 1.0, 2.0, 0.0], [0.0])
+    x, w = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss = fused_kd_loss(x, w, divergence="tvd", teacher_grad=True, backend=backend)
+    loss.backward()
+    assert loss == 0 and (x.grad == 0).all() and (w.grad == 0).all()

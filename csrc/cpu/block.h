@@ -398,30 +398,37 @@ template <bool kSmooth, class Real, class S> SmoothPart sweep_hard(const S *z, i
 }
 
 // ---------------------------------------------------------------- emitting a block: sum_j factor[j] * kept[j]
-// mixed: the second of them is times the first, so that what is subtracted has not been rounded yet.
-template <int kArrays, bool kMixed, class Real>
-void emit(const Real *const *kept, const double *factors, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
+// kTimesFirst: the second of them is times the first, so that what is subtracted has not been rounded yet; kAndRest: with left_over.
+enum Emission { kSum, kTimesFirst, kAndRest };
+template <int kArrays, Emission kHow, class Real>
+void emit(const Real *const *kept, const double *factors, Real rest, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
   using F = typename Vec<Real>::F;
   const Real *rows[kArrays];
   Real factor[kArrays];
   for (int j = 0; j < kArrays; j++) { rows[j] = kept[j]; factor[j] = Real(factors[j]); }
   store_row(out, dtype, i, n, streaming, Real(0), [=](int64_t l) __attribute__((always_inline)) {
     F g = load<F>(rows[0] + l);
-    if (kMixed) g *= load<F>(rows[1] + l) * factor[1] + factor[0];
+    if (kHow == kAndRest) g *= (load<F>(rows[1] + l) * factor[1] + factor[0]) + rest;
+    else if (kHow == kTimesFirst) g *= load<F>(rows[1] + l) * factor[1] + factor[0];
     else g *= factor[0];
-    for (int j = kMixed ? 2 : 1; j < kArrays; j++) g += load<F>(rows[j] + l) * factor[j];
+    for (int j = kHow != kSum ? 2 : 1; j < kArrays; j++) g += load<F>(rows[j] + l) * factor[j];
     return g;
   });
 }
 
 template <class Real>
-void emit(int arrays, bool mixed, const Real *const *kept, const double *factors, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
-  if (mixed && arrays == 2) emit<2, true>(kept, factors, out, dtype, i, n, streaming);
-  else if (mixed) emit<3, true>(kept, factors, out, dtype, i, n, streaming);
-  else if (arrays == 1) emit<1, false>(kept, factors, out, dtype, i, n, streaming);
-  else if (arrays == 2) emit<2, false>(kept, factors, out, dtype, i, n, streaming);
-  else if (arrays == 3) emit<3, false>(kept, factors, out, dtype, i, n, streaming);
-  else emit<4, false>(kept, factors, out, dtype, i, n, streaming);
+void emit(int arrays, Emission how, const Real *const *kept, const double *factors, Real rest, void *out, int32_t dtype, int64_t i, int64_t n, bool streaming) {
+  const auto with = [&](auto count, auto form) { emit<decltype(count)::value, decltype(form)::value>(kept, factors, rest, out, dtype, i, n, streaming); };
+  const auto mixed = [&](auto form) {
+    if (arrays == 2) with(std::integral_constant<int, 2>{}, form); else with(std::integral_constant<int, 3>{}, form);
+  };
+  const std::integral_constant<Emission, kSum> sum;
+  if (how == kAndRest) mixed(std::integral_constant<Emission, kAndRest>{});
+  else if (how == kTimesFirst) mixed(std::integral_constant<Emission, kTimesFirst>{});
+  else if (arrays == 1) with(std::integral_constant<int, 1>{}, sum);
+  else if (arrays == 2) with(std::integral_constant<int, 2>{}, sum);
+  else if (arrays == 3) with(std::integral_constant<int, 3>{}, sum);
+  else with(std::integral_constant<int, 4>{}, sum);
 }
 
 }  // namespace

@@ -134,7 +134,8 @@ template <class Real> class RowJob {
       int m = 1;
       if (keep[1] && !(plan_.tilted && plan_.student_base)) { kept[m] = mixed() ? keep[5] : keep[1]; factors[m++] = k.A; }
       if (keep[2]) { kept[m] = keep[2]; factors[m++] = k.B; }
-      write(s, row, i, n, m, kept, factors, keep[3], desk, streaming);
+      const Real rest = plan_.tvd ? left_over(Real(k.A), Real(k.C), Real(k.end)) : 0;
+      write(s, row, i, n, m, kept, factors, rest, keep[3], desk, streaming);
     }
   }
 
@@ -188,7 +189,7 @@ template <class Real> class RowJob {
       }
       const Real *kept[4] = {soft};
       double factors[4] = {scale};
-      write(s, row, i, n, 1, kept, factors, e1, desk, streaming);
+      write(s, row, i, n, 1, kept, factors, 0, e1, desk, streaming);
     }
   }
 
@@ -318,9 +319,11 @@ template <class Real> class RowJob {
     return block * kBlock<Real> + at;
   }
 
-  void write(const State &s, int64_t row, int64_t block, int64_t n, int m, const Real **kept, double *factors, const Real *e1, Desk<Real> &desk, bool streaming) const {
+  // rest: left_over of TVD
+  void write(const State &s, int64_t row, int64_t block, int64_t n, int m, const Real **kept, double *factors, Real rest, const Real *e1, Desk<Real> &desk, bool streaming) const {
     const int64_t i0 = block * kBlock<Real>;
     const bool mixed = plan_.mixed && m == 2;        // careful rows come as one array
+    const Emission how = !mixed ? kSum : rest != 0 ? kAndRest : kTimesFirst;
     char *out = grad(row);
     int64_t label = -1;
     const double scale = s.weight * hard_grad_scale_;
@@ -332,10 +335,10 @@ template <class Real> class RowJob {
     }
     // by class: as Reals first
     const bool apart = by_class();
-    if (apart) emit(m, mixed, kept, factors, desk.g, sizeof(Real) == 8 ? KD_F64 : KD_F32, 0, n, false);
-    else emit(m, mixed, kept, factors, out, c_.student_dtype, i0, n, streaming && label < 0);
+    if (apart) emit(m, how, kept, factors, rest, desk.g, sizeof(Real) == 8 ? KD_F64 : KD_F32, 0, n, false);
+    else emit(m, how, kept, factors, rest, out, c_.student_dtype, i0, n, streaming && label < 0);
     if (label >= 0) {
-      double g = mixed ? kept[0][label] * (double(Real(factors[1])) * kept[1][label] + double(Real(factors[0]))) : 0;
+      double g = mixed ? kept[0][label] * (double(Real(factors[1])) * kept[1][label] + double(Real(factors[0])) + double(rest)) : 0;
       for (int j = mixed ? 2 : 0; j + 1 < m; j++) g += double(Real(factors[j])) * kept[j][label];
       const Real value = Real(g + scale * label_gradient(c_, s.hard));
       if (apart) desk.g[label] = value;

@@ -81,7 +81,8 @@ KD_DEVICE RowAt locate(const Job &job, int64_t row) {
 }
 
 // Of a tile. lone: of e where the teacher masks the class. less: what the student's exponential of emit_whole is to be multiplied by (kMixed).
-struct Factors { float A, B, C, lone, hard, less; };
+// end: Coefficients::end.
+struct Factors { float A, B, C, lone, hard, less, end; };
 
 // What the threads of a team tell each other.
 template <class G> struct Scratch {
@@ -708,6 +709,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     }
     put(at.mirror_grad, class_of(place), vocab(), job.call.teacher_dtype, g);
   }
+  // left_over, of factors times `less`
+  KD_DEVICE float rest_of(const Factors &f, float less = 1) const { return job.mix.tvd ? left_over(f.A * less, f.C * less, f.end * less) : 0; }
   // em and et of the warp that closes the row, which needs its registers meanwhile.
   KD_DEVICE void shelve(float *shelf) const {
     constexpr int n = G::kChunks * kRun;
@@ -722,12 +725,12 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   KD_DEVICE void emit_whole(const Part &p, const HardPart &h, const Factors &f, int label, float label_gradient) const {
     const References<float> r = references(p);
     const float student_top = kShape == kMixed ? top_of_student(r.top, scratch, job) : 0;
-    const float A = kShape == kMixed ? f.A * f.less : f.A, C = kShape == kMixed ? f.C * f.less : f.C;
+    const float A = kShape == kMixed ? f.A * f.less : f.A, C = kShape == kMixed ? f.C * f.less : f.C, rest = kShape == kMixed ? rest_of(f, f.less) : 0;
     whole_chunks([&](int j, int place) {
       float b[kRun], g[kRun];
       if (kShape == kMixed && !job.plan.student_base) unpack<kO>(other_at(place), other_f16(), b); else unpack<kB>(base_at(place), base_f16(), b);
       KD_UNROLL for (int i = 0; i < kRun; i++) {
-        if (kShape == kMixed) { g[i] = exp2_of_product(b[i] - student_top, r.c, 0.f) * (A * em[j * kRun + i] + C); continue; }
+        if (kShape == kMixed) { g[i] = exp2_of_product(b[i] - student_top, r.c, 0.f) * ((A * em[j * kRun + i] + C) + rest); continue; }
         g[i] = C * weight_of(b[i], r) + A * em[j * kRun + i];
         if (kShape == kTilted) g[i] += f.B * et[j * kRun + i];
       }
@@ -746,7 +749,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       } else if constexpr (kShape == kMixed) {
         Sums<float> unused;
         int32_t wild = 0;
-        mix_other(place, r, job.mix, unused, wild, [&](int i, const Kept<float> &k) { g[i] = k.e * (f.A * k.em + f.C); });
+        const float rest = rest_of(f);
+        mix_other(place, r, job.mix, unused, wild, [&](int i, const Kept<float> &k) { g[i] = k.e * ((f.A * k.em + f.C) + rest); });
       } else {
         Sums<float> unused;
         int32_t wild = 0;
@@ -819,7 +823,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         if (!here) continue;
         Sums<float> unused;
         int32_t wild = 0;
-        const auto keep = [&](int i, const Kept<float> &k) { g[i] = k.e * (f.A * k.em + f.C); };
+        const float rest = rest_of(f);
+        const auto keep = [&](int i, const Kept<float> &k) { g[i] = k.e * ((f.A * k.em + f.C) + rest); };
         if (empty) nothing(g);
         else if (fast) mix_chunk(near, b, o, r, job.mirror_mix, unused, keep);
         else mix_other(place, r, job.mirror_mix, unused, wild, keep);
@@ -883,7 +888,7 @@ template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const Row
     const Part &p = parts[mine + i];
     const HardPart &own = hards[mine + i];
     const Coefficients k = coefficients(p, row, job.plan, scale);
-    Factors f{float(k.A), float(k.B), float(k.C), float(k.C - k.B), 0, 1};
+    Factors f{float(k.A), float(k.B), float(k.C), float(k.C - k.B), 0, 1, float(k.end)};
     if (kShape == kMixed && !job.plan.student_base) {
       f.less = float(exp_of(job.plan.k * ((double(top_of_student(float(p.top), scratch, job)) - p.top) - scratch.ref)));
     }
@@ -894,7 +899,7 @@ template <Shape kShape, class G> KD_DEVICE void finish(const Job &job, const Row
     factors[i] = f;
     if (G::kBoth && job.mutual) {
       const Coefficients m = mirror_coefficients(p, row, job.plan, job.mirror_plan, x.weight * job.mirror.grad_scale);
-      factors[tiles + i] = {float(m.A), float(m.B), float(m.C), float(m.C - m.B), 0, 1};
+      factors[tiles + i] = {float(m.A), float(m.B), float(m.C), float(m.C - m.B), 0, 1, float(m.end)};
     }
   }
   gpu::sync_warp();
