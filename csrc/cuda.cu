@@ -13,7 +13,7 @@ namespace KD_LEVEL {
 template <Shape kShape, int kB, int kO> int launch_piece(const kd_geometry &g, const Job &job, void *stream, int *most) {
   const gpu::Shape shape{g.blocks, g.threads, g.cluster, g.shared};
   const auto with = [&](auto kernel) {
-    if (const int error = gpu::allow(kernel, g.shared, g.cluster)) return error;
+    if (const int error = gpu::allow(kernel, g.kind == kCluster || g.kind == kWideCluster)) return error;
     if (most) return gpu::most_clusters(kernel, shape, most);
     return gpu::launch(kernel, shape, stream, job);
   };
@@ -227,7 +227,7 @@ KD_API int64_t kd_scale_call_size(void) { return sizeof(kd_scale_call); }
 KD_API const char *kd_families(void) { return kd::KD_LEVEL::kNames; }
 KD_API const char *kd_isa(void) { return KD_ARCHS; }   // what it was compiled for
 KD_API int kd_openmp(void) { return 0; }
-KD_API const char *kd_unavailable(int32_t device) { return gpu::unavailable(device); }
+KD_API const char *kd_unavailable(int32_t device) { return gpu::unavailable(kd::KD_LEVEL::careful_rows<kd::KD_LEVEL::CarefulRows>, device); }
 KD_API const char *kd_error(int32_t status) {
   return status >= KD_CUDA_ERROR ? gpu::error_text(status - KD_CUDA_ERROR) : status == KD_BAD_CALL ? "the call is not one that these kernels take" : "";
 }
