@@ -45,6 +45,8 @@ def decoupled_kd_loss(
             raise ValueError(f"{name}: must be a finite number, got {value!r}")
     if labels is None or math.isinf(temperature):
         raise ValueError("decoupled_kd_loss: needs labels and a finite temperature")
+    if student_logits.dtype == torch.float16:
+        student_logits = student_logits.float()  # the two gradients are added before they are rounded, and may be larger than their sum
     whole = functional.fused_kd_loss(
         student_logits, teacher_logits, labels, soft_weight=target_weight, hard_weight=hard_weight, ignore_index=ignore_index,
         token_weight=token_weight, reduction=reduction, num_items=num_items, **common,

@@ -326,30 +326,40 @@ def excess(failure: str) -> float:
 
 SLOPING = dict(temperature=1e4, t_squared=True, hard_weight=0.1, reduction="none")
 KNOWN: dict[str, Known] = {
-    "fp16 gradients overflow": Known(
-        "the factor that keeps fp16 gradients from underflow assumes that T dD/dz is at most about 1",
-        lambda case, failure: has_grad(case, "fp16") and kind_of(failure).endswith("grad is not a number"),
-        one_row([1, 0], [0, 20], ("fp16", "fp16"), divergence="reverse_kl"),
-    ),
     "fp16 head: upstream gradients of different size": Known(
         "one factor for all rows, that of the largest: the others' gradients are subnormal",
         lambda case, failure: case.call == "fused_linear_kd_loss" and has_grad(case, "fp16") and ".grad" in failure,
         head(2, dtypes=("fp16", "fp32"), options=SLOPING, labels=[1, 1], upstream=(0.5, 65536.0)),
     ),
-    "large finite masks": Known(
-        "a difference of -1e12 or more between student and teacher takes the share of its class with it",
-        lambda case, failure: any((np.abs(finite(x)) > 1e8).any() for x in both(case)),
-        one_row([0, -1e30], [0, 0], divergence="skew_kl(0.1)"),
-    ),
-    "16-bit differences": Known(
+    "Triton: 16-bit differences": Known(
         "the rounding of o - b is not carried for 16-bit logits, though a common offset takes it beyond 24 bits",
-        lambda case, failure: not {"fp32", "fp64"} & set(case.dtypes) and is_rounded(case),
-        one_row([0, 0.0316], [1001, 1001], ("fp16", "fp16")),
+        lambda case, failure: case.get("backend") == "triton" and not {"fp32", "fp64"} & set(case.dtypes) and is_rounded(case),
+        one_row([0, 0.0316], [1001, 1001], ("fp16", "fp16"), backend="triton"),
     ),
-    "a term of weight 0": Known(
+    "Triton: a term of weight 0": Known(
         "soft_weight=0 and a row that the soft term cannot take: nan, where the term is not there",
-        lambda case, failure: case.get("soft_weight") == 0 and kind_of(failure).endswith("is not a number"),
-        one_row([0], [math.nan], soft_weight=0.0),
+        lambda case, failure: case.get("backend") == "triton" and case.get("soft_weight") == 0 and "is not a number" in kind_of(failure),
+        one_row([0], [math.nan], soft_weight=0.0, backend="triton"),
+    ),
+    "eager: masks of fp64's finfo.min": Known(
+        "at T < 1 they are -inf, and not masked",
+        lambda case, failure: case.get("backend") == "eager" and any((np.abs(finite(x)) > 1e308).any() for x in both(case)),
+        one_row([-1.7976931348623157e308], [0], ("fp64", "fp32"), temperature=0.5, return_stats=True, backend="eager"),
+    ),
+    "TVD of equal rows": Known(
+        "a gradient of 1e-17 where the right one is 0",
+        lambda case, failure: case.divergence == "tvd" and ".grad" in failure and figure(failure) < 1e-15,
+        one_row([1004, 999, 995], [1004, 999, 995], ("fp32", "fp64"), divergence="tvd", temperature=4.0),
+    ),
+    "alpha's gradient near a float's largest": Known(
+        "it is a product, of which one factor is beyond",
+        lambda case, failure: str(case.divergence).startswith("alpha") and kind_of(failure).endswith("grad is not a number"),
+        one_row([0.0] * 65, [118.5] + [0.0] * 64, divergence="alpha(-3.0)", temperature=4.0),
+    ),
+    "standardize_logits of large finite masks": Known(
+        "the square of 1e30 is inf in fp32",
+        lambda case, failure: case.call == "standardize_logits" and any((np.abs(finite(x)) > 1e18).any() for x in case.arrays.values()),
+        Case("standardize_logits", dict(z=np.array([[-1e30, 0.0]]), u=np.zeros((1, 2)))),
     ),
     "cross entropy of one-hot rows": Known(
         "what is summed is rounded at 1 in fp64, where KL's value is relative to itself",
