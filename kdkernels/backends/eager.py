@@ -141,15 +141,22 @@ def _write(grad: Tensor, at: tuple[Tensor, ...], vocab: int, g: Tensor, weight: 
 def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> Tensor:
     """log softmax(x / T), or its gradient for an upstream one; see ops.py."""
     x = logits.double()
-    scaled = x / temperature if math.isfinite(temperature) else torch.where(x > -math.inf, x - x.detach(), x)
-    if upstream is None:
-        broken = ~(x.amax(-1, keepdim=True) < math.inf) | (x == -math.inf).all(-1, keepdim=True)
-        top = scaled.argmax(-1, keepdim=True)
-        scaled = scaled - scaled.gather(-1, top)
-        others = scaled.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True)
-        return torch.where(broken, math.nan, scaled - torch.log1p(others)).to(logits.dtype)
-    u = upstream.double()
-    return ((u - scaled.softmax(-1) * u.sum(-1, keepdim=True)) / temperature).to(logits.dtype)
+    flat = math.isinf(temperature)  # the same logit wherever there is one, whatever it is
+    if flat and upstream is not None:
+        return torch.zeros_like(logits)
+    finite = x.abs() < math.inf
+    scaled = torch.where(finite, 0.0, x).detach() if flat else x / temperature
+    if upstream is not None:
+        u = upstream.double()
+        return ((u - scaled.softmax(-1) * u.sum(-1, keepdim=True)) / temperature).to(logits.dtype)
+    broken = ~(x.amax(-1, keepdim=True) < math.inf) | (x == -math.inf).all(-1, keepdim=True)
+    top = scaled.argmax(-1, keepdim=True)
+    scaled = scaled - scaled.gather(-1, top)
+    others = scaled.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    out = torch.where(broken, math.nan, scaled - torch.log1p(others))
+    # what is added is 0, and has a gradient: 0 at T = inf, nan of a broken row elsewhere
+    more = 0.0 * torch.where(finite, x, 0.0) if flat else torch.where(broken, math.nan, 0.0) * torch.where(broken, x, 0.0)
+    return (out + more).to(logits.dtype)
 
 
 class _Row:
