@@ -175,12 +175,24 @@ class _Row:
         return torch.where(masked, 0.0, ((x - top) / temperature).exp())
 
     @functools.cached_property
-    def soft(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(p, q, d, y, c): both distributions, d = log q - log p, y = d + c before the log-sum-exps were known."""
+    def sums(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """e^((x - top) / T) and its sum, for z and for v."""
         T = self.temperature
         ez, ev = self._exp(self.z, self.top_z, self.no_z, T), self._exp(self.v, self.top_v, self.no_v, T)
-        sz, sv = ez.sum(-1, keepdim=True), ev.sum(-1, keepdim=True)
-        y = torch.where(self.masked, 0.0, ((self.z - self.v) - (self.top_z - self.top_v)) / T)
+        return (ez, ez.sum(-1, keepdim=True)), (ev, ev.sum(-1, keepdim=True))
+
+    @functools.cached_property
+    def apart(self) -> Tensor:
+        """(z - v) - (top_z - top_v), 0 where a class is masked; with what the differences lose to rounding, all of it where one model's
+        logits are all at finfo.min."""
+        lost = _lost_digits(self.z, self.v) - _lost_digits(self.top_z, self.top_v)
+        return torch.where(self.masked, 0.0, (self.z - self.v) - (self.top_z - self.top_v) + lost)
+
+    @functools.cached_property
+    def soft(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(p, q, d, y, c): both distributions, d = log q - log p, y = d + c before the log-sum-exps were known."""
+        (ez, sz), (ev, sv) = self.sums
+        y = self.apart / self.temperature
         near = (y.abs() < 0.5) & ~self.masked
         away = torch.where(near, ev * torch.expm1(torch.where(near, y, 0.0)), ez - ev).sum(-1, keepdim=True) / sv
         near = away.abs() < 0.5
@@ -303,7 +315,8 @@ class _Row:
             unit = form.factor
             if form.family == "alpha":
                 unit = torch.where(lost, 0.0 if 0 < form.order < 1 else math.nan, log_r.exp() / form.order)
-        near = (x.abs() < 0.5) & ~self.masked if of_q else (d.abs() < 0.5) & (x.abs() < 0.5) & ~self.masked
+        # x as a difference of numbers that are far larger (a class at finfo.min) has no digits
+        near = (x.abs() < 0.5) & (d.abs() < (700 / abs(form.order) if of_q and form.order else 0.5)) & ~self.masked
         less = -q * torch.expm1(x) if of_q else p * (torch.expm1(d) - torch.expm1(x))
         return torch.where(self.no_z, 0.0, unit * torch.where(near, less, q - w))
 
@@ -328,11 +341,11 @@ class _Row:
 
     def _least(self, sign: int) -> tuple[Tensor, Tensor, Tensor]:
         """The classes where sign d is smallest, as far as the logits as given tell them apart; q restricted to them; q of the others."""
-        if sign > 0:
-            gap = torch.where(self.no_v, math.inf, torch.where(self.no_z, -math.inf, (self.z - self.v).detach()))
-        else:
-            gap = torch.where(self.no_z, math.inf, torch.where(self.no_v, -math.inf, (self.v - self.z).detach()))
+        less, more = (self.no_z, self.no_v) if sign > 0 else (self.no_v, self.no_z)
+        gap = torch.where(more, math.inf, torch.where(less, -math.inf, sign * (self.z - self.v).detach()))
         least = (gap == gap.amin(-1, keepdim=True)) & ~self.masked
+        gap = torch.where(least, sign * _lost_digits(self.z, self.v), math.inf)
+        least &= gap == gap.amin(-1, keepdim=True)
         top = torch.where(least, self.z.detach(), -math.inf).amax(-1, keepdim=True)
         share = torch.where(least, ((self.z.detach() - torch.where(top > -math.inf, top, 0.0)) / self.temperature).exp(), 0.0)
         share = share / torch.where(top > -math.inf, share.sum(-1, keepdim=True), 1.0)
@@ -364,39 +377,40 @@ class _Row:
         return torch.where(label == labels.unsqueeze(-1), q.scatter(-1, label, at_label), math.nan)
 
     def _evenly(self):
-        """(log-sum-exp at T = 1, softmax, mean logit, 1 / N) over the N classes that are not masked."""
+        """(log-sum-exp at T = 1 and mean of the logits, less the largest one; softmax, 1 / N) over the N classes that are not masked."""
         e = self._exp(self.z, self.top_z, self.no_z, 1.0)
-        log_sum = _log_total(e, self.z, self.top_z, self.no_z) + self.top_z
         present = (~self.no_z).to(self.z.dtype)
         each = present / present.sum(-1, keepdim=True)
-        return log_sum, e / e.sum(-1, keepdim=True), (self.z * each).sum(-1), each
+        mean = (torch.where(self.no_z, 0.0, self.z - self.top_z) * each).sum(-1, keepdim=True)
+        return _log_total(e, self.z, self.top_z, self.no_z), mean, e / e.sum(-1, keepdim=True), each
 
     def hard(self, labels: Tensor, modifiers: Modifiers) -> Tensor:
         """The hard term, (rows,): cross entropy with label smoothing and the z-loss."""
         value, smooth = self.cross_entropy(labels), modifiers.label_smoothing
         if not (smooth or modifiers.z_loss):
             return value
-        log_sum, _, mean, _ = self._evenly()
-        log_sum = log_sum.squeeze(-1)
-        return (1 - smooth) * value + smooth * (log_sum - mean) + modifiers.z_loss * log_sum**2
+        log_sum, mean, _, _ = self._evenly()
+        more = smooth * (log_sum - mean) + modifiers.z_loss * (log_sum + self.top_z) ** 2
+        return (1 - smooth) * value + more.squeeze(-1)
 
     def hard_gradient(self, labels: Tensor, modifiers: Modifiers) -> Tensor:
         """Of `hard`, (rows, vocab)."""
         g, smooth = self.cross_entropy_gradient(labels), modifiers.label_smoothing
         if not (smooth or modifiers.z_loss):
             return g
-        log_sum, q, _, each = self._evenly()
-        return (1 - smooth) * g + smooth * (q - each) + 2 * modifiers.z_loss * log_sum * q
+        log_sum, _, q, each = self._evenly()
+        return (1 - smooth) * g + smooth * (q - each) + 2 * modifiers.z_loss * (log_sum + self.top_z) * q
 
     def columns(self, divergence: math_of.Divergence, labels: Tensor | None) -> Tensor:
         """Statistics, (rows, COLUMNS) as csrc/api.h has them."""
         D = self.divergence(divergence)
         hard = torch.full_like(D, math.nan) if labels is None else self.cross_entropy(labels)
         sums, entropies, tops = [], [], []
-        for x, masked in ((self.z, self.no_z), (self.v, self.no_v)):
-            scaled = torch.where(masked, -math.inf, x / self.temperature)
-            sums.append(scaled.logsumexp(-1))
-            log_p = torch.where(masked, 0.0, scaled - sums[-1].unsqueeze(-1))
+        for x, top, masked in ((self.z, self.top_z, self.no_z), (self.v, self.top_v, self.no_v)):
+            scaled = torch.where(masked, -math.inf, (x - top) / self.temperature)
+            total = scaled.logsumexp(-1, keepdim=True)
+            sums.append((total + top / self.temperature).squeeze(-1))
+            log_p = torch.where(masked, 0.0, scaled - total)
             entropies.append(-torch.where(masked, 0.0, log_p.exp() * log_p).sum(-1))
             tops.append(torch.where(masked, -math.inf, x).argmax(-1).double())
         return torch.stack([D, hard, *sums, *entropies, *tops], -1)
@@ -404,10 +418,10 @@ class _Row:
     def _differences(self, form: math_of.Form) -> tuple[Tensor, Tensor]:
         """T = inf: the classes both have, and z - v over them, centred but for logit matching."""
         n = (~self.masked).sum(-1, keepdim=True).clamp_min(1)
-        x = torch.where(self.masked, 0.0, self.z - self.v)
-        if form.family != "logit_matching":
-            x = torch.where(self.masked, 0.0, x - x.sum(-1, keepdim=True) / n)
-        return n, x
+        if form.family == "logit_matching":
+            return n, torch.where(self.masked, 0.0, self.z - self.v)
+        x = self.apart
+        return n, torch.where(self.masked, 0.0, x - x.sum(-1, keepdim=True) / n)
 
     def _limit(self, form: math_of.Form) -> Tensor:
         """(k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching; +inf for masks that differ, where k = 0 for those that matter."""
@@ -417,6 +431,15 @@ class _Row:
         if form.family == "support":
             differ = self.only_v if form.reverse else self.only_z
         return value + torch.where(differ.any(-1), math.inf, 0.0)
+
+
+def _lost_digits(a: Tensor, b: Tensor) -> Tensor:
+    """(a - b) less a - b as rounded; 0 where that is out of range."""
+    a, b = a.detach(), b.detach()
+    gap = a - b
+    back = a - gap
+    lost = (a - (gap + back)) + (back - b)
+    return torch.where(lost.abs() < math.inf, lost, 0.0)
 
 
 def _alone(x: Tensor, only: Tensor, factor: float) -> Tensor:
