@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
-from ..transforms import Modifiers
+from ..transforms import LogitTransform, Modifiers
 
 name = "eager"
 CHUNK_BYTES = 32 << 20  # of one fp64 temporary in `loss`; about a dozen are alive at a time
@@ -36,35 +36,38 @@ def rows(
     hard_scale: float,
     modifiers: Modifiers,
 ) -> Tensor:
-    """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0 are not looked at."""
-    hard = labels is not None and hard_scale != 0
-    z, v = _of_terms(student.double(), teacher.double(), value_scale != 0, hard)
-    z, v = (transform(x) for transform, x in zip(modifiers.transforms, (z, v), strict=True))
-    clean_z, clean_v, labels, broken = _clean(z, v, labels, weight)
-    row = _Row(clean_z, clean_v, temperature)
-    loss = value_scale * row.divergence(math_of.parse(divergence)) if value_scale else (0.0 * row.z + 0.0 * row.v).sum(-1)
+    """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0, and the logits of a term of weight 0, are not looked at."""
+    soft, hard = value_scale != 0, labels is not None and hard_scale != 0
+    of_z, of_v = modifiers.transforms
+    counts = _counts(student, weight)
+    z, broken_z = _clean(student.double(), counts & (soft or hard), of_z)
+    v, broken_v = _clean(teacher.double(), counts & soft, of_v)
+    row = _Row(z, v, temperature)
+    loss = value_scale * row.divergence(math_of.parse(divergence)) if soft else z.new_zeros(z.shape[0])
     if hard:
-        loss = loss + hard_scale * row.hard(labels, modifiers)
-    # nan in value and gradient of the broken rows, 0 added to the others
-    poison = torch.where(broken, math.nan, 0.0)
-    loss = loss + (poison * torch.where(broken, z, row.z)).sum(-1)
+        loss = loss + hard_scale * row.hard(torch.where(counts.squeeze(-1), labels, 0), modifiers)
+    # nan in the value of the rows that are broken, and in the gradient of all the logits that are read; 0 added to the others
+    broken = broken_z | broken_v
+    for x, lost in ((student, broken), (teacher, broken & soft)):
+        loss = loss + (torch.where(lost, math.nan, 0.0) * torch.where(lost, x.double(), 0.0)).sum(-1)
     return loss if weight is None else torch.where(weight != 0, weight.double() * loss, 0.0)
 
 
-def _of_terms(z: Tensor, v: Tensor, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
-    """(z, v) with zeros for logits that no term is made of: a term of weight 0 is not there, whatever its logits are."""
-    nowhere = torch.zeros((), dtype=torch.bool, device=z.device)
-    return z if soft or hard else torch.where(nowhere, z, 0.0), v if soft else torch.where(nowhere, v, 0.0)
+def _counts(x: Tensor, weight: Tensor | None) -> Tensor:
+    """(rows, 1): whether a row counts."""
+    return torch.ones_like(x[:, :1], dtype=torch.bool) if weight is None else (weight != 0).unsqueeze(-1)
 
 
-def _clean(z: Tensor, v: Tensor, labels: Tensor | None, weight: Tensor | None):
-    """(z, v, labels, broken): rows that count for nothing and rows with nan or +inf, or without a class, as rows of zeros."""
-    counts = torch.ones_like(z[:, :1], dtype=torch.bool) if weight is None else (weight != 0).unsqueeze(-1)
-    z, v = torch.where(counts, z, 0.0), torch.where(counts, v, 0.0)
-    top = torch.maximum(z.amax(-1, keepdim=True), v.amax(-1, keepdim=True))  # nan where either is
-    broken = ~(top < math.inf) | (z == -math.inf).all(-1, keepdim=True) | (v == -math.inf).all(-1, keepdim=True)
-    labels = labels if labels is None else torch.where(counts.squeeze(-1), labels, 0)
-    return torch.where(broken, 0.0, z), torch.where(broken, 0.0, v), labels, broken
+def _clean(x: Tensor, counts: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    """(transformed logits, broken): rows that do not count, and rows with nan or +inf or without a class, as rows of zeros.
+
+    Before the transform, whose derivative would make nan of a nan in a row that does not count.
+    """
+    x = transform(torch.where(counts, x, 0.0))
+    if transform.softcap is not None:  # flat at -inf, as its slope has it
+        x = torch.where(x == -math.inf, x.detach(), x)
+    broken = ~(x.amax(-1, keepdim=True) < math.inf) | (x == -math.inf).all(-1, keepdim=True)
+    return torch.where(broken, 0.0, x), broken
 
 
 def loss(
@@ -104,27 +107,29 @@ def loss(
         out[index] = rows(z, v, y, w, divergence, temperature, value_scale, hard_scale, modifiers)
         if grad is None and stats is None and other is None:
             continue
-        raw = z, v, y
-        z, v = (transform(x) for transform, x in zip(modifiers.transforms, raw[:2], strict=True))
-        z, v, y, broken = _clean(z, v, y, w)
+        soft, hard = grad_scale != 0, y is not None and hard_grad_scale != 0
+        of_z, of_v = modifiers.transforms
+        counts = _counts(z, w)
+        y = y if y is None else torch.where(counts.squeeze(-1), y, 0)
+        z, broken_z = _clean(z, counts & (soft or hard or stats is not None), of_z)
+        v, broken_v = _clean(v, counts & (soft or stats is not None), of_v)
         row = _Row(z, v, temperature)
         if stats is not None:
-            lost = broken if w is None else broken | (w == 0).unsqueeze(-1)
-            stats[index] = torch.where(lost, math.nan, row.columns(which, y))
-        of_z, of_v = modifiers.transforms
-        if not grad_scale:
-            z, v = _of_terms(*raw[:2], False, raw[2] is not None and (hard_scale != 0 or hard_grad_scale != 0))
-            z, v, y, broken = _clean(of_z(z), v, raw[2], w)
-            row = _Row(z, v, temperature)
-        if other is not None and not grad_scale:
-            _write(other, at, vocab, torch.zeros_like(v), w)
-        elif other is not None:
-            entropic = isinstance(which, math_of.CrossEntropy)
-            g = row.teacher_gradient() if entropic else _Row(v, z, temperature).gradient(math_of.parse(mirror[5]))
-            _write(other, at, vocab, torch.where(broken, math.nan, grad_scale * g * of_v.slope(v)), w)
+            columns = row.columns(which, y)
+            broken = (broken_z | broken_v).repeat(1, columns.shape[-1])
+            broken[:, 1:2] = broken_z  # the cross entropy, which is the student's alone
+            stats[index] = torch.where(broken | ~counts, math.nan, columns)
+        broken = broken_z | broken_v if soft else broken_z if hard else torch.zeros_like(broken_z)
+        if other is not None:
+            g = torch.zeros_like(v)
+            if soft:
+                entropic = isinstance(which, math_of.CrossEntropy)
+                g = row.teacher_gradient() if entropic else _Row(v, z, temperature).gradient(math_of.parse(mirror[5]))
+                g = torch.where(broken, math.nan, grad_scale * g * of_v.slope(v))
+            _write(other, at, vocab, g, w)
         if grad is not None:
-            g = grad_scale * row.gradient(which)
-            if y is not None and hard_grad_scale:
+            g = grad_scale * row.gradient(which) if soft else torch.zeros_like(z)
+            if hard:
                 g = g + hard_grad_scale * row.hard_gradient(y, modifiers)
             _write(grad, at, vocab, torch.where(broken, math.nan, g * of_z.slope(z)), w)
     return out
@@ -167,7 +172,7 @@ class _Row:
         no_z, no_v = z == -math.inf, v == -math.inf
         self.only_z, self.only_v, self.masked = no_v & ~no_z, no_z & ~no_v, no_z | no_v
         self.no_z, self.no_v = no_z, no_v
-        self.z, self.v = torch.where(no_z, 0.0, z), torch.where(no_v, 0.0, v)
+        self.given_z, self.z, self.v = z, torch.where(no_z, 0.0, z), torch.where(no_v, 0.0, v)
         self.top_z = torch.where(no_z, -math.inf, z.detach()).amax(-1, keepdim=True)
         self.top_v = torch.where(no_v, -math.inf, v.detach()).amax(-1, keepdim=True)
 
@@ -230,7 +235,6 @@ class _Row:
         sides = form.sides
         b, o, x, only_b, only_o = (q, p, -d, self.only_z, self.only_v) if sides.student_base else (p, q, d, self.only_v, self.only_z)
         l = sides.mix  # noqa: E741
-        x = x.clamp_min(-700)  # beyond, o is 0, and x may be -inf
         x = x.clamp_max(700) if l else x  # beyond, log m is log o + log(l), whatever x
         m1 = torch.expm1(x.clamp_max(700))
         u = torch.log1p(l * m1)
@@ -254,15 +258,13 @@ class _Row:
         lone_p, lone_q = self.only_v.any(-1), self.only_z.any(-1)
         if form.family == "mixture":
             D = self.mixture(form)[0]
-            return torch.where(D == math.inf, self._lost(D == math.inf), D)
+            return torch.where(D == math.inf, self._infinite(form, D == math.inf), D)
         if form.family == "tvd":
             return self._gap(p, q, d).abs().sum(-1) / 2
         term = math_of.kl_terms(p, q, d, _psi, torch.abs, torch.where)[1]
         kl = torch.where(self.only_z, q, torch.where(self.no_z, 0.0, term)).sum(-1)
-        # rows whose D is +inf have KL's gradient q - p at the classes the student has
-        infinite = form.factor * (kl + (p * self.only_v).sum(-1) * (c - c.detach()).squeeze(-1)) + math.inf
         if form.family in ("kl", "cross_entropy") or form.order == 1 and form.family == "renyi":  # alpha below 1e-16, reversed
-            value = torch.where(lone_p, infinite, form.factor * kl)
+            value = torch.where(lone_p, self._infinite(form, lone_p), form.factor * kl)
             if form.family == "cross_entropy":
                 T = self.temperature
                 total = _log_total(self._exp(self.v, self.top_v, self.no_v, T), self.v, self.top_v, self.no_v)
@@ -271,17 +273,21 @@ class _Row:
         if form.family == "support":
             lone, x = (self.no_z, p) if form.reverse else (self.no_v, q)
             inside, outside = torch.where(lone, 0.0, x).sum(-1), torch.where(lone, x, 0.0).sum(-1)
-            return torch.where(inside == 0, infinite, torch.log1p(outside / torch.where(inside == 0, 1.0, inside)))
+            value = torch.log1p(outside / torch.where(inside == 0, 1.0, inside))
+            return torch.where(inside == 0, self._infinite(form, inside == 0), value)
         if form.family == "extreme":
             sign = -1 if form.reverse else 1
             least, share, _ = self._least(sign)
             value = (sign * (c.squeeze(-1) - (share * y).sum(-1))).clamp_min(0.0)
             value = torch.where((least | (self.no_v if form.reverse else self.no_z)).all(-1), 0.0, value)  # p = q
-            return torch.where(lone_q if form.reverse else lone_p, sign * (c - c.detach()).squeeze(-1) + math.inf, value)
+            lost = lone_q if form.reverse else lone_p
+            return torch.where(lost, self._infinite(form, lost), value)
         _, log_r, F, disjoint = self.tilted(form.order)
         lost = lone_p if form.order > 1 else lone_q if form.order < 0 else disjoint.squeeze(-1) & (form.family == "renyi")
         value = form.factor * log_r.squeeze(-1) / (form.order - 1) if form.family == "renyi" else F.squeeze(-1)
-        return torch.where(lost, infinite if form.family == "renyi" else self._lost(lost), value)
+        if form.family == "alpha" and 0 < form.order < 1:
+            return value  # always finite
+        return torch.where(lost, self._infinite(form, lost), value)
 
     def gradient(self, divergence: math_of.Divergence) -> Tensor:
         """T dD/dz, (rows, vocab), from the table of formulas; the limit's own gradient at T = inf."""
@@ -329,10 +335,21 @@ class _Row:
         mean = torch.where(self.no_v, 0.0, p * log_q).sum(-1, keepdim=True)
         return torch.where(self.no_v, 0.0, p * (torch.where(mean > -math.inf, mean, math.nan) - log_q))
 
-    def _lost(self, rows: Tensor) -> Tensor:
-        """+inf, with nan for its gradient in the rows that are asked for, where the formula has an infinite moment."""
-        u = torch.where(rows.unsqueeze(-1) & ~self.no_z, self.z - self.z.detach(), 1.0).sqrt()
-        return (u - u * 1.0).sum(-1) + math.inf
+    def _infinite(self, form: math_of.Form, rows: Tensor) -> Tensor:
+        """+inf, with the gradients that are agreed upon for the rows that are asked for (docs/numerics.md, 7)."""
+        p, q, *_ = self.soft
+        (_, sz), (_, sv) = self.sums
+        student, teacher = _where_infinite(form)
+        of_z, of_v = (self.z, self.no_z, sz, p, rows), (self.v, self.no_v, sv, q, rows)
+        return math.inf + self._nothing_but_gradient(student, *of_z) + self._nothing_but_gradient(teacher, *of_v)
+
+    def _nothing_but_gradient(self, factors: tuple[float, float] | None, x, absent, total, other, rows) -> Tensor:
+        """0, whose T d/dx is factors[0] softmax(x/T) - factors[1] other; nan without factors, in the rows that are asked for."""
+        if factors is None:
+            u = torch.where(rows.unsqueeze(-1) & ~absent, x - x.detach(), 1.0).sqrt()
+            return (u - u * 1.0).sum(-1)
+        term = factors[0] * total.log().squeeze(-1) - factors[1] / self.temperature * (other.detach() * x).sum(-1)
+        return term - term.detach()
 
     def _gap(self, p: Tensor, q: Tensor, d: Tensor) -> Tensor:
         """q - p to its own digits."""
@@ -352,7 +369,7 @@ class _Row:
         return least, share, torch.where(least, 0.0, self.soft[1]).sum(-1, keepdim=True)
 
     def _hard(self, labels: Tensor):
-        """(label, r, x, others): x = z - z_r, others the sum of e^x over j != r, r the label where that is a largest class.
+        """(label, r, x, x of the label, others): x = z - z_r, others the sum of e^x over j != r, r the label where that is a largest class.
 
         The other classes alone are then what value and gradient are made of where q of the label rounds to 1.
         """
@@ -360,18 +377,18 @@ class _Row:
         z = torch.where(self.no_z, -math.inf, self.z.detach())
         r = torch.where(z.gather(-1, label) == self.top_z, label, z.argmax(-1, keepdim=True))
         x = self.z - self.z.gather(-1, r)
-        return label, r, x, torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1, keepdim=True)
+        of_label = self.given_z.gather(-1, label) - self.z.gather(-1, r)  # -inf, with its gradient of 1, where the label is masked
+        return label, r, x, of_label, torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1, keepdim=True)
 
     def cross_entropy(self, labels: Tensor) -> Tensor:
         """Hard cross entropy at T = 1, (rows,); nan for a label outside the vocabulary."""
-        label, r, x, others = self._hard(labels)
-        value = torch.log1p(others) - torch.where(r == label, 0.0, x.gather(-1, label))
-        lost = torch.where(self.no_z.gather(-1, label), math.inf, 0.0)
-        return (value + torch.where(label == labels.unsqueeze(-1), lost, math.nan)).squeeze(-1)
+        label, r, _, of_label, others = self._hard(labels)
+        value = torch.log1p(others) - torch.where(r == label, 0.0, of_label)
+        return torch.where(label == labels.unsqueeze(-1), value, math.nan).squeeze(-1)
 
     def cross_entropy_gradient(self, labels: Tensor) -> Tensor:
         """softmax(z) - onehot(label), (rows, vocab)."""
-        label, r, x, others = self._hard(labels)
+        label, r, x, _, others = self._hard(labels)
         q = torch.where(self.no_z, 0.0, x.exp()) / (1 + others)
         at_label = torch.where(r == label, -others / (1 + others), q.gather(-1, label) - 1)
         return torch.where(label == labels.unsqueeze(-1), q.scatter(-1, label, at_label), math.nan)
@@ -431,6 +448,20 @@ class _Row:
         if form.family == "support":
             differ = self.only_v if form.reverse else self.only_z
         return value + torch.where(differ.any(-1), math.inf, 0.0)
+
+
+def _where_infinite(form: math_of.Form) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """(a, b) of T dD/dz = a q - b p and of T dD/dv = a p - b q where D is +inf; None for nan, where an infinite moment is in it."""
+    if form.family in ("kl", "cross_entropy"):
+        return (1, 1), None
+    if form.family == "support":
+        return ((0, 0), (1, 1)) if form.reverse else ((1, 1), (0, 0))
+    if form.family == "extreme":
+        return ((-1, 0), (1, 0)) if form.reverse else ((1, 0), (-1, 0))
+    if form.family == "renyi":
+        mirrored = form.factor * form.order / (1 - form.order) if form.order != 1 else 1.0  # of alpha below 1e-16, reversed
+        return (form.factor, form.factor), (mirrored, mirrored)
+    return None, (1, 1) if form.family == "mixture" else None  # reverse KL, alpha
 
 
 def _lost_digits(a: Tensor, b: Tensor) -> Tensor:
