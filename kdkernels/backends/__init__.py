@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -51,7 +52,22 @@ def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType
     found = _resolve(name, device.type, device.index, *dtypes)
     if isinstance(found, str):
         raise RuntimeError(found)
+    if name == "auto" and found.name == "eager" and device.type == "cpu":
+        _say_what_is_missing()
     return found
+
+
+@functools.cache
+def _say_what_is_missing() -> None:
+    """One warning a process where the CPU library is not there at all. Operators resolve when they run, so no compiler traces this."""
+    reason = module("cpu").unavailable(torch.device("cpu"))
+    if reason is not None:
+        warnings.warn(
+            f"kdkernels: CPU tensors take the eager backend, which is accurate and many times slower, because there is no CPU library: "
+            f'{reason}. `python -m kdkernels info` says what was found; backend="eager" asks for it without this warning.',
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def describe(device: torch.device) -> list[tuple[str, str | None]]:

@@ -22,8 +22,8 @@ _BAD_LABEL = 1
 def library() -> abi.Library | str:
     """The CPU library, or why there is none."""
     if not LIBRARY.exists():
-        reason = abi.build_record().get("error", "the C++ library was not built")
-        return f"{reason}; install a C++ compiler and reinstall kdkernels"
+        reason = abi.build_record().get("error", f"there is no {LIBRARY.name} in the package")
+        return f"{reason}; install a C++ compiler and reinstall kdkernels (CXX names the one to take)"
     try:
         found = abi.Library(LIBRARY)
     except OSError as error:
