@@ -1,8 +1,11 @@
 // The whole ABI of the shared libraries, the CPU's and CUDA's: a struct for each capability, a few C functions. Python fills them through
 // ctypes (kdkernels/backends/abi.py), so a field added here is added there, and kd_call_size() lets the loader refuse a library that was
-// built from another version.
+// built from another version. Whoever gives a field or a function another meaning without changing a size counts KD_ABI_VERSION up, here
+// and there.
 #pragma once
 #include <cstdint>
+
+#define KD_ABI_VERSION 1
 
 extern "C" {
 
@@ -75,6 +78,7 @@ struct kd_geometry { int32_t kind, parts, tiles, stages, cluster, threads, share
 
 int32_t kd_loss(kd_call *);
 int32_t kd_log_softmax(const kd_log_softmax_call *);
+int32_t kd_abi_version(void);       // KD_ABI_VERSION
 int64_t kd_call_size(void);
 int64_t kd_log_softmax_call_size(void);
 const char *kd_families(void);      // comma-separated names, in the order of kd_call::family

@@ -298,6 +298,7 @@ KD_API int32_t kd_loss(kd_call *c) {
   return c->rows ? level().loss(c) : int32_t(KD_OK);
 }
 KD_API int32_t kd_log_softmax(const kd_log_softmax_call *c) { return c->rows ? level().log_softmax(c) : int32_t(KD_OK); }
+KD_API int32_t kd_abi_version(void) { return KD_ABI_VERSION; }
 KD_API int64_t kd_call_size(void) { return sizeof(kd_call); }
 KD_API int64_t kd_log_softmax_call_size(void) { return sizeof(kd_log_softmax_call); }
 KD_API const char *kd_families(void) { return kd::dispatch::kNames; }

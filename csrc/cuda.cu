@@ -221,6 +221,7 @@ KD_API int32_t kd_scale(const kd_scale_call *c) {
   return error ? KD_CUDA_ERROR + error : KD_OK;
 }
 
+KD_API int32_t kd_abi_version(void) { return KD_ABI_VERSION; }
 KD_API int64_t kd_call_size(void) { return sizeof(kd_call); }
 KD_API int64_t kd_log_softmax_call_size(void) { return sizeof(kd_log_softmax_call); }
 KD_API int64_t kd_scale_call_size(void) { return sizeof(kd_scale_call); }

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from kdkernels import backends, decoupled_kd_loss, fused_kd_loss, fused_linear_kd_loss, logit_matching_loss, tempered_log_softmax
-from kdkernels.backends import cuda, native
+from kdkernels.backends import abi, cuda, native
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -114,3 +115,109 @@ def test_a_missing_library_is_seen_by_a_user(tmp_path):
     code = "import torch, kdkernels as k\nfor _ in range(3): k.fused_kd_loss(torch.ones(2, 3), torch.zeros(2, 3))"
     done = run(sys.executable, "-c", code, cwd=tmp_path)
     assert done.stderr.count("RuntimeWarning") == 1 and "python -m kdkernels info" in done.stderr
+
+
+# ---------------------------------------------------------------- files that are not what they should be
+
+
+def falls_back(monkeypatch, path, reason):
+    """auto takes the eager backend and says why, backend="cpu" says why, and so does info."""
+    monkeypatch.setattr(native, "LIBRARY", path)
+    with forgotten() as said:
+        torch.testing.assert_close(fused_kd_loss(Z, V), fused_kd_loss(Z, V, backend="eager"))
+        (message,) = about_the_library(said)
+        assert re.search(reason, message) and "reinstall kdkernels" in message
+        with pytest.raises(RuntimeError, match=reason):
+            fused_kd_loss(Z, V, backend="cpu")
+        from kdkernels.__main__ import info
+
+        assert re.search(reason, info())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF")
+@pytest.mark.parametrize("left", [0.0, 1e-5, 0.001, 0.3, 0.9, 0.999, -1])
+def test_a_library_without_its_end_is_not_loaded(monkeypatch, tmp_path, left):
+    """It would be mapped, and kill the process at the first call into what is missing. The end: also its last byte alone."""
+    whole = native.LIBRARY.read_bytes()
+    path = tmp_path / "_cpu.so"
+    path.write_bytes(whole[:-1] if left == -1 else whole[: int(left * len(whole))])
+    monkeypatch.setattr(abi.ctypes, "CDLL", load := Loader(abi.ctypes.CDLL))
+    with pytest.raises(OSError):
+        abi.Library(path)
+    assert not load.loaded
+    monkeypatch.undo()
+    falls_back(monkeypatch, path, "_cpu.so: the file is damaged" if len(path.read_bytes()) > 64 else "_cpu.so")
+
+
+class Loader:
+    """ctypes.CDLL; which files it has mapped."""
+
+    def __init__(self, load):
+        self.load, self.loaded = load, []
+
+    def __call__(self, path):
+        library = self.load(path)
+        self.loaded.append(path)
+        return library
+
+
+@pytest.mark.parametrize("content", ["", "not a library", "#!/bin/sh\n" * 100])
+def test_a_file_that_is_no_library_is_not_loaded(monkeypatch, tmp_path, content):
+    (tmp_path / "_cpu.so").write_text(content)
+    with pytest.raises(OSError):
+        abi.Library(tmp_path / "_cpu.so")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
+    with forgotten() as said:
+        fused_kd_loss(Z, V)
+        assert "_cpu.so" in about_the_library(said)[0]
+
+
+def test_what_tools_have_rewritten_is_loaded(tmp_path):
+    """A library that was stripped, as packagers do, is whole."""
+    if not shutil.which("strip"):
+        pytest.skip("no strip")
+    shutil.copy(native.LIBRARY, tmp_path / "_cpu.so")
+    run("strip", tmp_path / "_cpu.so")
+    assert (tmp_path / "_cpu.so").stat().st_size < native.LIBRARY.stat().st_size
+    assert abi.Library(tmp_path / "_cpu.so", "cpu").isa != "none"
+
+
+FOREIGN = {  # what a library of that name has, and what is said of it
+    "none of ours": ("int something_else(void) { return 1; }", "not a library of this version of kdkernels .*kd_abi_version"),
+    "older": ("long kd_call_size(void) { return %(size)d; }", "not a library of this version of kdkernels .*kd_abi_version"),
+    "half": ("int kd_abi_version(void) { return %(version)d; }", "not a library of this version of kdkernels .*kd_call_size"),
+    "newer": ("int kd_abi_version(void) { return %(version)d + 1; }", "its ABI has version %(newer)d, this package's %(version)d"),
+    "cuda": ("int kd_abi_version(void) { return %(version)d; } int kd_scale(void *x) { return 0; }", "it is the CUDA library"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_another_library_is_refused(monkeypatch, tmp_path, name):
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, reason = (x % {"size": abi.ctypes.sizeof(abi.Call), "version": abi.VERSION, "newer": abi.VERSION + 1} for x in FOREIGN[name])
+    (tmp_path / "foreign.c").write_text(source)
+    run(compiler, "-shared", "-fPIC", tmp_path / "foreign.c", "-o", tmp_path / "_cpu.so")
+    falls_back(monkeypatch, tmp_path / "_cpu.so", f"_cpu.so: {reason}")
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cpu.so")
+    with forgotten():
+        assert isinstance(cuda.library(), str) and "reinstall kdkernels" in cuda.library()
+
+
+def test_the_cpu_library_is_not_cudas(monkeypatch):
+    monkeypatch.setattr(cuda, "LIBRARY", native.LIBRARY)
+    with forgotten():
+        assert "it is the CPU library; reinstall kdkernels" in cuda.library()
+
+
+def test_a_library_of_equal_sizes_and_another_meaning_is_refused(monkeypatch):
+    monkeypatch.setattr(abi, "VERSION", abi.VERSION + 1)
+    falls_back(monkeypatch, native.LIBRARY, f"its ABI has version {abi.VERSION - 1}, this package's {abi.VERSION}")
+
+
+def test_both_languages_count_the_same_version():
+    header = (ROOT / "csrc" / "api.h").read_text()
+    assert int(re.search(r"#define KD_ABI_VERSION (\d+)", header)[1]) == abi.VERSION
+    for name in ("cpu.cpp", "cuda.cu"):
+        assert "kd_abi_version(void) { return KD_ABI_VERSION; }" in (ROOT / "csrc" / name).read_text()

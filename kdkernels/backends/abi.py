@@ -1,12 +1,14 @@
 """The C ABI of csrc/api.h through ctypes, for the CPU library and CUDA's: one struct per call, no torch and no Python in their build.
 
-Loading checks that a library speaks the same language as this package: the size of each struct and the list of families.
+Loading checks that a library is whole and speaks the same language as this package: its version, the size of each struct, the list of
+families.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from .. import divergence as math_of
 from ..transforms import Modifiers
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+VERSION = 1  # KD_ABI_VERSION of csrc/api.h
 BUILD_RECORD = Path(__file__).parent.parent / "_build.txt"
 
 
@@ -62,28 +65,68 @@ class ScaleCall(ctypes.Structure):
 
 
 class Library:
-    """A loaded library and what it says of itself; OSError with a remedy when it is not this package's."""
+    """A loaded library and what it says of itself; OSError with a remedy when it is not this package's, or not of the backend's kind."""
 
-    def __init__(self, path: Path):
-        self.c = lib = ctypes.CDLL(str(path))
+    def __init__(self, path: Path, kind: str | None = None):
+        if truncated(path):
+            raise OSError(f"{path.name}: the file is damaged, its end is missing; reinstall kdkernels")
+        try:
+            self.c = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise OSError(f"{path.name}: {error}; reinstall kdkernels") from error
+        try:
+            self._introduce(path.name, kind)
+        except AttributeError as error:
+            raise OSError(f"{path.name}: not a library of this version of kdkernels ({error}); reinstall kdkernels") from error
+
+    def _introduce(self, name: str, kind: str | None) -> None:
+        lib = self.c
+        if (found := lib.kd_abi_version()) != VERSION:
+            raise OSError(f"{name}: its ABI has version {found}, this package's {VERSION}; reinstall kdkernels")
         structs = {"kd_call": Call, "kd_log_softmax_call": LogSoftmaxCall}
-        if hasattr(lib, "kd_scale"):
+        cuda = hasattr(lib, "kd_scale")
+        if kind is not None and cuda != (kind == "cuda"):
+            raise OSError(f"{name}: it is the {'CUDA' if cuda else 'CPU'} library; reinstall kdkernels")
+        if cuda:
             structs["kd_scale_call"] = ScaleCall
             lib.kd_workspace.argtypes, lib.kd_workspace.restype = [c_void_p], c_int64
             lib.kd_scale.argtypes = [c_void_p]
             lib.kd_error.restype = lib.kd_unavailable.restype = c_char_p
-        for struct, cls in structs.items():
-            size = getattr(lib, f"{struct}_size")
+        for struct_name, cls in structs.items():
+            size = getattr(lib, f"{struct_name}_size")
             size.restype = c_int64
             if size() != ctypes.sizeof(cls):
-                raise OSError(f"{path.name}: {struct} has {size()} bytes, this package's {ctypes.sizeof(cls)}; reinstall kdkernels")
+                raise OSError(f"{name}: {struct_name} has {size()} bytes, this package's {ctypes.sizeof(cls)}; reinstall kdkernels")
         lib.kd_families.restype = lib.kd_isa.restype = c_char_p
         names = lib.kd_families().decode()
         if names != ",".join(math_of.FAMILIES):
-            raise OSError(f"{path.name}: its families are {names}, this package's {','.join(math_of.FAMILIES)}; reinstall kdkernels")
+            raise OSError(f"{name}: its families are {names}, this package's {','.join(math_of.FAMILIES)}; reinstall kdkernels")
         self.isa, self.openmp = lib.kd_isa().decode(), bool(lib.kd_openmp())
         self.loss, self.log_softmax = lib.kd_loss, lib.kd_log_softmax
         self.loss.argtypes, self.log_softmax.argtypes = [c_void_p], [c_void_p]
+
+
+def truncated(path: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its segments or its table of sections do: it would load, and kill the process when it is used.
+
+    Not a checksum: tools that package a library may strip it or change its search path.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[:5] != b"\x7fELF\x02":
+            return False  # the loader looks at other kinds itself
+        if len(head) < 64:
+            return True
+        order = "<" if head[5] == 1 else ">"
+        segments, sections = struct.unpack_from(order + "QQ", head, 32)
+        segment_size, segment_count, section_size, section_count = struct.unpack_from(order + "4H", head, 54)
+        file.seek(segments)
+        table = file.read(segment_size * segment_count)
+    ends = [segments + segment_size * segment_count, sections + section_size * section_count]
+    for at in range(0, len(table) - 55, segment_size or 56):
+        start, _, _, length = struct.unpack_from(order + "4Q", table, at + 8)
+        ends.append(start + length)
+    return max(ends) > path.stat().st_size
 
 
 def build_record() -> dict[str, str]:

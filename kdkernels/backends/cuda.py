@@ -28,7 +28,7 @@ def library() -> abi.Library | str:
         reason = abi.build_record().get("cuda error", "the CUDA library was not built")
         return f"{reason}; reinstall kdkernels with KDKERNELS_CUDA=1 and nvcc 12.8 or later on PATH"
     try:
-        return abi.Library(LIBRARY)
+        return abi.Library(LIBRARY, "cuda")
     except OSError as error:
         return str(error)
 

@@ -25,7 +25,7 @@ def library() -> abi.Library | str:
         reason = abi.build_record().get("error", f"there is no {LIBRARY.name} in the package")
         return f"{reason}; install a C++ compiler and reinstall kdkernels (CXX names the one to take)"
     try:
-        found = abi.Library(LIBRARY)
+        found = abi.Library(LIBRARY, "cpu")
     except OSError as error:
         return str(error)
     return found if found.isa != "none" else "the processor has none of the instruction sets the library was built for"
