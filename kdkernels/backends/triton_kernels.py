@@ -1149,7 +1149,8 @@ def one_row(
     ok, going = label == -2, label != -2
     # unrolled, the compiler keeps what all threads have in common in one place, which saves 1.6 instructions a logit; whole rows,
     # which are short of registers, are better off with a loop
-    for turn in tl.range(2, loop_unroll_factor=1 if WHOLE else 2):
+    # a value of reverse KL alone has no second turn: unrolled, it would be in a branch never taken, which Triton 3.6 does not compile
+    for turn in tl.range(1 if reverses(FAMILY, BASE_Z) and not (GRAD or WHOLE) else 2, loop_unroll_factor=1 if WHOLE else 2):
         if going:
             top, top_o, s, so, d, p, u, hard, f, told = first_sweep(
                 BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
