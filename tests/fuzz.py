@@ -341,11 +341,6 @@ KNOWN: dict[str, Known] = {
         lambda case, failure: case.get("backend") == "triton" and case.get("soft_weight") == 0 and "is not a number" in kind_of(failure),
         one_row([0], [math.nan], soft_weight=0.0, backend="triton"),
     ),
-    "eager: masks of fp64's finfo.min": Known(
-        "at T < 1 they are -inf, and not masked",
-        lambda case, failure: case.get("backend") == "eager" and any((np.abs(finite(x)) > 1e308).any() for x in both(case)),
-        one_row([-1.7976931348623157e308], [0], ("fp64", "fp32"), temperature=0.5, return_stats=True, backend="eager"),
-    ),
     "TVD of equal rows": Known(
         "a gradient of 1e-17 where the right one is 0",
         lambda case, failure: case.divergence == "tvd" and ".grad" in failure and figure(failure) < 1e-15,
@@ -354,11 +349,11 @@ KNOWN: dict[str, Known] = {
     "alpha's gradient near a float's largest": Known(
         "it is a product, of which one factor is beyond",
         lambda case, failure: str(case.divergence).startswith("alpha") and kind_of(failure).endswith("grad is not a number"),
-        one_row([0.0] * 65, [118.5] + [0.0] * 64, divergence="alpha(-3.0)", temperature=4.0),
+        one_row([0, 0, 0, 0], [119, -10, 0, 0], divergence="alpha(-3.0)", temperature=4.0),
     ),
     "standardize_logits of large finite masks": Known(
         "the square of 1e30 is inf in fp32",
-        lambda case, failure: case.call == "standardize_logits" and any((np.abs(finite(x)) > 1e18).any() for x in case.arrays.values()),
+        lambda case, failure: case.call == "standardize_logits" and any((np.abs(finite(x)) > 1e18).any() for x in case.tensors.values()),
         Case("standardize_logits", dict(z=np.array([[-1e30, 0.0]]), u=np.zeros((1, 2)))),
     ),
     "cross entropy of one-hot rows": Known(
@@ -395,21 +390,6 @@ KNOWN: dict[str, Known] = {
         "the square of what is left of the offset; bounds.py allows 1e-30",
         lambda case, failure: case.get("backend") == "triton" and is_value(failure) and figure(failure) < 1e-18,
         one_row([0.6611328125], [1000.5], ("fp16", "fp16"), temperature=3.0, backend="triton"),
-    ),
-    "eager: gradient of log-softmax at T = inf": Known(
-        "autograd of x / inf",
-        lambda case, failure: case.call == "tempered_log_softmax" and math.isinf(case.temperature) and case.get("backend") == "eager",
-        Case("tempered_log_softmax", dict(z=np.zeros((1, 2)), u=np.array([[0.0, 1]])), options=dict(temperature=math.inf, backend="eager")),
-    ),
-    "eager: gradient at a masked label": Known(
-        "0, where F.cross_entropy has -1",
-        lambda case, failure: case.get("backend") == "eager" and case.labels is not None and ".grad" in failure,
-        one_row([0, -math.inf], [0, 0], labels=[1], hard_weight=1.0, backend="eager"),
-    ),
-    "eager: a broken row of weight 0 with a softcap": Known(
-        "a row that is not to be read is in the gradient",
-        lambda case, failure: case.get("backend") == "eager" and is_broken(case) and ".grad" in failure,
-        one_row([math.nan], [0], labels=[-100], backend="eager", student_transform=LogitTransform(softcap=5.0)),
     ),
     "decoupled: a broken row of weight 0": Known(
         "its logarithms are in the weight of the second pass",
