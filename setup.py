@@ -87,7 +87,7 @@ def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str
     levels = {k: v for k, v in X86_LEVELS.items() if accepts(compiler, v)} if on_x86 else {"base": []}
     jobs = {f"cpu_{level}": [f"-DKD_ISA={level}", *flags] for level, flags in levels.items()}
     jobs["cpu_api"] = [*(["-DKD_X86_LEVELS"] if on_x86 else []), *(f"-DKD_HAS_{level}" for level in levels)]
-    print(f"kdkernels: compiling the C++ library with {compiler[0]} for {', '.join(levels)}: some twenty seconds", flush=True)
+    print(f"kdkernels: compiling the C++ library with {compiler[0]} for {', '.join(levels)}: half a minute on two cores", flush=True)
     built = compile_all([*compiler, *FLAGS, *openmp], jobs, sources, objects)
     target.parent.mkdir(parents=True, exist_ok=True)
     linked = built[0].parent / target.name
