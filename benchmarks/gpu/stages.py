@@ -90,7 +90,7 @@ def planted(setting: Setting, fault: str) -> None:
 
     faults = {"raise": lambda: 1 / 0, "crash": lambda: ctypes.string_at(0), "hang": hang}
     setting.once(f"planted {fault} before", dict)
-    setting.once(f"planted {fault}", faults[fault], 2)
+    setting.log.once(f"planted {fault}", faults[fault], 2)
     setting.once(f"planted {fault} after", dict)
 
 

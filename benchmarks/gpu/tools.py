@@ -96,7 +96,7 @@ def _sanitized(setting: Setting, tool: str, backend: str, cases: list[str]) -> d
             return {"error": "compute-sanitizer is not on PATH"}
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", *command]
     # each tensor an allocation of its own, or an access beyond one would be in another's
-    status, text = run(command, SANITIZER_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    status, text = run(command, SANITIZER_SECONDS * setting.patience, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     complaints = [
         x.strip("= ") for x in text.splitlines() if x.startswith("=========") and re.search(r"rror|azard|ninit|nvalid|at .*\+", x)
     ]
@@ -115,7 +115,7 @@ def profile(setting: Setting, backend: str) -> None:
 def _profiled(setting: Setting, backend: str, case: Case) -> dict:
     command = [*ONE, setting.device, setting.backend(backend), str(case)]
     if setting.rehearsal:
-        status, text = run(command, 60)
+        status, text = run(command, 60 * setting.patience)
         return {"status": status}
     if not shutil.which("ncu"):
         return {"error": "ncu is not on PATH"}
