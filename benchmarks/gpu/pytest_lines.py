@@ -5,6 +5,13 @@ import sys
 
 from .log import Log
 
+_in_worker = False
+
+
+def pytest_configure(config):
+    global _in_worker
+    _in_worker = hasattr(config, "workerinput")
+
 
 def pytest_collection_modifyitems(config, items):
     """The same for all processes of a run, also for one that takes the place of another: so only what was there when it began counts."""
@@ -18,7 +25,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_logreport(report):
     """In pytest-xdist's first process this hears of the tests of all others, and of those that took their process along."""
-    if os.environ.get("PYTEST_XDIST_WORKER") or (report.when != "call" and report.passed):
+    if _in_worker or (report.when != "call" and report.passed):
         return
     log = Log(os.environ["KD_TEST_LINES"])
     log.stream = sys.stderr if report.failed else None

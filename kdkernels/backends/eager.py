@@ -164,6 +164,9 @@ def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> 
     return (out + more).to(logits.dtype)
 
 
+LARGEST = torch.finfo(torch.float64).max
+
+
 class _Row:
     """The sums of sweep 1 over (rows, vocab) fp64 logits without nan or +inf, and the divergences made of them."""
 
@@ -197,7 +200,7 @@ class _Row:
     def soft(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(p, q, d, y, c): both distributions, d = log q - log p, y = d + c before the log-sum-exps were known."""
         (ez, sz), (ev, sv) = self.sums
-        y = self.apart / self.temperature
+        y = (self.apart / self.temperature).clamp(-LARGEST, LARGEST)  # fp64's finfo.min over a small T: no number, and no mask
         near = (y.abs() < 0.5) & ~self.masked
         away = torch.where(near, ev * torch.expm1(torch.where(near, y, 0.0)), ez - ev).sum(-1, keepdim=True) / sv
         near = away.abs() < 0.5
