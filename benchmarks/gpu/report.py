@@ -248,7 +248,8 @@ def _head(result: Result) -> str:
     title = f"# {result.card}" if result.card != "cpu" else "# A rehearsal on a CPU: no figure here is a GPU's"
     copy = f"; a copy moves {result.copy / 1e12:.2f} TB/s, bytes read and written" if result.copy else ""
     about = f"{versions}{copy}. " if versions else ""
-    return f"{title}\n\n{about}Times are medians of loss and gradient, with the second-level cache flushed before each.\n"
+    notes = "".join(f"\n\n{x['text']}" for key, x in result.outcomes.items() if key.startswith("note"))
+    return f"{title}\n\n{about}Times are medians of loss and gradient, with the second-level cache flushed before each.{notes}\n"
 
 
 def _right(result: Result) -> str:

@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from .cases import Case, covering
 from .log import suspects
@@ -28,7 +30,7 @@ METRICS = {
     "gpu__time_duration.sum": "ns",
     "dram__bytes_read.sum": "bytes_read",
     "dram__bytes_write.sum": "bytes_written",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
     "smsp__inst_executed.sum": "warp_instructions",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_percent",
     "sm__inst_executed_pipe_xu.sum": "special_functions",
@@ -106,7 +108,7 @@ def _sanitized(setting: Setting, tool: str, backend: str, cases: list[str]) -> d
 
 
 def profile(setting: Setting, backend: str) -> None:
-    """One launch of the loss under ncu: bytes, instructions, registers. All of ncu's figures go to a file beside the results."""
+    """One launch of the loss under ncu: bytes, instructions, registers. All of ncu's figures go to ncu.csv beside the results."""
     for divergence in ("kl", "renyi(0.5)"):
         case = Case(divergence, rows=8, vocab=1000) if setting.rehearsal else Case(divergence)
         setting.once(f"ncu {backend} {case}", lambda case=case: _profiled(setting, backend, case), 90)
@@ -119,11 +121,14 @@ def _profiled(setting: Setting, backend: str, case: Case) -> dict:
         return {"status": status}
     if not shutil.which("ncu"):
         return {"error": "ncu is not on PATH"}
-    file = setting.folder / f"ncu_{backend}_{re.sub(r'[^a-z0-9]+', '_', case.divergence)}.csv"
     options = "--clock-control none -k regex:loss -c 1 --set full --csv --page raw --print-units base --log-file".split()
-    status, text = run(["ncu", *options, str(file), *command], 80)
-    found = figures(file.read_text()) if file.exists() else {}
-    return {"status": status} | (found or {"error": text[-300:]})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "ncu.csv"
+        status, text = run(["ncu", *options, str(file), *command], 80)
+        raw = file.read_text() if file.exists() else ""
+    with open(setting.folder / "ncu.csv", "a") as all_of_them:  # one file: few come back from a machine that is lent for minutes
+        all_of_them.write(f"{backend} {case}\n{raw}\n")
+    return {"status": status} | (figures(raw) or {"error": text[-300:]})
 
 
 def figures(text: str) -> dict:
