@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, inputs
 from .transforms import wide
 
 
+@inputs.names_checked
 def decoupled_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -38,12 +39,13 @@ def decoupled_kd_loss(
     which is what is computed: two fused passes, the second over copies with the label masked. The defaults are the paper's for CIFAR-100.
     Arguments, result and errors are otherwise those of `fused_kd_loss`; labels are required.
     """
-    common = dict(temperature=temperature, t_squared=t_squared, vocab_size=vocab_size, backend=backend)
-    o = functional.options(hard_weight=hard_weight, ignore_index=ignore_index, reduction=reduction, **common)
+    common = dict(t_squared=t_squared, vocab_size=vocab_size, backend=backend)
+    o = functional.options(temperature=temperature, hard_weight=hard_weight, ignore_index=ignore_index, reduction=reduction, **common)
+    common["temperature"] = o.temperature
+    target_weight, non_target_weight = inputs.number("target_weight", target_weight), inputs.number("non_target_weight", non_target_weight)
     for name, value in (("target_weight", target_weight), ("non_target_weight", non_target_weight)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name}: must be a finite number, got {value!r}")
-    if labels is None or math.isinf(temperature):
+        inputs.check_finite(name, value)
+    if labels is None or o.temperature == math.inf:
         raise ValueError("decoupled_kd_loss: needs labels and a finite temperature")
     if student_logits.dtype == torch.float16:
         student_logits = student_logits.float()  # the two gradients are added before they are rounded, and may be larger than their sum
@@ -51,13 +53,15 @@ def decoupled_kd_loss(
         student_logits, teacher_logits, labels, soft_weight=target_weight, hard_weight=hard_weight, ignore_index=ignore_index,
         token_weight=token_weight, reduction=reduction, num_items=num_items, **common,
     )  # fmt: skip
-    weight, denominator = functional._weights(student_logits, labels, o, token_weight, num_items)
-    at = labels.clamp_min(0).unsqueeze(-1)
+    vocab = o.vocab_size or teacher_logits.shape[-1]
+    num_items = functional._items(num_items, o)
+    weight, denominator = functional._weights(student_logits, labels, vocab, o, token_weight, num_items)
+    # ignore_index is a class of no vocabulary; a wrong label beside it has had its error, or on a device has a row that is nan
+    at = torch.where((labels >= 0) & (labels < vocab), labels, 0).unsqueeze(-1)
     with torch.no_grad():
-        vocab = vocab_size or teacher_logits.shape[-1]
-        log_p = functional.tempered_log_softmax(wide(teacher_logits[..., :vocab]), temperature, backend=backend)
+        log_p = functional.tempered_log_softmax(wide(teacher_logits[..., :vocab]), o.temperature, backend=backend)
         rest = -torch.expm1(log_p.gather(-1, at).squeeze(-1).double())  # 1 - p_t
-        weight = weight * (non_target_weight - target_weight * rest)
+        weight = torch.where(weight != 0, weight * (non_target_weight - target_weight * rest), 0.0)  # a broken row that does not count
     others = functional.fused_kd_loss(
         student_logits.scatter(-1, at, -math.inf), teacher_logits.scatter(-1, at, -math.inf), token_weight=weight,
         reduction="none" if reduction == "none" else "sum", **common,

@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, ops, recycle
+from . import backends, inputs, ops, recycle
 from .divergence import KL, Divergence, LogitMatching, mirror, parse
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform, Modifiers
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of a token_weight, besides
 REDUCTIONS = ("mean", "sum", "none")
 AS_THEY_ARE = LogitTransform()
+# Of a finite temperature: where every backend is right. fp32 holds 1/T there, and the squares of (z - v) / T.
+TEMPERATURES = (1e-4, 1e12)
 
 
 # ---------------------------------------------------------------- options
+
+NUMBERS = ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss")  # options, of any make that `inputs.number` knows
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,12 @@ class Options:
     modifiers: list[float] = field(init=False)  # `Modifiers`, as the operator takes them
 
     def __post_init__(self) -> None:
-        # comparisons with inf rather than math.isfinite: this is traced by torch.compile
-        T = self.temperature
-        numbers = ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss")
-        for name, value in ((x, getattr(self, x)) for x in numbers):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: must be a number, got {value!r}")
-            if name != "temperature" and not -math.inf < value < math.inf:
-                raise ValueError(f"{name}: must be finite, got {value!r}")
-        if not T > 0:
-            raise ValueError(f"temperature: must be in (0, inf], got {T!r}")
+        # comparisons rather than math.isfinite: this is traced by torch.compile
+        T, (low, high) = self.temperature, TEMPERATURES
+        for name in NUMBERS[1:]:
+            inputs.check_finite(name, getattr(self, name))
+        if not (low <= T <= high or T == math.inf):
+            raise ValueError(f"temperature: must be in [{low:g}, {high:g}], or inf, the limit; got {inputs.shown(T)}")
         if isinstance(self.divergence, LogitMatching) and T != math.inf:
             raise ValueError("divergence: logit matching has no temperature; use logit_matching_loss")
         if T == math.inf:
@@ -74,10 +75,10 @@ class Options:
             raise ValueError('reduction: "batchmean" is spelled "mean" here: the sum over rows divided by the counted rows')
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction: must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}")
-        if self.vocab_size is not None and (
-            isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size < 1
-        ):
+        if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size: must be a positive integer or None, got {self.vocab_size!r}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index: must be an int64, as labels are, got {inputs.shown(self.ignore_index)}")
         if self.inplace and self.teacher_grad and self.reduction == "none":
             raise ValueError('inplace: teacher_grad needs the student\'s logits in the backward of reduction="none"')
         if not 0 <= self.label_smoothing < 1:
@@ -89,6 +90,7 @@ class Options:
                 raise TypeError(f"{name}: must be a LogitTransform, got {getattr(self, name)!r}")
         backends.check(self.backend)
         scale = self.soft_weight * (T**2 if self.t_squared and T != math.inf else 1.0)
+        inputs.check_finite("soft_weight times T^2", scale)
         object.__setattr__(self, "value_scale", scale)
         object.__setattr__(self, "grad_scale", scale / T if T != math.inf else scale)
         mixed = self.student_transform, self.teacher_transform, self.label_smoothing, self.z_loss
@@ -114,10 +116,23 @@ def options(
     backend: str = "auto",
 ) -> Options:
     """The one place where options are checked; the same options are checked once."""
-    make = _options if torch.compiler.is_compiling() else _known_options
+    numbers = temperature, soft_weight, hard_weight, label_smoothing, z_loss
+    if not type(temperature) is type(soft_weight) is type(hard_weight) is type(label_smoothing) is type(z_loss) is float:
+        temperature, soft_weight, hard_weight, label_smoothing, z_loss = map(inputs.number, NUMBERS, numbers)
+    if type(ignore_index) is not int and (ignore_index := inputs.integer(given := ignore_index)) is None:
+        raise TypeError(f"ignore_index: must be an integer, got {inputs.shown(given)}")
+    if vocab_size is not None and (vocab_size := inputs.integer(given := vocab_size)) is None:
+        raise ValueError(f"vocab_size: must be a positive integer or None, got {inputs.shown(given)}")
     mixing = soft_weight, hard_weight, ignore_index, reduction
     more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
-    return make(divergence, temperature, t_squared, *mixing, vocab_size, inplace, teacher_grad, *more, backend)
+    everything = divergence, temperature, t_squared, *mixing, vocab_size, inplace, teacher_grad, *more, backend
+    if torch.compiler.is_compiling():
+        return _options(*everything)
+    try:
+        return _known_options(*everything)
+    except TypeError:
+        pass  # of a wrong type, and perhaps without a hash: the checks name it
+    return _options(*everything)
 
 
 def _options(divergence, *rest) -> Options:
@@ -136,6 +151,7 @@ def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None, toke
     for name, x in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: must be a tensor, got {type(x).__name__}")
+        inputs.check_dense(name, x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: must be bfloat16, float16, float32 or float64, got {x.dtype}")
     if student.dim() == 0 or student.shape[:-1] != teacher.shape[:-1] or teacher.dim() == 0:
@@ -147,16 +163,28 @@ def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None, toke
         raise ValueError(f"teacher_logits: must be on the student's device {student.device}, got {teacher.device}")
     vocab = _common_vocab(student.shape[-1], teacher.shape[-1], o)
     _check_rows(labels, token_weight, student, o)
-    if teacher.requires_grad and not o.teacher_grad:
+    if inputs.differentiated(teacher) and not o.teacher_grad:
         raise ValueError("teacher_logits: receive a gradient only with teacher_grad=True; pass that, or teacher_logits.detach()")
     if o.inplace:
-        if student.requires_grad and student.is_leaf:
-            raise ValueError("inplace: student_logits is a leaf that requires grad; its values would be lost")
-        if any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)):
-            raise ValueError("inplace: student_logits is expanded; its rows share storage")
-        if not _in_place_layout(student):
-            raise ValueError("inplace: student_logits would be copied first; its last dimension must be contiguous and its rows regular")
+        _check_in_place(student, (("teacher_logits", teacher), ("labels", labels), ("token_weight", token_weight)))
     return vocab
+
+
+def _check_in_place(student: Tensor, others: tuple[tuple[str, Tensor | None], ...]) -> None:
+    """Raise where the gradient cannot take the student's memory."""
+    if student.requires_grad and student.is_leaf:
+        raise ValueError("inplace: student_logits is a leaf that requires grad; its values would be lost")
+    if student.numel() == 0:
+        return
+    if inputs.rows_overlap(student):
+        raise ValueError("inplace: student_logits is expanded; its rows share storage")
+    if not _in_place_layout(student):
+        raise ValueError("inplace: student_logits would be copied first; its last dimension must be contiguous and its rows regular")
+    if torch.compiler.is_compiling():  # it keeps what is read apart from what is written
+        return
+    for name, x in others:
+        if x is not None and inputs.overlap(student, x):
+            raise ValueError(f"inplace: {name} shares memory with student_logits, which the gradient is written over")
 
 
 def _common_vocab(student: int, teacher: int, o: Options) -> int:
@@ -179,31 +207,45 @@ def _check_rows(labels: Tensor | None, token_weight: Tensor | None, student: Ten
     elif o.hard_weight:
         raise ValueError(f"hard_weight: {o.hard_weight} needs labels")
     if token_weight is not None:
-        is_float = isinstance(token_weight, Tensor) and token_weight.dtype.is_floating_point
-        _check_per_row("token_weight", token_weight, student, "a floating-point tensor", is_float, of)
-        if token_weight.requires_grad:
+        is_real = isinstance(token_weight, Tensor) and (token_weight.dtype.is_floating_point or token_weight.dtype in MASK_DTYPES)
+        _check_per_row("token_weight", token_weight, student, "a floating-point, integer or bool tensor", is_real, of)
+        if inputs.differentiated(token_weight):
             raise ValueError("token_weight: receives no gradient; pass token_weight.detach()")
 
 
 def _check_per_row(name: str, x: Tensor, student: Tensor, kind: str, is_kind: bool, of: str) -> None:
     if not is_kind:
         raise TypeError(f"{name}: must be {kind}, got {getattr(x, 'dtype', type(x).__name__)}")
+    inputs.check_dense(name, x)
     if x.shape != student.shape[:-1]:
         raise ValueError(f"{name}: must be {tuple(student.shape[:-1])}, the {of}' leading shape; got {tuple(x.shape)}")
     if x.device != student.device:
         raise ValueError(f"{name}: must be on the {of}' device {student.device}, got {x.device}")
 
 
-def _check_num_items(num_items: float | Tensor | None, o: Options) -> None:
+def _items(num_items: float | Tensor | None, o: Options) -> float | Tensor | None:
+    """What mean's sum is divided by in place of the counted rows, checked: a number, or a 0-d tensor, in which 0 stands for 1."""
     if num_items is None:
-        return
+        return None
     if o.reduction != "mean":
         raise ValueError(f'num_items: replaces the denominator of reduction="mean"; reduction is {o.reduction!r}')
-    if isinstance(num_items, Tensor):
-        if num_items.dim():
-            raise ValueError(f"num_items: must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)) or not num_items > 0:
-        raise ValueError(f"num_items: must be positive, got {num_items!r}")
+    if not isinstance(num_items, Tensor):
+        _check_items(n := inputs.number("num_items", num_items))
+        return n if n else 1
+    inputs.check_dense("num_items", num_items)
+    if num_items.numel() != 1:
+        raise ValueError(f"num_items: must be a number or a tensor of one element, got shape {tuple(num_items.shape)}")
+    if num_items.dtype == torch.bool or num_items.is_complex():
+        raise TypeError(f"num_items: must be a number, got a tensor of {num_items.dtype}")
+    num_items = num_items.detach().reshape(())
+    if not torch.compiler.is_compiling() and inputs.readable(num_items):
+        _check_items(num_items.item())
+    return num_items
+
+
+def _check_items(n: float) -> None:
+    if not 0 <= n <= inputs.LARGEST:
+        raise ValueError(f"num_items: must be finite and not negative, got {inputs.shown(n)}")
 
 
 def _in_place_layout(x: Tensor) -> bool:
@@ -364,13 +406,16 @@ def _value_dtype(student: Tensor) -> torch.dtype:
 def _loss(
     student: Tensor, teacher: Tensor, labels: Tensor | None, o: Options, token_weight: Tensor | None, num_items: int | Tensor | None
 ) -> Tensor | tuple[Tensor, KDStats]:
+    compiling = torch.compiler.is_compiling()
+    autograd = o.backend == "eager" and not o.inplace and not compiling  # past the operator
+    if not compiling:
+        inputs.check_mode("fused_kd_loss", (student, teacher if o.teacher_grad else None), autograd)
     vocab = _check_tensors(student, teacher, labels, token_weight, o)
-    if o.backend != "eager" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError('fused_kd_loss: torch.func transforms need backend="eager"')
-    _check_num_items(num_items, o)
-    weight, denominator = _weights(student, labels, o, token_weight, num_items)
-    autograd = o.backend == "eager" and not o.inplace and not torch.compiler.is_compiling()  # past the operator
-    hard = labels if o.hard_weight else None
+    num_items = _items(num_items, o)
+    if not compiling and (autograd or o.reduction == "none"):  # which save what they are given
+        student, teacher, labels, token_weight = map(inputs.saveable, (student, teacher, labels, token_weight))
+    weight, denominator = _weights(student, labels, vocab, o, token_weight, num_items)
+    hard = labels if o.hard_weight or student.device.type == "cpu" else None  # without a hard term only looked at: a wrong one is an error
     if autograd:
         columns = None
         if o.return_stats:
@@ -381,7 +426,7 @@ def _loss(
         loss, columns = _fused(student, teacher if o.teacher_grad else teacher.detach(), hard, weight, o, vocab, denominator)
     if not o.return_stats:
         return loss
-    return loss, from_columns(columns.detach(), student.shape[:-1], labels, hard is not None, weight, _value_dtype(student))
+    return loss, from_columns(columns.detach(), student.shape[:-1], labels, bool(o.hard_weight), weight, _value_dtype(student))
 
 
 def _fused(
@@ -469,8 +514,11 @@ def _boosted(factors: Factors, steepness: float) -> tuple[Factors, float]:
     return (*before, grad * boost, hard, hard_grad * boost, vocab, modifiers, backend), boost
 
 
-def _weights(student, labels, o: Options, token_weight, num_items) -> tuple[Tensor | None, float | Tensor]:
-    """(fp64 weights of the rows, None where all count alike; what reduction="mean" divides by, on the rows' device)."""
+def _weights(student, labels, vocab: int, o: Options, token_weight, num_items) -> tuple[Tensor | None, float | Tensor]:
+    """(fp64 weights of the rows, None where all count alike; what reduction="mean" divides by, on the rows' device).
+
+    num_items: as `_items` returns it.
+    """
     weight = None
     if token_weight is not None:
         weight = token_weight.double()
@@ -479,11 +527,23 @@ def _weights(student, labels, o: Options, token_weight, num_items) -> tuple[Tens
         weight = counted.double() if weight is None else torch.where(counted, weight, 0.0)
     denominator: float | Tensor = 1.0
     if o.reduction == "mean":
-        rows = math.prod(student.shape[:-1])
-        denominator = num_items if num_items is not None else torch.sym_max(rows, 1) if weight is None else weight.sum()
+        denominator = num_items if num_items is not None else _at_least_one(student) if weight is None else weight.sum()
         if isinstance(denominator, Tensor):
             denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, torch.float64))
+    if labels is not None and not o.hard_weight and student.device.type != "cpu":
+        weight = _nan_at_wrong(labels, weight, vocab)
     return weight, denominator
+
+
+def _at_least_one(student: Tensor) -> int:
+    """The number of rows, or 1 for none."""
+    rows = math.prod(student.shape[:-1])
+    return torch.sym_max(rows, 1) if isinstance(rows, torch.SymInt) else max(rows, 1)  # before torch 2.13 sym_max takes no plain integer
+
+
+def _nan_at_wrong(labels: Tensor, weight: Tensor, vocab: int) -> Tensor:
+    """The weights, nan for a row that counts with a label outside of [0, vocab): what such a row is on a device with a hard term."""
+    return torch.where((weight != 0) & ((labels < 0) | (labels >= vocab)), math.nan, weight)
 
 
 def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, denominator) -> Tensor:
@@ -493,7 +553,7 @@ def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, de
     leading = student.shape[:-1]
     z, v = student[..., :vocab].reshape(-1, vocab), teacher[..., :vocab].reshape(-1, vocab)
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
-    if labels is not None and student.device.type == "cpu":
+    if labels is not None and inputs.readable(labels):
         ops.check_labels(labels, weight, vocab)
     v = v if o.teacher_grad else v.detach()
     rows = eager.rows(z, v, labels, weight, o.text, float(o.temperature), o.value_scale, float(o.hard_weight), Modifiers(*o.modifiers))
@@ -501,6 +561,7 @@ def _differentiable(student, teacher, labels, weight, o: Options, vocab: int, de
     return rows.view(leading).to(dtype) if o.reduction == "none" else (rows.sum() / denominator).to(dtype)
 
 
+@inputs.names_checked
 def fused_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -537,19 +598,23 @@ def fused_kd_loss(
     Args:
         student_logits: (..., V) bfloat16, float16, float32 or float64. Any strides; copied where the last dimension is not contiguous.
         teacher_logits: (..., V), same leading shape; its dtype may differ. It receives a gradient with teacher_grad alone.
-        labels: (...) int64, already shifted. Rows whose label is ignore_index count for nothing, whatever hard_weight is.
+        labels: (...) int64, already shifted. Rows whose label is ignore_index count for nothing, whatever hard_weight is. Another label
+            that is no class is an error whatever hard_weight is, on a GPU a row of nan.
         divergence: a `Divergence` or its text form: "kl", "reverse_kl", "cross_entropy", "renyi(0.5)", "reverse_renyi(0.5)",
             "alpha(2)", "jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd".
-        temperature: T in (0, inf]. inf is the limit of T^2 D, (k/2) Var(student - teacher), and needs t_squared=True.
+        temperature: T in [1e-4, 1e12], or inf, the limit of T^2 D, (k/2) Var(student - teacher), which needs t_squared=True.
         t_squared: multiply the soft term by T^2, so that its gradient does not vanish at high temperature.
-        soft_weight, hard_weight: weights of the two terms. A term of weight 0 is not there, whatever its logits are.
+        soft_weight, hard_weight: weights of the two terms. A term of weight 0 is not there, whatever its logits are. These and other
+            numbers may be numpy's, or 0-d tensors, which the host waits for and which get no gradient.
         ignore_index: the label of rows that do not count.
-        token_weight: (...) weight of each row, >= 0; rows of weight 0 are ignored rows, and are not read.
+        token_weight: (...) weight of each row, >= 0, or a bool or integer mask; rows of weight 0 are ignored rows, and are not read.
         reduction: "mean" over the counted rows (divided by the sum of their weights; 0 when there are none), "sum", or "none".
-        num_items: number or 0-d tensor, in place of mean's denominator: gradient accumulation, data parallel.
+        num_items: number or tensor of one element, in place of mean's denominator: gradient accumulation, data parallel. 0 divides by 1,
+            so that the loss is 0 where no row counts.
         vocab_size: compare the first vocab_size classes of both; required when the two V differ. The others get zero gradient.
-        inplace: the gradient takes the student logits' storage; they are gone afterwards. Not where an fp16 gradient is computed in fp32
-            because nothing bounds it (reverse KL, alpha, T = inf, a scale beyond 32): that takes 6 bytes a logit.
+        inplace: the gradient takes the student logits' storage, which no other argument may share; they are gone afterwards, and one
+            backward is possible. Not where an fp16 gradient is computed in fp32 because nothing bounds it (reverse KL, alpha, T = inf, a
+            scale beyond 32): that takes 6 bytes a logit.
         teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online distillation. From the same
             sweeps, but for what takes the fp64 path, and a few cases besides (README, Limits). The hard term has none.
         student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the logits of the model, for
@@ -566,7 +631,9 @@ def fused_kd_loss(
         class is masked in the student alone, reverse KL in the teacher alone), and only for those rows.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is computed. RuntimeError: the backend cannot run here.
+        ValueError, TypeError: for arguments that do not fit, before anything is computed; of DTensors pass full_tensor(), or each rank its
+            own rows. RuntimeError: the backend cannot run here; torch.func or forward-mode derivatives, which only "eager" has;
+            torch.jit.trace.
 
     Example:
         >>> import torch
@@ -582,6 +649,7 @@ def fused_kd_loss(
     return _loss(student_logits, teacher_logits, labels, o, token_weight, num_items)
 
 
+@inputs.names_checked
 def logit_matching_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -625,17 +693,23 @@ class _TemperedLogSoftmax(torch.autograd.Function):
         return ops.log_softmax(logits.detach(), upstream.to(logits.dtype), ctx.temperature, ctx.backend), None, None
 
 
+@inputs.names_checked
 def tempered_log_softmax(logits: Tensor, temperature: float = 1.0, *, backend: str = "auto") -> Tensor:
     r"""log softmax(x / T) over the last dimension, (..., V) in the logits' dtype; T = inf is the uniform -log V.
 
     Hinton, Vinyals and Dean (2015), eq. 1. The gradient is (u - softmax(x / T) sum u) / T for an upstream u, computed from the logits:
-    nothing but them is kept. Raises TypeError for logits that are not floating point, ValueError for T outside (0, inf].
+    nothing but them is kept. Raises TypeError for logits that are not floating point, ValueError for T outside [1e-4, 1e12]
+    but inf.
     """
     o = options(temperature=temperature, t_squared=True, backend=backend)
+    if not torch.compiler.is_compiling():
+        inputs.check_mode("tempered_log_softmax", (logits,), by_autograd=backend == "eager")
     if not isinstance(logits, Tensor) or logits.dtype not in DTYPES:
         raise TypeError(f"logits: must be bfloat16, float16, float32 or float64, got {getattr(logits, 'dtype', type(logits).__name__)}")
+    inputs.check_dense("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: must be (..., V) with V > 0, got {tuple(logits.shape)}")
+    logits = logits if torch.compiler.is_compiling() else inputs.saveable(logits)
     if backend == "eager":
         from .backends import eager
 

@@ -7,6 +7,7 @@ and the hidden states, and the sum of its rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional, ops
+from . import functional, inputs, ops
 from .divergence import Divergence
 from .functional import AS_THEY_ARE, DTYPES, Factors, Options
 from .stats import COLUMNS, KDStats, from_columns
@@ -93,7 +94,7 @@ def _run(
     vocab, device, dtype, stats = factors[6], hidden.device, setup.dtype, setup.stats
     tokens = math.prod(hidden.shape[:-1])
     labels, row_weight, upstream = (x if x is None else x.reshape(tokens) for x in (labels, row_weight, upstream))
-    if labels is not None and device.type == "cpu":
+    if labels is not None and inputs.readable(labels):
         ops.check_labels(labels, row_weight, vocab)
     index, row_weight = _counted(row_weight, upstream, setup.num_counted, device, in_place=callable(teacher_logits))
     count = tokens if index is None else len(index)
@@ -123,7 +124,7 @@ def _run(
         _Gradients(*model, *needs_of, vocab, tokens, device, single=size >= count, all_written=index is None, fitted=setup.fitted)
         for model, needs_of in zip(models, setup.models, strict=True)
     )
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False) if device.type != "meta" else contextlib.nullcontext():
         for start in range(0, count, size):
             stop = min(start + size, count)
             at = slice(start, stop) if index is None else index[start:stop]
@@ -228,7 +229,7 @@ def _counted(
         total = upstream if row_weight is None else torch.where(row_weight != 0, upstream * row_weight, 0.0)
     if row_weight is None:
         return None, total
-    if device.type == "cpu":
+    if device.type == "cpu" and inputs.readable(row_weight):
         if num_counted is not None and num_counted != (found := int(row_weight.count_nonzero())):
             raise ValueError(f"num_counted: {num_counted} tokens are said to count, and {found} do")
         index = total.nonzero().squeeze(-1)
@@ -287,6 +288,7 @@ class _Teacher:
         if not isinstance(v, Tensor) or v.dtype not in DTYPES:
             got = getattr(v, "dtype", type(v).__name__)
             raise TypeError(f"teacher_logits: must return bfloat16, float16, float32 or float64 logits, got {got}")
+        inputs.check_dense("what teacher_logits returns", v)
         if v.dim() != 2 or len(v) != stop - start or v.shape[1] < self.vocab:
             raise ValueError(f"teacher_logits: must return ({stop - start}, {self.vocab} or more) logits, got {tuple(v.shape)}")
         return functional._rows_addressable(v.detach().to(self.device))
@@ -508,8 +510,9 @@ def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options,
 
 def _product_dtype(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """Of a model's projection: autocast's, or that of its tensors, which is then one."""
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
+    device_type = hidden.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
     for part, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(f"{name}_{part}: must be {hidden.dtype}, as {name}_hidden is, or under autocast; got {x.dtype}")
@@ -522,6 +525,7 @@ def _check_model(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}_{part}: must be a tensor, got {type(x).__name__}")
+        inputs.check_dense(f"{name}_{part}", x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}_{part}: must be bfloat16, float16, float32 or float64, got {x.dtype}")
         if x.device != hidden.device:
@@ -551,6 +555,7 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
     given = teacher[0] if logits is None else logits
     if isinstance(given, Tensor):
         name = "teacher_hidden" if logits is None else "teacher_logits"
+        inputs.check_dense(name, given)
         if given.dtype not in DTYPES:
             raise TypeError(f"{name}: must be bfloat16, float16, float32 or float64, got {given.dtype}")
         if given.dim() == 0 or given.shape[:-1] != leading:
@@ -562,15 +567,13 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
     elif torch.compiler.is_compiling():
         raise RuntimeError("teacher_logits: a callable cannot be compiled; call the loss under torch.compiler.disable")
     for name, x in zip(_TENSORS[3:], (*teacher, logits), strict=True):
-        if isinstance(x, Tensor) and x.requires_grad and not o.teacher_grad:
+        if isinstance(x, Tensor) and inputs.differentiated(x) and not o.teacher_grad:
             raise ValueError(f"{name}: receives a gradient only with teacher_grad=True; pass that, or {name}.detach()")
     # a callable's is seen when it is called
     teacher_vocab = len(teacher[1]) if logits is None else len(weight) if callable(logits) else logits.shape[-1]
     vocab = functional._common_vocab(len(weight), teacher_vocab, o)
     functional._check_rows(labels, token_weight, hidden, o, "hidden states")
     if num_counted is not None:
-        if isinstance(num_counted, bool) or not isinstance(num_counted, int):
-            raise TypeError(f"num_counted: must be an integer, got {num_counted!r}")
         tokens = math.prod(leading)
         if not 0 <= num_counted <= tokens:
             raise ValueError(f"num_counted: must be between 0 and the number of tokens, {tokens}, got {num_counted}")
@@ -579,18 +582,24 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
     return vocab
 
 
-def check_chunking(logits_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
-    """The options that `functional.options` does not know."""
+def check_chunking(logits_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> int | None:
+    """Raise for what `functional.options` does not know; the budget."""
     if logits_dtype not in (None, torch.float32):
         raise ValueError(f"logits_dtype: must be torch.float32, or None for that of the products, got {logits_dtype!r}")
-    if memory_budget is None:
-        return
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(f"memory_budget: must be a number of bytes or None, got {memory_budget!r}")
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget: must be positive, got {memory_budget}")
+    memory_budget = _integer("memory_budget", memory_budget, "a number of bytes or None")
+    if memory_budget is not None and not 1 <= memory_budget < 2**63:
+        raise ValueError(f"memory_budget: must be positive and an int64, got {inputs.shown(memory_budget)}")
+    return memory_budget
 
 
+def _integer(name: str, x, kind: str) -> int | None:
+    """x as a Python integer, or None."""
+    if x is not None and (found := inputs.integer(x)) is None:
+        raise TypeError(f"{name}: must be {kind}, got {inputs.shown(x)}")
+    return None if x is None else found
+
+
+@inputs.names_checked
 def fused_linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -656,6 +665,11 @@ def fused_linear_kd_loss(
         logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded, and doubles their bytes. None rounds them.
         memory_budget: bytes of a chunk's logits, see above.
 
+    The head is its weight and bias, and nothing else of its module is called. Adapters on it (PEFT's LoRA of `lm_head`, whose `.weight` is
+    that of the frozen layer) are left out and get no gradient: merge them, leave the head out, or take `fused_kd_loss` of the logits.
+    The same goes for forward hooks. A DTensor is refused; `weight.full_tensor()` is not one any more, and cannot be seen: where ranks have
+    different tokens each shard of the head gets the gradient of its own rank's tokens alone. Do not pass it (docs/linear.md).
+
     Under autocast the products are in its dtype, and gradients in the parameters' own. The weight gradient is summed over chunks in fp32.
 
     Returns:
@@ -676,23 +690,27 @@ def fused_linear_kd_loss(
     mixing = soft_weight, hard_weight, ignore_index, reduction
     more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
     o = functional.options(divergence, temperature, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend)
-    check_chunking(logits_dtype, memory_budget)
+    memory_budget = check_chunking(logits_dtype, memory_budget)
+    num_counted = _integer("num_counted", num_counted, "an integer")
     tensors = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        differentiable = tensors[: 6 if teacher_grad else 3]
+        inputs.check_mode("fused_linear_kd_loss", differentiable, False, 'logits, and fused_kd_loss(backend="eager")')
     vocab = _check(tensors, labels, token_weight, num_counted, o)
-    functional._check_num_items(num_items, o)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError('fused_linear_kd_loss: torch.func transforms need logits, and fused_kd_loss(backend="eager")')
-
+    num_items = functional._items(num_items, o)
+    if not compiling and reduction == "none":  # which saves what it is given
+        *tensors, labels, token_weight = map(inputs.saveable, (*tensors, labels, token_weight))
     if memory_budget is None:
         memory_budget = CPU_BUDGET if student_hidden.device.type == "cpu" else GPU_BUDGET
     student_dtype = _product_dtype("student", *tensors[:3])
     teacher_dtype = student_dtype if teacher_hidden is None else _product_dtype("teacher", *tensors[3:6])
-    row_weight, denominator = functional._weights(student_hidden, labels, o, token_weight, num_items)
-    hard = labels if o.hard_weight else None
+    row_weight, denominator = functional._weights(student_hidden, labels, vocab, o, token_weight, num_items)
+    hard = labels if o.hard_weight or student_hidden.device.type == "cpu" else None  # as in `functional._loss`
 
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:6])
     setup = Setup(needs, student_dtype, teacher_dtype, logits_dtype, memory_budget, num_counted, return_stats)
     loss, columns = _linear_loss_of(tensors, hard, row_weight, denominator, o, vocab, setup)
     if not return_stats:
         return loss
-    return loss, from_columns(columns.detach(), student_hidden.shape[:-1], labels, hard is not None, row_weight, loss.dtype)
+    return loss, from_columns(columns.detach(), student_hidden.shape[:-1], labels, bool(o.hard_weight), row_weight, loss.dtype)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
-from . import functional, linear
+from . import functional, inputs, linear
 from .stats import KDStats
+
+OPTIONS = tuple(inspect.signature(functional.options).parameters)
+LINEAR_OPTIONS = (*(x for x in OPTIONS if x != "inplace"), *inspect.signature(linear.check_chunking).parameters)
 
 
 class KDLoss(nn.Module):
@@ -23,8 +28,14 @@ class KDLoss(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
+        inputs.check_names("KDLoss", options, OPTIONS)
+        self._keep(options)
+
+    def _keep(self, options: dict) -> None:
+        """Check options, and keep those that were given, numbers as plain ones."""
         self.options = functional.options(**options)
-        self._given = options
+        numbers = *functional.NUMBERS, "ignore_index", "vocab_size"
+        self._given = options | {name: getattr(self.options, name) for name in numbers if name in options}
 
     def forward(
         self,
@@ -57,10 +68,11 @@ class LinearKDLoss(KDLoss):
     def __init__(self, *, logits_dtype: torch.dtype | None = None, memory_budget: int | None = None, **options):
         if "inplace" in options:
             raise TypeError("inplace: of fused_kd_loss alone; here a chunk's gradient always takes its logits' place")
-        super().__init__(**options)
-        linear.check_chunking(logits_dtype, memory_budget)
-        chunking = dict(logits_dtype=logits_dtype, memory_budget=memory_budget)
-        self._given = options | {name: x for name, x in chunking.items() if x is not None}
+        nn.Module.__init__(self)
+        inputs.check_names("LinearKDLoss", options, LINEAR_OPTIONS)
+        self._keep(options)
+        chunking = dict(logits_dtype=logits_dtype, memory_budget=linear.check_chunking(logits_dtype, memory_budget))
+        self._given |= {name: x for name, x in chunking.items() if x is not None}
 
     def forward(
         self,

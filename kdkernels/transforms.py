@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import inputs
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -28,10 +30,10 @@ class LogitTransform:
         for name, value in (("scale", self.scale), ("softcap", self.softcap)):
             if name == "softcap" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"LogitTransform: {name} is a number, got {value!r}")
-            if not 0 < value < math.inf:
-                raise ValueError(f"LogitTransform: {name} must be positive and finite, got {value!r}")
+            if (value := inputs.number(f"LogitTransform: {name}", value)) is not getattr(self, name):
+                object.__setattr__(self, name, value)
+            if not 0 < value <= inputs.LARGEST:
+                raise ValueError(f"LogitTransform: {name} must be positive and finite, got {inputs.shown(value)}")
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The transformed logits, by PyTorch: fp32 for 16-bit ones, whose rounding they would otherwise bring along."""
@@ -89,6 +91,7 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
         >>> student, teacher = torch.randn(4, 100, requires_grad=True), torch.randn(4, 100)
         >>> loss = fused_kd_loss(standardize_logits(student), standardize_logits(teacher), temperature=2.0, t_squared=True)
     """
+    inputs.check_dense("logits", logits)
     x = wide(logits)
     masked = x == -math.inf
     count = (~masked).sum(-1, keepdim=True).clamp_min(1)

@@ -185,7 +185,7 @@ def test_transforms(backend, dtype):
     assert float((x.grad - y.grad).norm()) <= room * float(y.grad.norm()) and x.grad[0, 5] == 0
     with pytest.raises(ValueError, match="softcap must be positive"):
         LogitTransform(softcap=0.0)
-    with pytest.raises(TypeError, match="scale is a number"):
+    with pytest.raises(TypeError, match="LogitTransform: scale: must be a number"):
         LogitTransform(scale="2")
     with pytest.raises(TypeError, match="student_transform"):
         fused_kd_loss(z, v, student_transform=2.0)
