@@ -309,6 +309,41 @@ class _PerRow(torch.autograd.Function):
         return *(next(grads) if x else None for x in wanted), None, None, None, None, None
 
 
+# torch.export keeps operators, and nothing of an autograd.Function: what is to be trained through its graph is one with a derivative
+ops._library.define(f"trainable_loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {ops._OPTIONS}) -> Tensor")
+
+
+@torch.library.impl(ops._library, "trainable_loss", "CompositeExplicitAutograd")
+def _trainable_loss(*arguments) -> Tensor:
+    return ops.loss(*arguments)
+
+
+@torch.library.register_fake("kdkernels::trainable_loss", lib=ops._library)
+def _(student, *rest):
+    return student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64)
+
+
+def _save_trainable(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.factors = inputs[4:]
+
+
+def _trainable_backward(ctx, upstream):
+    student, teacher, labels, weight = ctx.saved_tensors
+    scale = upstream.view(student.shape[:-1])
+    scale = scale if weight is None else torch.where(weight != 0, scale * weight, 0.0)
+    own, others = ctx.needs_input_grad[:2]
+    grad = other = None
+    if others:
+        _, grad, other, _ = ops.loss_and_new_grads(student, teacher, labels, scale, *ctx.factors, False, own)
+    elif own:
+        _, grad = ops.loss_and_new_grad(student, teacher, labels, scale, *ctx.factors)
+    return grad if own else None, other, *[None] * (2 + len(ctx.factors))
+
+
+torch.library.register_autograd("kdkernels::trainable_loss", _trainable_backward, setup_context=_save_trainable, lib=ops._library)
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """grad * factor, with an error where a second derivative is asked for."""
 
@@ -433,6 +468,8 @@ def _fused(
     student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
     """The loss by the operator, into which every factor goes that is known, and its statistics."""
+    if torch.compiler.is_exporting():
+        return _exported(student, teacher, labels, weight, o, vocab, denominator)
     wanted = (torch.is_grad_enabled() and student.requires_grad, torch.is_grad_enabled() and teacher.requires_grad)
     inplace, halves = o.inplace, [has and x.dtype == torch.float16 for x, has in zip((student, teacher), wanted, strict=True)]
     if o.reduction != "none" and any(halves) and _steepness(o, vocab, halves[1]) > MOST_STEEP:
@@ -451,6 +488,29 @@ def _fused(
         total, columns = _rows_alone(x, y, labels, weight, factors, o.return_stats)
         total = total.sum().to(_value_dtype(student))
     return total if post is None else (total * post).to(total.dtype), columns
+
+
+def _exported(
+    student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
+) -> tuple[Tensor, Tensor | None]:
+    """`_fused` for torch.export: an operator that has a derivative, whatever requires one at the time."""
+    factors = _factors(o, vocab)
+    x, y = _rows_addressable(student), _rows_addressable(teacher)
+    rows = torch.ops.kdkernels.trainable_loss.default(x, y, labels, weight, *factors)
+    columns = _rows_alone(x, y, labels, weight, factors, True)[1] if o.return_stats else None
+    return _reduced(rows, student, o, denominator), columns
+
+
+def _factors(o: Options, vocab: int) -> Factors:
+    """The operator's arguments for rows that nothing is folded into."""
+    hard = float(o.hard_weight)
+    return o.text, float(o.temperature), o.value_scale, o.grad_scale, hard, hard, vocab, o.modifiers, o.backend
+
+
+def _reduced(rows: Tensor, student: Tensor, o: Options, denominator) -> Tensor:
+    """The loss, of the rows' fp64 losses."""
+    total = rows.view(student.shape[:-1]) if o.reduction == "none" else rows.sum() / denominator
+    return total.to(_value_dtype(student))
 
 
 MOST_STEEP = 32.0  # of an fp16 gradient; beyond, what keeps its largest elements below fp16's range would take the smallest ones' digits
@@ -693,6 +753,34 @@ class _TemperedLogSoftmax(torch.autograd.Function):
         return ops.log_softmax(logits.detach(), upstream.to(logits.dtype), ctx.temperature, ctx.backend), None, None
 
 
+ops._library.define("trainable_log_softmax(Tensor logits, float temperature, str backend) -> Tensor")  # as `trainable_loss`
+
+
+@torch.library.impl(ops._library, "trainable_log_softmax", "CompositeExplicitAutograd")
+def _trainable_log_softmax(logits: Tensor, temperature: float, backend: str) -> Tensor:
+    return ops.log_softmax(logits, None, temperature, backend)
+
+
+@torch.library.register_fake("kdkernels::trainable_log_softmax", lib=ops._library)
+def _(logits, temperature, backend):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _save_log_softmax(ctx, inputs, output) -> None:
+    logits, *ctx.options = inputs
+    ctx.save_for_backward(logits)
+
+
+def _log_softmax_backward(ctx, upstream):
+    (logits,) = ctx.saved_tensors
+    return ops.log_softmax(logits, upstream.to(logits.dtype), *ctx.options), None, None
+
+
+torch.library.register_autograd(
+    "kdkernels::trainable_log_softmax", _log_softmax_backward, setup_context=_save_log_softmax, lib=ops._library
+)
+
+
 @inputs.names_checked
 def tempered_log_softmax(logits: Tensor, temperature: float = 1.0, *, backend: str = "auto") -> Tensor:
     r"""log softmax(x / T) over the last dimension, (..., V) in the logits' dtype; T = inf is the uniform -log V.
@@ -714,4 +802,6 @@ def tempered_log_softmax(logits: Tensor, temperature: float = 1.0, *, backend: s
         from .backends import eager
 
         return eager.log_softmax(logits, None, float(o.temperature))
+    if torch.compiler.is_exporting():
+        return torch.ops.kdkernels.trainable_log_softmax.default(logits, float(o.temperature), backend)
     return _TemperedLogSoftmax.apply(logits, float(o.temperature), backend)

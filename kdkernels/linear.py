@@ -481,6 +481,54 @@ class _PerRow(torch.autograd.Function):
         return *[None] * 5, *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:6]]), None
 
 
+# for torch.export, as functional's `trainable_loss`
+_library.define(
+    f"trainable_linear_loss(Tensor hidden, Tensor weight, {', '.join(f'Tensor? {x}' for x in (*_TENSORS[2:], *_ROWS[:2]))}, "
+    f"{_SETUP}, {ops._OPTIONS}) -> (Tensor, Tensor)"
+)
+_NO_NEEDS = (False,) * 6
+
+
+@torch.library.impl(_library, "trainable_linear_loss", "CompositeExplicitAutograd")
+def _trainable_linear_loss(*arguments):
+    tensors, setup, factors = _parts(arguments)
+    rows, *_, columns = _run(*tensors, None, setup._replace(needs=_NO_NEEDS), factors)
+    return rows, columns
+
+
+def _parts(arguments: tuple) -> tuple[tuple, Setup, tuple]:
+    """(tensors and what belongs to their rows, setup, factors) of the operator's arguments."""
+    tensors = len(_TENSORS) + len(_ROWS[:2])
+    rest = tensors + len(Setup._fields)
+    return arguments[:tensors], Setup(*arguments[tensors:rest]), arguments[rest:]
+
+
+@torch.library.register_fake("kdkernels::trainable_linear_loss", lib=_library)
+def _(hidden, *arguments):
+    rows, setup = math.prod(hidden.shape[:-1]), _parts((hidden, *arguments))[1]
+    return hidden.new_empty(rows, dtype=torch.float64), hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=torch.float64)
+
+
+def _save_trainable(ctx, inputs, output) -> None:
+    tensors, ctx.setup, ctx.factors = _parts(inputs)
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _trainable_backward(ctx, upstream, _):
+    *tensors, labels, row_weight = ctx.saved_tensors
+    setup = ctx.setup._replace(needs=tuple(ctx.needs_input_grad[:6]), stats=False)
+    most = upstream.abs().amax() if setup.underflows and upstream.numel() else upstream.new_ones(())
+    most = torch.where(most > 0, most, 1.0)
+    call = (*tensors, labels, row_weight, upstream / most, *setup, *ctx.factors)
+    grads = (g * most for g, need in zip(torch.ops.kdkernels.linear_loss.default(*call)[1:7], setup.needs, strict=True) if need)
+    dtypes = [None if x is None else x.dtype for x in tensors[:6]]
+    return *_cast(grads, setup.needs, dtypes), *[None] * (3 + len(setup) + len(ctx.factors))
+
+
+torch.library.register_autograd("kdkernels::trainable_linear_loss", _trainable_backward, setup_context=_save_trainable, lib=_library)
+
+
 def _cast(grads, needs, dtypes) -> list[Tensor | None]:
     """The gradients in their places, in the parameters' dtypes."""
     return [next(grads).to(dtype) if need else None for need, dtype in zip(needs, dtypes, strict=True)]
@@ -492,6 +540,11 @@ def _cast(grads, needs, dtypes) -> list[Tensor | None]:
 def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options, vocab: int, setup: Setup):
     """(loss, statistics) of checked arguments; `functional._fused` for hidden states."""
     hidden = tensors[0]
+    if torch.compiler.is_exporting():
+        factors = functional._factors(o, vocab)
+        call = *tensors, labels, row_weight, *setup._replace(needs=_NO_NEEDS), *factors
+        rows, columns = torch.ops.kdkernels.trainable_linear_loss.default(*call)
+        return functional._reduced(rows, hidden, o, denominator), columns
     wants_grad = any(setup.needs)
     steepness = functional._steepness(o, vocab, of_teacher=any(setup.needs[3:])) if setup.underflows else None
     if steepness is not None and steepness > functional.MOST_STEEP:

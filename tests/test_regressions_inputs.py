@@ -601,3 +601,59 @@ def test_the_mean_does_not_compile_before_torch_2_13():
     """sym_max takes no plain integer there; here the operator must not be asked of one."""
     assert functional._at_least_one(Z) == ROWS and functional._at_least_one(Z[:0]) == 1
     assert type(functional._at_least_one(Z)) is int
+
+
+class Exported(torch.nn.Module):
+    """A loss as torch.export takes it."""
+
+    def __init__(self, loss, **options):
+        super().__init__()
+        self.call = functools.partial(loss, **options)
+
+    def forward(self, z, v, labels):
+        found = self.call(z * 2, v, labels)
+        return found[0] if isinstance(found, tuple) else found
+
+
+EXPORTED = [*({"reduction": r, "hard_weight": w} for r in ("mean", "sum", "none") for w in (0.0, 0.3)), {"return_stats": True}]
+ALONE = [{"teacher_grad": True}, {"teacher_grad": True, "reduction": "none"}, {"inplace": True}, {"backend": "eager"}]
+
+
+@pytest.mark.parametrize(("strict", "dtype"), [(False, torch.float32), (True, torch.float16)])
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [(f, o) for f in (fused_kd_loss, linear) for o in EXPORTED]
+    + [(fused_kd_loss, o) for o in ALONE]
+    + [(decoupled, {}), (decoupled, {"reduction": "none"}), (matching, {})],
+)
+def test_an_exported_loss_has_no_gradient(loss, options, dtype, strict):
+    """Exported with inputs that need no gradient, trained through afterwards, with another number of rows."""
+    z, v, labels = Z.to(dtype), V.to(dtype), torch.tensor([1, -100, 6, 3])
+    n = torch.export.Dim("n")
+    exported = torch.export.export(Exported(loss, **options), (z, v, labels), dynamic_shapes=({0: n}, {0: n}, {0: n}), strict=strict)
+    z, v, labels = (torch.cat([x, x.flip(-1)])[:-1] for x in (z, v, labels[:, None]))
+    results = []
+    for f in (Exported(loss, **options), exported.module()):
+        a, b = z.clone().requires_grad_(), v.clone().requires_grad_("teacher_grad" in options)
+        value = f(a, b, labels[:, 0])
+        (value * torch.linspace(1, 2, value.numel()).view(value.shape)).sum().backward()
+        results.append((value.detach().double(), a.grad.double(), b.grad.double() if b.requires_grad else value.detach().double()))
+    rtol, atol = (1e-5, 1e-8) if dtype == torch.float32 else (4e-3, 1e-6)
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, rtol=rtol, atol=atol)
+    assert results[0][1].any()
+
+
+def test_exported_heads_and_a_log_softmax_have_no_gradient():
+    class M(torch.nn.Module):
+        def forward(self, h, w, bias, th, tw):
+            loss = fused_linear_kd_loss(h, w, th, tw, student_bias=bias, temperature=2.0, teacher_grad=True)
+            return loss + tempered_log_softmax(h, 2.0).square().sum()
+
+    tensors = H, W, torch.ones(VOCAB), TH, TW
+    results = []
+    for f in (M(), torch.export.export(M(), tensors).module()):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        results.append(torch.autograd.grad(f(*leaves), leaves))
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right)
