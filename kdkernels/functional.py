@@ -280,6 +280,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
+        inputs.check_upstream("fused_kd_loss", upstream)
         grads = iter(_times_upstream(ctx.saved_tensors, upstream / ctx.boost if ctx.boost != 1.0 else upstream))
         return *(next(grads) if wanted else None for wanted in ctx.wanted), None, None, None, None, None, None, None
 
@@ -298,6 +299,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
+        inputs.check_upstream("fused_kd_loss", upstream)
         student, teacher, labels, weight = ctx.saved_tensors
         with torch.no_grad():
             scale = upstream.double() if weight is None else torch.where(weight != 0, upstream.double() * weight, 0.0)
@@ -427,7 +429,7 @@ def _times_upstream(grads: tuple[Tensor, ...], factor: Tensor) -> list[Tensor]:
 
 def _multiply_(grad: Tensor, factor: Tensor) -> None:
     """In place by a 0-d factor; not at all when it is 1, where it can be looked at without waiting for a device."""
-    if factor.device.type != "cpu" or factor.item() != 1.0:
+    if not inputs.readable(factor) or factor.item() != 1.0:
         getattr(backends.resolve("auto", grad.device, grad.dtype), "scale_", Tensor.mul_)(grad, factor)
 
 

@@ -112,6 +112,13 @@ def check_mode(function: str, tensors: Iterable[Tensor | None], by_autograd: boo
         raise RuntimeError(f"{function}: forward-mode derivatives need {instead}")
 
 
+def check_upstream(function: str, upstream: Tensor) -> None:
+    """Raise for many upstream gradients at once: the gradient is written over, or the operator run again, for one."""
+    # first what is quick to ask: a plain tensor has a storage, a batched one has none
+    if not torch.compiler.is_compiling() and not torch._C._has_storage(upstream) and "Batched" in str(torch._C._dispatch_keys(upstream)):
+        raise RuntimeError(f'{function}: is_grads_batched needs fused_kd_loss(backend="eager")')
+
+
 def saveable(x: Any) -> Any:
     """x, or where it was made under torch.inference_mode the same memory as a tensor that autograd saves for a backward."""
     if not isinstance(x, Tensor) or not x.is_inference() or torch.is_inference_mode_enabled():

@@ -445,6 +445,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
+        inputs.check_upstream("fused_linear_kd_loss", upstream)
         grads = iter(functional._times_upstream(ctx.saved_tensors, upstream / ctx.boost if ctx.boost != 1.0 else upstream))
         return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), None
 
@@ -464,6 +465,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
+        inputs.check_upstream("fused_linear_kd_loss", upstream)
         *tensors, logits, labels, row_weight = ctx.saved_tensors
         with torch.no_grad():
             upstream, factors, post = upstream.double(), ctx.factors, None

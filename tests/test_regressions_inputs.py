@@ -1,5 +1,6 @@
 """What people pass: numbers of numpy and tensors, masks, wrong labels, memory that is shared, modes of torch. Each was wrong or unclear."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -586,6 +587,41 @@ def test_fake_and_meta_tensors_are_asked_for_their_values(device, hard_weight, b
                 assert loss.shape == shape and loss.device.type == device
             assert fused_linear_kd_loss(h, w, th, tw, y, **options).shape == shape
             assert fused_kd_loss(z, v, y, inplace=True, **options).shape == shape
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"hard_weight": 0.3}, {"inplace": True}, {"teacher_grad": True}], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_backward_of_fake_tensors_asks_for_a_value(device, options, reduction):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
+        h, w, th, tw = (torch.empty(x.shape, device=device, requires_grad=i < 2) for i, x in enumerate((H, W, TH, TW)))
+        z, v = torch.empty(ROWS, VOCAB, device=device, requires_grad=True), torch.empty(ROWS, VOCAB, device=device)
+        y = torch.empty(ROWS, dtype=torch.int64, device=device) if "hard_weight" in options else None
+        if "teacher_grad" in options:
+            v.requires_grad_()
+        fused_kd_loss(z * 1, v, y, reduction=reduction, **options).sum().backward()
+        assert z.grad.shape == z.shape and z.grad.device.type == device
+        if "hard_weight" in options or not options:
+            fused_linear_kd_loss(h, w, th, tw, y, reduction=reduction, **options).sum().backward()
+            assert h.grad.shape == h.shape and w.grad.shape == w.shape
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_upstream_gradients_have_no_rule(reduction):
+    x = Z.clone().requires_grad_()
+    upstream = torch.randn(2, *([ROWS] if reduction == "none" else []))
+    for loss in PLAIN.values():
+        value = loss(x, V, reduction=reduction)
+        with pytest.raises(RuntimeError, match='is_grads_batched needs fused_kd_loss.backend="eager".'):
+            torch.autograd.grad(value, x, upstream.to(value.dtype), is_grads_batched=True)
+    calls = (lambda z: fused_kd_loss(z, V, reduction=reduction, backend="eager"), lambda z: tempered_log_softmax(z, 2.0))
+    for call in calls:
+        value = call(x)
+        u = torch.randn(2, *value.shape)
+        mine = torch.autograd.grad(value, x, u, is_grads_batched=True, retain_graph=True)[0]
+        torch.testing.assert_close(mine, torch.stack([torch.autograd.grad(value, x, a, retain_graph=True)[0] for a in u]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
