@@ -1,9 +1,9 @@
 """Builds the C++ library with the compiler alone, in seconds, and where KDKERNELS_CUDA=1 asks for it the CUDA library with nvcc, in
 minutes: no torch, no Python headers, one file each for every version of both.
 
-A machine without a compiler gets the package without the library, which then runs on the eager backend; _build.txt in the package
-keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 leaves the C++ library out on purpose. With KDKERNELS_CUDA=1 a CUDA
-library that cannot be built is an error; KDKERNELS_CUDA_ARCHS="90 100" are the architectures to compile it for.
+A machine without a compiler, or with one that cannot build it, gets the package without the library, which then runs on the eager backend;
+_build.txt in the package keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 leaves the C++ library out on purpose. With
+KDKERNELS_CUDA=1 a CUDA library that cannot be built is an error; KDKERNELS_CUDA_ARCHS="90 100" are the architectures to compile it for.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 class LeftOut(Exception):
-    """A library is not built, and the package does without: why."""
+    """A library is not built, and the package does without: why in a line, and what a compiler said last, if it did."""
 
 
 def find_compiler() -> list[str]:
@@ -54,11 +55,30 @@ def find_compiler() -> list[str]:
     raise LeftOut("no C++ compiler was found ($CXX, c++, g++, clang++)")
 
 
+class CompilerFailed(Exception):
+    """What a compiler printed."""
+
+
+def compile_with(command: list[str]) -> None:
+    """Run a compiler and show what it prints; CompilerFailed when that is why there is no result."""
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    except OSError as error:
+        raise CompilerFailed(f"{command[0]}: {error}") from error
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if done.returncode:
+        raise CompilerFailed(done.stderr.strip() or f"{command[0]}: exit status {done.returncode}")
+
+
 def accepts(compiler: list[str], flags: list[str], source: str = "int main() { return 0; }") -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.cpp")
         path.write_text(source)
-        return not subprocess.run([*compiler, *flags, str(path), "-o", str(Path(folder, "probe"))], capture_output=True).returncode
+        command = [*compiler, *flags, str(path), "-o", str(Path(folder, "probe"))]
+        try:
+            return not subprocess.run(command, capture_output=True).returncode
+        except OSError:
+            return False
 
 
 def compile_all(command: list[str], jobs: dict[str, list[str]], sources: list[Path], objects: Path) -> list[Path]:
@@ -71,7 +91,7 @@ def compile_all(command: list[str], jobs: dict[str, list[str]], sources: list[Pa
         out = objects / f"{job[0]}.o"
         if not out.exists() or out.stat().st_mtime < newest:
             partial = out.with_suffix(".partial.o")
-            subprocess.run([*command, *job[1], "-c", *map(str, sources), "-o", str(partial)], check=True)
+            compile_with([*command, *job[1], "-c", *map(str, sources), "-o", str(partial)])
             os.replace(partial, out)
         return out
 
@@ -80,21 +100,39 @@ def compile_all(command: list[str], jobs: dict[str, list[str]], sources: list[Pa
 
 
 def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str]:
-    """Compile csrc/cpu.cpp once per instruction-set level and once for the C functions; what was found, for _build.txt."""
+    """What was found, for _build.txt; a compiler's failure leaves the library out."""
+    if os.environ.get("KDKERNELS_CPU") == "0":
+        raise LeftOut("left out: KDKERNELS_CPU=0 was set when kdkernels was built")
     compiler = find_compiler()
+    try:
+        return build_cpu_with(compiler, sources, target, objects)
+    except CompilerFailed as error:
+        lines = str(error).splitlines()
+        why = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
+        raise LeftOut(f"{compiler[0]} could not build the C++ library ({why})", "\n".join(lines[-20:])) from error
+
+
+def build_cpu_with(compiler: list[str], sources: list[Path], target: Path, objects: Path) -> dict[str, str]:
+    """Compile csrc/cpu.cpp once per instruction-set level and once for the C functions."""
     openmp = ["-fopenmp"] if accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_thread_num(); }") else []
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     levels = {k: v for k, v in X86_LEVELS.items() if accepts(compiler, v)} if on_x86 else {"base": []}
+    if not levels and accepts(compiler, []):
+        raise CompilerFailed(f"error: it does not know {X86_LEVELS['v2'][0]}, as g++ 11 and clang++ 12 do")
     jobs = {f"cpu_{level}": [f"-DKD_ISA={level}", *flags] for level, flags in levels.items()}
     jobs["cpu_api"] = [*(["-DKD_X86_LEVELS"] if on_x86 else []), *(f"-DKD_HAS_{level}" for level in levels)]
     print(f"kdkernels: compiling the C++ library with {compiler[0]} for {', '.join(levels)}: half a minute on two cores", flush=True)
     built = compile_all([*compiler, *FLAGS, *openmp], jobs, sources, objects)
     target.parent.mkdir(parents=True, exist_ok=True)
     linked = built[0].parent / target.name
-    subprocess.run([*compiler, "-shared", *openmp, *map(str, built), "-o", str(linked)], check=True)
+    compile_with([*compiler, "-shared", *openmp, *map(str, built), "-o", str(linked)])
     replace(linked, target)
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return {"compiler": version, "levels": " ".join(levels), "openmp": "yes" if openmp else "no: single-threaded"}
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return {
+        "compiler": version[0] if version else compiler[0],
+        "levels": " ".join(levels),
+        "openmp": "yes" if openmp else "no: single-threaded",
+    }
 
 
 def build_cuda(sources: list[Path], target: Path, objects: Path) -> dict[str, str]:
@@ -112,7 +150,7 @@ def build_cuda(sources: list[Path], target: Path, objects: Path) -> dict[str, st
     print(f"kdkernels: compiling the CUDA library for {', '.join(f'sm_{x}' for x in archs)}: {len(jobs)} pieces, minutes each", flush=True)
     built = compile_all(command, jobs, sources, objects)
     linked = built[0].parent / target.name
-    subprocess.run([nvcc, "-shared", "-cudart", "static", *map(str, built), "-o", str(linked)], check=True)
+    compile_with([nvcc, "-shared", "-cudart", "static", *map(str, built), "-o", str(linked)])
     replace(linked, target)
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
     return {"nvcc": version, "architectures": " ".join(archs)}
@@ -135,14 +173,13 @@ class BuildLibraries(build_ext):
         _, build, missing, consequence = LIBRARIES[ext.name]
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if ext.name == "kdkernels._cpu" and os.environ.get("KDKERNELS_CPU") == "0":
-                raise LeftOut("left out: KDKERNELS_CPU=0 was set when kdkernels was built")
             found = build([ROOT / s for s in ext.sources], target, ROOT / "build" / "objects")
         except LeftOut as error:
             target.unlink(missing_ok=True)
-            found = {missing: str(error)}
+            why, *said = error.args
+            found = {missing: why}
             if consequence:
-                self.warn(f"{error}: {consequence}")
+                self.warn("\n".join([f"{why}: {consequence}", *said]))
         if found.get("openmp", "yes") != "yes":
             self.warn("the compiler has no OpenMP: the CPU library is single-threaded")
         self.found |= found
@@ -156,9 +193,11 @@ class BuildLibraries(build_ext):
 
     def copy_extensions_to_source(self) -> None:  # editable installs: build_extension has written in place
         for name in ("_cpu.so", "_cuda.so", "_build.txt"):
-            built = Path(self.build_lib, "kdkernels", name)
+            built, target = Path(self.build_lib, "kdkernels", name), ROOT / "kdkernels" / name
             if built.exists():
-                replace(built, ROOT / "kdkernels" / name)
+                replace(built, target)
+            else:  # not built this time: what lies there is of other sources
+                target.unlink(missing_ok=True)
 
 
 class AnyPython(bdist_wheel):

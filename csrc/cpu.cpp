@@ -244,6 +244,10 @@ int32_t KD_CONCAT(kd_log_softmax_, KD_ISA)(const kd_log_softmax_call *c) {
 
 #define KD_LEVEL dispatch
 #include <cstdlib>
+#if defined(KD_X86_LEVELS)
+#include <cpuid.h>
+#include <initializer_list>
+#endif
 #include "divergence.h"
 
 #define KD_DECLARE(level) \
@@ -252,6 +256,28 @@ int32_t KD_CONCAT(kd_log_softmax_, KD_ISA)(const kd_log_softmax_call *c) {
 KD_DECLARE(v2) KD_DECLARE(v3) KD_DECLARE(v4) KD_DECLARE(base)
 
 namespace {
+#if defined(KD_X86_LEVELS)
+// The x86-64 level of the processor whose registers the system saves. By cpuid, because compilers differ in the features that
+// __builtin_cpu_supports knows by name.
+int processor_level() {
+  const auto bits = [](std::initializer_list<int> places) { uint32_t all = 0; for (int x : places) all |= 1u << x; return all; };
+  uint32_t a = 0, b = 0, basic = 0, wide = 0, extended = 0, d = 0, saved = 0;
+  if (!__get_cpuid(1, &a, &b, &basic, &d)) return 1;
+  if (!__get_cpuid(0x80000001, &a, &b, &extended, &d)) extended = 0;
+  if (!__get_cpuid_count(7, 0, &a, &wide, &b, &d)) wide = 0;
+  if (basic & bits({27})) __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));   // osxsave
+  const auto within = [](uint32_t wanted, uint32_t has) { return (wanted & ~has) == 0; };
+  const bool v2 = within(bits({0, 9, 13, 19, 20, 23}), basic)       // sse3, ssse3, cx16, sse4.1, sse4.2, popcnt
+    && within(bits({0}), extended);                                 // lahf
+  const bool v3 = v2 && within(bits({12, 22, 27, 28, 29}), basic)   // fma, movbe, osxsave, avx, f16c
+    && within(bits({3, 5, 8}), wide) && within(bits({5}), extended)   // bmi1, avx2, bmi2; lzcnt
+    && within(bits({1, 2}), saved);                                 // xmm and ymm registers
+  const bool v4 = v3 && within(bits({16, 17, 28, 30, 31}), wide)    // avx512: f, dq, cd, bw, vl
+    && within(bits({5, 6, 7}), saved);                              // masks, zmm registers
+  return v4 ? 4 : v3 ? 3 : v2 ? 2 : 1;
+}
+#endif
+
 struct Level { const char *name; int32_t (*loss)(kd_call *); int32_t (*log_softmax)(const kd_log_softmax_call *); };
 
 // The best level that was built and that the processor has; "none" without one. KDKERNELS_CPU_ISA = v2 or v3 asks for less, to
@@ -259,23 +285,16 @@ struct Level { const char *name; int32_t (*loss)(kd_call *); int32_t (*log_softm
 Level choose() {
 #if defined(KD_X86_LEVELS)
   const char *asked = std::getenv("KDKERNELS_CPU_ISA");
-  const char most = asked && asked[0] == 'v' ? asked[1] : '4';
-  __builtin_cpu_init();
+  int has = processor_level();
+  if (asked && asked[0] == 'v' && asked[1] - '0' < has) has = asked[1] - '0';
 #if defined(KD_HAS_v4)
-  if (most >= '4' && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return {"x86-64-v4", kd_loss_v4, kd_log_softmax_v4};
+  if (has >= 4) return {"x86-64-v4", kd_loss_v4, kd_log_softmax_v4};
 #endif
 #if defined(KD_HAS_v3)
-#if defined(__clang__) || __GNUC__ >= 11
-  const bool halves = __builtin_cpu_supports("f16c");
-#else
-  const bool halves = true;                          // these compilers cannot ask; what has avx2 has it
-#endif
-  if (most >= '3' && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && halves)
-    return {"x86-64-v3", kd_loss_v3, kd_log_softmax_v3};
+  if (has >= 3) return {"x86-64-v3", kd_loss_v3, kd_log_softmax_v3};
 #endif
 #if defined(KD_HAS_v2)
-  if (__builtin_cpu_supports("sse4.2")) return {"x86-64-v2", kd_loss_v2, kd_log_softmax_v2};
+  if (has >= 2) return {"x86-64-v2", kd_loss_v2, kd_log_softmax_v2};
 #endif
   return {"none", nullptr, nullptr};
 #else

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -117,6 +118,112 @@ def test_a_missing_library_is_seen_by_a_user(tmp_path):
     assert done.stderr.count("RuntimeWarning") == 1 and "python -m kdkernels info" in done.stderr
 
 
+# ---------------------------------------------------------------- compilers
+
+
+def script(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return path
+
+
+def copy_sources(tmp_path):
+    for name in SOURCES:
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("csrc", "kdkernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"))
+
+
+def build(tmp_path, compiler, *how):
+    copy_sources(tmp_path)
+    how = how or ("build", "--build-lib", "out")
+    return run(sys.executable, "setup.py", "-q", *how, env={"KDKERNELS_CUDA": "", "CXX": str(compiler)}, cwd=tmp_path)
+
+
+KNOWS = 'for x in "$@"; do case "$x" in -march=x86-64-v[34]|-fopenmp) exit 1;; *probe.cpp) exit 0;; esac; done'
+FAILURES = {  # what a compiler does after it has accepted its flags, and what is said of it
+    "an error": (["echo 'a line before' >&2", "echo 'cpu.cpp:7:1: error: not today' >&2", "echo 'the end' >&2", "exit 1"], "not today"),
+    "silence": (["exit 3"], "exit status 3"),
+    "no link": (['case "$*" in *-shared*) echo "ld: error: no library" >&2; exit 1;; *) touch "$out";; esac'], "no library"),
+}
+
+
+@pytest.mark.parametrize("name", [*FAILURES, "no program", "no level"])
+def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path, name):
+    """It is left out, said while building, kept in _build.txt, and said again by the first call and by info."""
+    compiler = tmp_path / "c++-broken"
+    if name == "no program":
+        compiler.write_bytes(b"\x00 not a program")
+        compiler.chmod(0o755)
+        reason = "c++-broken"
+    elif name == "no level":
+        script(compiler, 'for x in "$@"; do case "$x" in -march=*) exit 1;; esac; done', "exit 0")
+        reason = "it does not know -march=x86-64-v2"
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("levels of x86-64")
+    else:
+        lines, reason = FAILURES[name]
+        script(compiler, KNOWS, 'out=; for x in "$@"; do [ "$last" = -o ] && out=$x; last=$x; done', *lines)
+    done = build(tmp_path, compiler)
+    package = tmp_path / "out" / "kdkernels"
+    assert not (package / "_cpu.so").exists()
+    assert "could not build the C++ library" in done.stderr and reason in done.stderr and "eager backend only" in done.stderr
+    if name == "an error":
+        assert "a line before\ncpu.cpp:7:1: error: not today\nthe end" in done.stderr.split("eager backend only")[1]
+    (record,) = [x for x in (package / "_build.txt").read_text().splitlines() if x.startswith("error: ")]
+    assert "could not build the C++ library" in record and reason in record
+    code = (
+        "import torch, kdkernels, kdkernels.__main__ as main\n"
+        "print(main.info(), kdkernels.fused_kd_loss(torch.ones(2, 3), torch.zeros(2, 3)).item(), sep='\\n')"
+    )
+    done = run(sys.executable, "-c", code, cwd=package.parent)
+    assert 'backend="auto" is eager' in done.stdout and reason in done.stdout
+    assert done.stdout.endswith("\n0.0\n") and reason in done.stderr
+
+
+def test_a_library_of_other_sources_is_not_left_in_place(tmp_path):
+    """An editable install whose compiler fails takes away what an earlier one has built."""
+    compiler = script(tmp_path / "c++-broken", KNOWS, "exit 3")
+    copy_sources(tmp_path)
+    (tmp_path / "kdkernels" / "_cpu.so").write_bytes(b"of yesterday")
+    env = {"KDKERNELS_CUDA": "", "CXX": str(compiler)}
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=env, cwd=tmp_path)
+    assert not (tmp_path / "kdkernels" / "_cpu.so").exists()
+    assert "could not build" in (tmp_path / "kdkernels" / "_build.txt").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
+def test_clang_builds_it(tmp_path):
+    """Every path of the library, as clang compiles it for one level."""
+    quick = 'for x in "$@"; do case "$x" in -march=x86-64-v[24]) exit 1;; esac; done'
+    compiler = script(tmp_path / "clang++-quick", quick, 'exec clang++ "$@" -O1')
+    build(tmp_path, compiler)
+    package = tmp_path / "out" / "kdkernels"
+    record = (package / "_build.txt").read_text()
+    assert "clang" in record and "error" not in record.replace("cuda error", "")
+    if platform.machine() == "x86_64" and abi.Library(package / "_cpu.so").isa == "none":
+        pytest.skip("a processor without AVX2")
+    assert "CPU library: none" not in run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
+    run(sys.executable, TESTS / "exercise.py", cwd=package.parent)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads Linux's list of x86 features")
+def test_the_level_is_the_processors():
+    """As the system lists its features, which it does where it saves their registers."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next(x for x in lines if x.startswith("flags")).split(":")[1].split())
+    v2 = {"pni", "ssse3", "cx16", "sse4_1", "sse4_2", "popcnt", "lahf_lm"}
+    v3 = v2 | {"fma", "movbe", "avx", "f16c", "bmi1", "avx2", "bmi2", "abm"}
+    v4 = v3 | {"avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"}
+    expected = next((level for level, wanted in (("v4", v4), ("v3", v3), ("v2", v2)) if wanted <= flags), None)
+    if expected is None:
+        pytest.skip("no level of the library's")
+    code = f"import ctypes; lib = ctypes.CDLL({str(native.LIBRARY)!r}); lib.kd_isa.restype = ctypes.c_char_p; print(lib.kd_isa().decode())"
+    for asked in ("v2", "v3", "v4", "v9", ""):
+        isa = run(sys.executable, "-c", code, env={"KDKERNELS_CPU_ISA": asked}).stdout.strip()
+        assert isa == f"x86-64-{min(expected, asked or expected)}"
+
+
 # ---------------------------------------------------------------- files that are not what they should be
 
 
@@ -221,3 +328,25 @@ def test_both_languages_count_the_same_version():
     assert int(re.search(r"#define KD_ABI_VERSION (\d+)", header)[1]) == abi.VERSION
     for name in ("cpu.cpp", "cuda.cu"):
         assert "kd_abi_version(void) { return KD_ABI_VERSION; }" in (ROOT / "csrc" / name).read_text()
+
+
+# ---------------------------------------------------------------- small stacks
+
+
+def test_512_kib_of_stack_are_enough():
+    """What docs/architecture.md states, for a thread of Python's and for OpenMP's."""
+    code = (
+        f"import sys, threading; sys.path.insert(0, {str(TESTS)!r})\n"
+        "import exercise\n"
+        "threading.stack_size(512 << 10)\n"
+        "done = []\n"
+        "thread = threading.Thread(target=lambda: (exercise.main(), done.append(1)))\n"
+        "thread.start(); thread.join()\n"
+        "assert done\n"
+    )
+    run(
+        sys.executable,
+        "-c",
+        code,
+        env={"OMP_STACKSIZE": "512k", "OMP_NUM_THREADS": "2", "KDKERNELS_TEST_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
+    )
