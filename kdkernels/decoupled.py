@@ -37,6 +37,7 @@ def decoupled_kd_loss(
         target_weight TCKD + non_target_weight NCKD = target_weight KL + (non_target_weight - target_weight (1 - p_t)) NCKD
 
     which is what is computed: two fused passes, the second over copies with the label masked. The defaults are the paper's for CIFAR-100.
+    It is made for large vocabularies: at V <= 100 it takes as long as the same in plain PyTorch.
     Arguments, result and errors are otherwise those of `fused_kd_loss`; labels are required.
     """
     common = dict(t_squared=t_squared, vocab_size=vocab_size, backend=backend)
