@@ -21,7 +21,8 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 
 
 def run(*command, env=None, cwd=ROOT, check=True):
-    done = subprocess.run([*map(str, command)], env={**os.environ, **(env or {})}, cwd=cwd, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(cwd), **(env or {})}  # the package in cwd also for a script that lies elsewhere
+    done = subprocess.run([*map(str, command)], env=env, cwd=cwd, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
