@@ -391,16 +391,6 @@ KNOWN: dict[str, Known] = {
         lambda case, failure: case.get("backend") == "triton" and is_value(failure) and figure(failure) < 1e-18,
         one_row([0.6611328125], [1000.5], ("fp16", "fp16"), temperature=3.0, backend="triton"),
     ),
-    "decoupled: a broken row of weight 0": Known(
-        "its logarithms are in the weight of the second pass",
-        lambda case, failure: case.call == "decoupled_kd_loss" and is_broken(case) and kind_of(failure).endswith("is not a number"),
-        one_row([0, 0], [0, math.nan], call="decoupled_kd_loss", labels=[0], weight=[0.0]),
-    ),
-    "decoupled: ignore_index beyond V": Known(
-        "the ignored label is an index before it is left out",
-        lambda case, failure: case.call == "decoupled_kd_loss" and "out of bounds" in failure,
-        one_row([0, 0], [0, 0], call="decoupled_kd_loss", labels=[255], ignore_index=255),
-    ),
 }
 
 
