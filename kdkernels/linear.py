@@ -258,6 +258,7 @@ class _Teacher:
         elif callable(logits):
             self.itemsize = setup.of_logits(setup.dtype).itemsize
         else:
+            self.source = logits = logits if logits.dim() > 1 else logits[None]  # of one token: (V)
             self.flat = _flat(logits)
             if self.flat is None or gathered:
                 self.itemsize = logits.element_size()
@@ -637,7 +638,7 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
     return vocab
 
 
-def check_chunking(logits_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> int | None:
+def check_chunking(logits_dtype: torch.dtype | None, memory_budget: int | None = None) -> int | None:
     """Raise for what `functional.options` does not know; the budget."""
     if logits_dtype not in (None, torch.float32):
         raise ValueError(f"logits_dtype: must be torch.float32, or None for that of the products, got {logits_dtype!r}")
@@ -683,7 +684,7 @@ def fused_linear_kd_loss(
     z_loss: float = 0.0,
     return_stats: bool = False,
     backend: str = "auto",
-    logits_dtype: torch.dtype | None = None,
+    logits_dtype: torch.dtype | None = torch.float32,
     memory_budget: int | None = None,
 ) -> Tensor | tuple[Tensor, KDStats]:
     r"""`fused_kd_loss` of logits that are never held: those of a chunk of tokens are computed, used and written over by the next.
@@ -699,7 +700,7 @@ def fused_linear_kd_loss(
     of the student's. That makes budget / (V (bytes of a student's + of a teacher's logit)) tokens, rounded down to 64s, then evened out
     between the chunks, and one at least; the last chunk has what is left. Each chunk reads the weights, and reads and writes the weight's
     gradient, which takes a chunk of a thousand tokens to be little on a GPU and some hundreds on a CPU: the budget is 1 GiB by default
-    (1024 tokens of a vocabulary of 262144 in bf16, 8192 of 32768), and 256 MiB on a CPU (256 of 131072 in fp32). Beside it there are the
+    (512 tokens of a vocabulary of 262144, 4096 of 32768), and 256 MiB on a CPU (256 of 131072). Beside it there are the
     gradients, and for 16-bit weights and several chunks the sum of their gradients in fp32.
 
     Args:
@@ -717,7 +718,9 @@ def fused_linear_kd_loss(
         vocab_size: the first vocab_size classes of both; required where V and V' differ. Only these are projected.
         teacher_grad: the gradient in the teacher's hidden states, weight and bias too, from the same pass. That in its logits has a share
             of the budget.
-        logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded, and doubles their bytes. None rounds them.
+        logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded: gradients are right to their own rounding, 0.2 % in
+            bf16. None rounds logits to the products' dtype: chunks of twice the tokens in the same budget, twice as fast on a CPU, and
+            gradients off by some per cent where the student is near its teacher.
         memory_budget: bytes of a chunk's logits, see above.
 
     The head is its weight and bias, and nothing else of its module is called. Adapters on it (PEFT's LoRA of `lm_head`, whose `.weight` is

@@ -65,7 +65,7 @@ class LinearKDLoss(KDLoss):
         >>> loss = LinearKDLoss(temperature=2.0, t_squared=True, memory_budget=512 << 20)
     """
 
-    def __init__(self, *, logits_dtype: torch.dtype | None = None, memory_budget: int | None = None, **options):
+    def __init__(self, *, logits_dtype: torch.dtype | None = torch.float32, memory_budget: int | None = None, **options):
         if "inplace" in options:
             raise TypeError("inplace: of fused_kd_loss alone; here a chunk's gradient always takes its logits' place")
         nn.Module.__init__(self)

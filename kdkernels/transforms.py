@@ -96,6 +96,10 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
     masked = x == -math.inf
     count = (~masked).sum(-1, keepdim=True).clamp_min(1)
     x = torch.where(masked, 0.0, x)
+    # masks of -1e30, or finfo.min, whose squares and sums leave fp32: all of it in a unit, which leaves the function what it is
+    largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(())
+    unit = torch.where((largest > 1e15) & (largest < math.inf), largest, 1.0)
+    x, eps = x / unit, eps / unit
     centred = torch.where(masked, 0.0, x - x.sum(-1, keepdim=True) / count)
     square = (centred * centred).sum(-1, keepdim=True) / count
     std = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)

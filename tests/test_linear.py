@@ -33,7 +33,8 @@ def models(tokens=(3, 30), vocab=97, width=12, teacher_width=20, dtype=torch.flo
 
 def chunked(student, teacher, labels=None, tokens=32, **options):
     """The loss in chunks of that many tokens."""
-    width = 4 if options.get("logits_dtype") else student[0].element_size()
+    itemsize = student[0].element_size()
+    width = max(4, itemsize) if options.get("logits_dtype", torch.float32) else itemsize
     budget = 2 * tokens * options.get("vocab_size", len(student[1])) * width
     (h, w, b), (th, tw, tb) = student, teacher
     return fused_linear_kd_loss(h, w, th, tw, labels, student_bias=b, teacher_bias=tb, memory_budget=budget, **options)
@@ -123,6 +124,26 @@ def test_dtypes(dtype, logits_dtype, value, gradient, reduction):
     student, teacher, labels = models((200,), 500, 64, 64, dtype)
     value *= 4 if reduction == "none" else 1
     assert_same(student, teacher, labels, value, gradient, 64, logits_dtype=logits_dtype, reduction=reduction, hard_weight=0.1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_logits_of_a_single_teacher_row_lay_apart(backend):
+    """(V) logits that are not contiguous were an IndexError."""
+    h, w, v = torch.randn(8), torch.randn(5, 8), torch.randn(10)[::2]
+    expected = fused_kd_loss(h @ w.t(), v.contiguous(), backend=backend)
+    torch.testing.assert_close(fused_linear_kd_loss(h, w, teacher_logits=v, backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype, gradient", [(torch.bfloat16, 4e-3), (torch.float16, 6e-4)])
+def test_logits_are_not_rounded_by_default(dtype, gradient):
+    """A student near its teacher, of whose gradient the rounding of bf16 logits is 5 %: by the function and by the module."""
+    (h, w, b), _, labels = models((200,), 500, 64, 64, dtype)
+    near = (h.detach() + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).to(dtype), w.detach(), b.detach())
+    assert_same((h, w, b), near, labels, 2e-5, gradient, 64)
+    with pytest.raises(AssertionError):
+        assert_same((h, w, b), near, labels, 2e-5, gradient, 64, logits_dtype=None)
+    loss = LinearKDLoss()(h, w, near[0], near[1], student_bias=b, teacher_bias=near[2])
+    assert torch.equal(loss, fused_linear_kd_loss(h, w, near[0], near[1], student_bias=b, teacher_bias=near[2]))
 
 
 @pytest.mark.parametrize("dtype", T16)

@@ -282,6 +282,18 @@ def test_standardized_logits():
     torch.testing.assert_close(standardize_logits(z), standardize_logits(7 * z + 3), rtol=1e-6, atol=1e-6)  # eps is a part of 1e-7 of std
 
 
+@pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float32).min])
+def test_standardized_logits_of_large_finite_masks_were_zeros(mask):
+    """Value and gradient are fp64's."""
+    x = torch.tensor([[mask, 0.0, 1.0, 3.0, mask], [0.0, 1.0, 2.0, 3.0, mask]], requires_grad=True)
+    y = x.detach().double().requires_grad_()
+    a, b = standardize_logits(x), standardize_logits(y)
+    torch.testing.assert_close(a.double(), b)
+    assert float(a.detach().std(correction=0)) > 0.5
+    (ga,), (gb,) = (torch.autograd.grad((out * torch.arange(5)).sum(), leaf) for out, leaf in ((a, x), (b, y)))
+    torch.testing.assert_close(ga.double(), gb)
+
+
 def test_options_in_a_module_and_compiled():
     z, v = make_rows("plain", 4, 33)
     labels = torch.tensor([1, 2, 3, 4])

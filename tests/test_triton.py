@@ -443,7 +443,10 @@ def test_what_is_compiled_depends_on_no_number():
     for name in ("loss_rows", "loss_parts", "careful_rows", "log_softmax_rows", "scale_all"):
         source = Path(inspect.getsourcefile(backend.kernel(name).fn)).read_text()
         head = source[: source.index(f"def {name}(")]
-        assert "do_not_specialize" in head[head.rindex("@triton.jit") :]
+        decorator = head[head.rindex("@triton.jit") :]
+        assert "do_not_specialize=" in decorator
+        # labels[1:] begin at 8 bytes of 16
+        assert "do_not_specialize_on_alignment=ROWS_DATA" in decorator or name in ("log_softmax_rows", "scale_all")
 
 
 def test_plans_fit_their_device():
@@ -480,6 +483,18 @@ def test_scale():
     y = torch.ones(4, 6)[:, ::2]
     backend.scale_(y, torch.tensor(3.0))
     assert (y == 3).all()
+
+
+def test_scaling_takes_a_program_for_each_8192_elements(monkeypatch):
+    """64128 of them to find that the factor is 1, as nearly always: a few to a multiprocessor do, and each walks."""
+    launched = []
+    run_it = backend.Launch.run
+    monkeypatch.setattr(backend.Launch, "run", lambda self, device: (launched.append(self.grid), run_it(self, device)))
+    x = torch.randn(20, 9000)
+    y = x.clone()
+    backend.scale_(y, torch.tensor(0.5))
+    assert torch.equal(y, x * 0.5)
+    assert launched == [backend.SCALE_PROGRAMS * backend.figures(x.device).processors] and launched[0] < x.numel() // backend.SCALE_BLOCK
 
 
 def test_float64_has_its_reason():

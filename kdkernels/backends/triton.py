@@ -57,6 +57,7 @@ HEAVIEST_REGISTERS = 224
 FILE_REGISTERS = 64 << 10  # of a multiprocessor
 SOFTMAX_BLOCK = 2048
 SCALE_BLOCK = 8192
+SCALE_PROGRAMS = 8  # of `scale_all`, on a multiprocessor
 
 
 def interpreting() -> bool:
@@ -386,4 +387,5 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         grad.mul_(factor)
     elif count:
         with _on(grad.device):
-            Launch("scale_all", -(-count // SCALE_BLOCK), dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run(grad.device)
+            grid = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * figures(grad.device).processors)
+            Launch("scale_all", grid, dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run(grad.device)

@@ -16,6 +16,7 @@ from .triton_kernels import (
     NOWHERE,
     NUMBERS,
     POWER,
+    ROWS_DATA,
     SKEWED,
     SMOOTHED,
     SUPPORT,
@@ -47,7 +48,7 @@ from .triton_kernels import (
 REACH64 = tl.constexpr(700.0)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def careful_rows(
     Z, V, G, LABELS, WEIGHTS, LOSS, MARKS, STATS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,

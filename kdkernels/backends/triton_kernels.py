@@ -75,6 +75,7 @@ SUM_SLOTS, SLOTS = tl.constexpr(triton_plan.SUM_SLOTS), tl.constexpr(triton_plan
 COLUMNS = tl.constexpr(stats.COLUMNS)
 NUMBERS = ["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"]  # compiled for any value
 MUTUAL_NUMBERS = [*NUMBERS, "h_outer", "h_inner", "h_width"]
+ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS"]  # a number of each: where they begin, as of labels[1:], makes no other kernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -1088,7 +1089,7 @@ def label_of(LABELS, Z, row, edge, vocab):
 # ---------------------------------------------------------------- the kernels: a row to a program
 
 
-@triton.jit(do_not_specialize=MUTUAL_NUMBERS)
+@triton.jit(do_not_specialize=MUTUAL_NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_rows(
     Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width, h_width,
@@ -1248,7 +1249,7 @@ def hard_of(hard, label_logit, hard_M, scale, smoothing, z_loss, HARD: tl.conste
 # ---------------------------------------------------------------- several programs to a row
 
 
-@triton.jit(do_not_specialize=MUTUAL_NUMBERS)
+@triton.jit(do_not_specialize=MUTUAL_NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_parts(
     Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNTERS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width, h_width,
@@ -1571,9 +1572,12 @@ def log_softmax_rows(X, U, OUT, vocab, k, k_low, BACKWARD: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=["count"])
 def scale_all(X, FACTOR, count, BLOCK: tl.constexpr):
-    """X *= FACTOR, a number on the device; nothing is read of X where that is 1."""
+    """X *= FACTOR, a number on the device; nothing is read of X where that is 1, nearly always: few programs find it out."""
     factor = tl.load(FACTOR)
     if factor != 1.0:
-        cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(X + cols, mask=cols < count)
-        tl.store(X + cols, (x.to(tl.float32) * factor).to(X.dtype.element_ty), mask=cols < count)
+        start = long(tl.program_id(0)) * BLOCK
+        while start < count:
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(X + cols, mask=cols < count)
+            tl.store(X + cols, (x.to(tl.float32) * factor).to(X.dtype.element_ty), mask=cols < count)
+            start += long(tl.num_programs(0)) * BLOCK

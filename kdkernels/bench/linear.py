@@ -1,7 +1,8 @@
 """`python -m kdkernels bench --linear`: from hidden states to loss and gradients, with and without the logits of all tokens.
 
-Memory first, on paper, for 8192 tokens in bf16; then time, peak memory and errors, measured. "floor" is the projections and their
-products with a gradient that is there already, and the fused loss of logits that are there already, timed apart and added.
+Memory first, on paper, for 8192 tokens in bf16; then time, peak memory and errors, measured. "floor" is the projections, with fp32
+logits, the products with a gradient that is there already, and the fused loss of fp32 logits that are there already, timed apart and
+added.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from .measure import TORCH_DTYPES, Bench
 
 SHAPES = ("2048x32768x256", "1024x128256x256")
 PAPER_TOKENS, PAPER_VOCABS, PAPER_WIDTHS = 8192, (32768, 128256, 262144), (1024, 4096)
-# relative, (loss, hidden states' gradient, weight's): the first by the chunk's sums, the others by the rounding of logits
-TOLERANCES = {"fp32": (2e-5, 2e-5, 2e-5), "bf16": (2e-2, 1e-1, 1e-1), "fp16": (2e-3, 5e-3, 5e-3)}
+LOGIT_BYTES = 4  # of a chunk's, whatever the dtype of the products
+# relative, (loss, hidden states' gradient, weight's): the first by the chunk's sums, the others by the gradient's rounding
+TOLERANCES = {"fp32": (2e-5, 2e-5, 2e-5), "bf16": (2e-5, 1e-2, 1e-2), "fp16": (2e-5, 2e-3, 2e-3)}
 CHECKED_TOKENS = 256  # of the fp64 reference at a time
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden and weight of student and teacher -> loss
@@ -64,10 +66,10 @@ def shape(text: str) -> tuple[int, int, int]:
 def memory(tokens: int, vocab: int, width: int, itemsize: int = 2, budget: int = linear.GPU_BUDGET) -> dict[str, int]:
     """Peak bytes beyond hidden states and weights, by what they are for, both models of one width and dtype."""
     logits, gradients = tokens * vocab * itemsize, (tokens + vocab) * width * itemsize
-    chunk = linear.chunk_tokens(tokens, vocab, 2 * itemsize, budget)
+    chunk = linear.chunk_tokens(tokens, vocab, 2 * LOGIT_BYTES, budget)
     # 16-bit: the weight's gradient is summed in fp32, and cast when the chunks are gone
     several, total = chunk < tokens and itemsize == 2, vocab * width * 4
-    chunks = 2 * chunk * vocab * itemsize
+    chunks = 2 * chunk * vocab * LOGIT_BYTES
     held = tokens * width * itemsize
     return {
         "chunk": chunk,
@@ -98,17 +100,25 @@ def steps(case: Case, backends: tuple[str, ...] = ("auto",)) -> dict[str, Step]:
     spelling, spelled = list(eager.items())[-1]
     options = dict(divergence=which, temperature=T, t_squared=True)
 
-    def fused(backend: str) -> Step:
-        return lambda h, w, th, tw: linear.fused_linear_kd_loss(h, w, th, tw, backend=backend, **options)
+    def fused(backend: str, **more) -> Step:
+        return lambda h, w, th, tw: linear.fused_linear_kd_loss(h, w, th, tw, backend=backend, **options, **more)
+
+    rounded = (
+        {} if case.dtype == "fp32" else {f"{contenders.fused_name(backends[0])}, logits_dtype=None": fused(backends[0], logits_dtype=None)}
+    )
 
     def full(inplace: bool) -> Step:
         return lambda h, w, th, tw: functional.fused_kd_loss(h @ w.t(), th @ tw.t(), inplace=inplace, backend=backends[0], **options)
 
-    return {contenders.fused_name(x): fused(x) for x in backends} | {
-        "full logits": full(False),
-        "full logits, in place": full(True),
-        f"eager {spelling}": lambda h, w, th, tw: spelled(h @ w.t(), th @ tw.t()),
-    }
+    return (
+        {contenders.fused_name(x): fused(x) for x in backends}
+        | rounded
+        | {
+            "full logits": full(False),
+            "full logits, in place": full(True),
+            f"eager {spelling}": lambda h, w, th, tw: spelled(h @ w.t(), th @ tw.t()),
+        }
+    )
 
 
 def libraries(case: Case, device: torch.device) -> dict[str, Step]:
@@ -169,6 +179,13 @@ def exact(case: Case, inputs: list[Tensor]) -> tuple[float, Tensor, Tensor]:
     return total, dh, w.grad
 
 
+def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """fp32 logits of hidden states and weight; a CPU has no such product of 16-bit factors."""
+    if x.device.type == "cpu" or x.dtype == torch.float32:
+        return x.float() @ weight.float().t()
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
 def run(bench: Bench, case: Case) -> dict:
     """Everything about one case, ready for JSON. SystemExit where the chunked loss is wrong."""
     inputs = case.inputs(bench.device)
@@ -208,13 +225,15 @@ def run(bench: Bench, case: Case) -> dict:
     steady = {name: timed(step) for name, step in ways.items()}
     for name, step in steady.items():
         memories[name] = bench._peak_memory(step)
-    z, v = (h @ w.t()).detach().requires_grad_(), (th @ tw.t()).detach()
+    z, v = (_wide_product(*x).detach() for x in ((h, w), (th, tw)))
+    z.requires_grad_()
+    dz = v.to(h.dtype)
 
     def projections() -> None:
-        logits = h @ w.t()
-        _ = th @ tw.t()
-        logits.backward(v)
-        h.grad = w.grad = None
+        with torch.no_grad():
+            for x in ((h, w), (th, tw)):
+                _wide_product(*x)
+            _ = dz @ w, dz.t() @ h
 
     loss = contenders.fused(divergence.parse(case.divergence), case.temperature, bench.backends[0])
 
@@ -225,7 +244,7 @@ def run(bench: Bench, case: Case) -> dict:
     times = bench._times(steady | {"projections": projections, "loss": loss_alone}, bench.repeats)
     floor = times.pop("projections")[0] + times.pop("loss")[0]
     chunk = linear.chunk_tokens(
-        case.tokens, case.vocab, 2 * h.element_size(), linear.CPU_BUDGET if bench.device.type == "cpu" else linear.GPU_BUDGET
+        case.tokens, case.vocab, 2 * LOGIT_BYTES, linear.CPU_BUDGET if bench.device.type == "cpu" else linear.GPU_BUDGET
     )
     return asdict(case) | {
         "device": bench.machine["device"],
