@@ -1,7 +1,8 @@
 """Triton's interpreter brought to the arithmetic of the hardware.
 
 bfloat16 rounds to nearest, where it truncates; a fused multiply-add rounds once, and a minimum passes over nan, where those of
-Triton 3.6 do not. All three would be seen as errors of the kernels.
+Triton 3.6 do not. All three would be seen as errors of the kernels. And a bound of a loop, an array of one element, becomes an index, which
+NumPy from 2.4 on refuses Triton 3.6.
 
 And most of its time would go into what it need not do: patching the language anew for every call of a device function, where once for each
 module and launch is enough; broadcasting operands of one shape to that shape; describing the same few types and shapes again and again.
@@ -65,6 +66,14 @@ def patch_once(patch=interpreter._patch_lang, launch=interpreter.GridExecutor.__
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_new, launch_anew
 
 
+def index_by_one_element(patch=interpreter._patch_lang_tensor):
+    def patch_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
 def broadcast_less(broadcast=semantic.TritonSemantic.broadcast_impl_value):
     def broadcast_unlike(self, x, y):
         alike = x.type.is_block() and y.type.is_block() and x.type.shape.values == y.type.shape.values
@@ -111,6 +120,7 @@ def remember():
 
 def install():
     patch_once()
+    index_by_one_element()
     broadcast_less()
     remember()
     Builder.cast_impl, Builder.create_fp_trunc, Builder.create_fp_ext, Builder.create_fma = cast, cast, cast, fma
