@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
-.PHONY: bench regress test slow fuzz simt aot gpu-pack lint format clean
+.PHONY: bench regress test test-oldest slow fuzz simt aot gpu-pack lint format clean
 
 # --no-compile: modules are compiled when they are first imported, and most never are
 .venv/ready: constraints.txt
@@ -26,6 +26,16 @@ regress: .venv/installed
 # a process for each of two cores, each with one thread: more would wait for each other
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the oldest torch that is promised, with the Triton that it brings; gigabytes, the first time
+OLDEST = .venv-oldest
+$(OLDEST)/ready:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q --no-compile torch==2.10.0 numpy setuptools pytest pytest-xdist hypothesis mpmath
+	touch $@
+
+test-oldest: .venv/installed $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/test_ops.py tests/test_functional.py tests/test_linear.py tests/test_triton.py
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
@@ -56,4 +66,4 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build .gpu .venv-gpu kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed
+	rm -rf build .gpu .venv-gpu .venv-oldest kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed

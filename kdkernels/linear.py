@@ -52,15 +52,16 @@ class Setup(NamedTuple):
         """What each model needs, and the dtype of its products."""
         return (self.needs[:3], self.dtype), (self.needs[3:], self.teacher_dtype)
 
-    @property
-    def underflows(self) -> bool:
-        """Whether a gradient goes through fp16."""
-        return any(any(needs) and dtype == torch.float16 for needs, dtype in self.models)
-
     @staticmethod
     def of_gradient(dtype: torch.dtype, of_products: torch.dtype) -> torch.dtype:
         """Of the gradient in a parameter of `dtype` until its last factor is known, before which it would underflow in fp16."""
         return dtype if dtype == of_products != torch.float16 else torch.float32
+
+
+def _underflows(setup: Setup) -> bool:
+    """Whether a gradient goes through fp16. A function: Dynamo, which traces it, does not know properties of a NamedTuple in torch 2.10."""
+    mine, theirs = any(setup.needs[:3]), any(setup.needs[3:])
+    return mine and setup.dtype == torch.float16 or theirs and setup.teacher_dtype == torch.float16
 
 
 # ---------------------------------------------------------------- chunks
@@ -470,7 +471,7 @@ class _PerRow(torch.autograd.Function):
         *tensors, logits, labels, row_weight = ctx.saved_tensors
         with torch.no_grad():
             upstream, factors, post = upstream.double(), ctx.factors, None
-            if ctx.setup.underflows:  # near 1 until it is in fp32, whatever the loss scale
+            if _underflows(ctx.setup):  # near 1 until it is in fp32, whatever the loss scale
                 factors, boost = functional._boosted(factors, ctx.steepness)
                 most = upstream.abs().amax() if upstream.numel() else upstream.new_ones(())
                 most = torch.where(most > 0, most, 1.0)
@@ -521,7 +522,7 @@ def _save_trainable(ctx, inputs, output) -> None:
 def _trainable_backward(ctx, upstream, _):
     *tensors, labels, row_weight = ctx.saved_tensors
     setup = ctx.setup._replace(needs=tuple(ctx.needs_input_grad[:6]), stats=False)
-    most = upstream.abs().amax() if setup.underflows and upstream.numel() else upstream.new_ones(())
+    most = upstream.abs().amax() if _underflows(setup) and upstream.numel() else upstream.new_ones(())
     most = torch.where(most > 0, most, 1.0)
     call = (*tensors, labels, row_weight, upstream / most, *setup, *ctx.factors)
     grads = (g * most for g, need in zip(torch.ops.kdkernels.linear_loss.default(*call)[1:7], setup.needs, strict=True) if need)
@@ -549,7 +550,7 @@ def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options,
         rows, columns = torch.ops.kdkernels.trainable_linear_loss.default(*call)
         return functional._reduced(rows, hidden, o, denominator), columns
     wants_grad = any(setup.needs)
-    steepness = functional._steepness(o, vocab, of_teacher=any(setup.needs[3:])) if setup.underflows else None
+    steepness = functional._steepness(o, vocab, of_teacher=any(setup.needs[3:])) if _underflows(setup) else None
     if steepness is not None and steepness > functional.MOST_STEEP:
         setup, steepness = setup._replace(fitted=True, logits_dtype=torch.float32), 1.0
     factors, row_weight, post, boost = functional._folded(steepness, hidden.shape[:-1], row_weight, o, vocab, denominator)

@@ -516,7 +516,11 @@ def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
 def test_offsets_beyond_int32():
     """Two rows 2^31 elements apart, in a process of their own; the pages between them are never touched."""
     code = """
+import sys
 import torch
+sys.path.insert(0, "tests")
+import interpreter
+interpreter.install()
 from kdkernels import fused_kd_loss
 z = torch.empty(2**31 + 9000, dtype=torch.bfloat16).as_strided((2, 700), (2**31, 1))
 v, w = torch.randn(2, 700).bfloat16(), torch.randn(2, 700).bfloat16()
