@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
-.PHONY: bench regress test test-oldest slow fuzz simt aot gpu-pack lint format clean
+.PHONY: bench regress quick test test-oldest slow fuzz simt aot gpu-pack lint format clean
 
 # --no-compile: modules are compiled when they are first imported, and most never are
 .venv/ready: constraints.txt
@@ -36,6 +36,11 @@ $(OLDEST)/ready:
 
 test-oldest: .venv/installed $(OLDEST)/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/test_ops.py tests/test_functional.py tests/test_linear.py tests/test_triton.py
+
+# the inner loop, under half a minute: the CPU's bits, golden numbers on every backend, errors, the README
+quick: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/test_bits.py tests/test_divergence.py tests/test_errors.py tests/test_readme.py \
+		tests/test_cuda.py -k "not test_cuda or golden"
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -295,8 +295,9 @@ def test_layouts(backend, dtype):
     """Sliced, expanded, transposed and deep inputs are the contiguous ones; grad has the shape of the input."""
     if backend == "triton" and dtype == torch.float32:
         pytest.skip("as bfloat16, and the interpreter is slow")
-    big_z, big_v = (torch.randn(4, 6, 700).to(dtype) for _ in range(2))
-    y = torch.randint(700, (4, 6))
+    g = torch.Generator().manual_seed(6)  # whose gradients have elements next to 0
+    big_z, big_v = (torch.randn(4, 6, 700, generator=g).to(dtype) for _ in range(2))
+    y = torch.randint(700, (4, 6), generator=g)
     y[1, 2] = -100
     layouts = {
         "shifted": lambda x: x[:, :-1],
@@ -321,12 +322,8 @@ def test_layouts(backend, dtype):
             flat, layout(big_v).contiguous(), labels.contiguous(), hard_weight=0.3, divergence="renyi(0.5)", backend=backend
         )
         expected.backward()
-        # on a GPU, how rows lie in memory decides which lane adds what
-        room = (
-            dict(rtol=1e-6, atol=1e-8)
-            if backend == "triton" and dtype == torch.float32
-            else dict(rtol=1e-2 * (backend == "triton"), atol=0)
-        )
+        # on a GPU, how rows lie in memory decides which lane adds what: a unit of bf16, and of an element next to 0 what fp32 rounds
+        room = dict(rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-8) if backend == "triton" else dict(rtol=0, atol=0)
         torch.testing.assert_close(loss, expected, msg=name, **room)
         torch.testing.assert_close(base.grad, other.grad, msg=name, **room)
 

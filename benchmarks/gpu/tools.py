@@ -126,7 +126,7 @@ def _profiled(setting: Setting, backend: str, case: Case) -> dict:
         file = Path(folder) / "ncu.csv"
         status, text = run(["ncu", *options, str(file), *command], 80)
         raw = file.read_text() if file.exists() else ""
-    with open(setting.folder / "ncu.csv", "a") as all_of_them:  # one file: few come back from a machine that is lent for minutes
+    with open(setting.folder / "ncu.csv", "a") as all_of_them:  # one file, which is easily brought back
         all_of_them.write(f"{backend} {case}\n{raw}\n")
     return {"status": status} | (figures(raw) or {"error": text[-300:]})
 
