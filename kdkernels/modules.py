@@ -71,8 +71,7 @@ class LinearKDLoss(KDLoss):
         nn.Module.__init__(self)
         inputs.check_names("LinearKDLoss", options, LINEAR_OPTIONS)
         self._keep(options)
-        chunking = dict(logits_dtype=logits_dtype, memory_budget=linear.check_chunking(logits_dtype, memory_budget))
-        self._given |= {name: x for name, x in chunking.items() if x is not None}
+        self._given |= dict(logits_dtype=logits_dtype, memory_budget=linear.check_chunking(logits_dtype, memory_budget))
 
     def forward(
         self,

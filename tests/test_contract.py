@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from oracle import broken, divergence_row
 
-from kdkernels import LogitTransform, backends, fused_kd_loss, ops, parse, tempered_log_softmax
+from kdkernels import LogitTransform, fused_kd_loss, ops, parse, tempered_log_softmax
 from kdkernels.backends import cuda
 from kdkernels.divergence import mirror
 from kdkernels.transforms import Modifiers
@@ -287,16 +287,9 @@ def known(backend: str, name: str, option: str, kind: str) -> bool:
 @pytest.fixture(scope="module")
 def cuda_on_a_host():
     """backend="cuda" is the library for host threads (test_cuda.py), a warp to a row."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(cuda, "LIBRARY", build.library())
-    patch.setattr(cuda, "unavailable", lambda device, dtypes=(): "fp64" if torch.float64 in dtypes else None)
-    cuda.library.cache_clear()
-    backends._resolve.cache_clear()
-    cuda.library().c.kd_simt_device((ctypes.c_int * 5)(80, 2, 227 << 10, 228 << 10, 1))
-    yield
-    patch.undo()
-    cuda.library.cache_clear()
-    backends._resolve.cache_clear()
+    with build.in_place_of_cuda():
+        cuda.library().c.kd_simt_device((ctypes.c_int * 5)(80, 2, 227 << 10, 228 << 10, 1))
+        yield
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from rows import KINDS, make_rows, with_masks
 from test_options import MODIFIERS, SIDES
 from test_triton import OPTIONS, expected
 
-from kdkernels import LogitTransform, backends, fused_kd_loss, tempered_log_softmax
+from kdkernels import LogitTransform, fused_kd_loss, tempered_log_softmax
 from kdkernels.backends import abi, cuda
 from kdkernels.divergence import parse
 
@@ -53,15 +53,8 @@ GEOMETRIES = {
 @pytest.fixture(scope="module", autouse=True)
 def on_host_threads():
     """backend="cuda" is the library for host threads."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(cuda, "LIBRARY", build.library())
-    patch.setattr(cuda, "unavailable", lambda device, dtypes=(): "fp64" if torch.float64 in dtypes else None)
-    cuda.library.cache_clear()
-    backends._resolve.cache_clear()
-    yield
-    patch.undo()
-    cuda.library.cache_clear()
-    backends._resolve.cache_clear()
+    with build.in_place_of_cuda():
+        yield
 
 
 def on(name: str, z: torch.Tensor, v: torch.Tensor, divergence: str = "kl", T: float = 1.0) -> None:

@@ -142,8 +142,12 @@ def test_logits_are_not_rounded_by_default(dtype, gradient):
     assert_same((h, w, b), near, labels, 2e-5, gradient, 64)
     with pytest.raises(AssertionError):
         assert_same((h, w, b), near, labels, 2e-5, gradient, 64, logits_dtype=None)
-    loss = LinearKDLoss()(h, w, near[0], near[1], student_bias=b, teacher_bias=near[2])
-    assert torch.equal(loss, fused_linear_kd_loss(h, w, near[0], near[1], student_bias=b, teacher_bias=near[2]))
+    values = []
+    for options in ({}, {"logits_dtype": None}):  # which the module once took for not given
+        call = dict(student_bias=b, teacher_bias=near[2])
+        values.append(fused_linear_kd_loss(h, w, *near[:2], **call, **options).item())
+        assert LinearKDLoss(**options)(h, w, *near[:2], **call).item() == values[-1]
+    assert values[0] != values[1]
 
 
 @pytest.mark.parametrize("dtype", T16)

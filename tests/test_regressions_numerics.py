@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from bounds import cast_bound, gradient_bound_of, spread_of, value_bound_of
 
-from kdkernels import LogitTransform, backends, fused_kd_loss, fused_linear_kd_loss
-from kdkernels.backends import cuda
+from kdkernels import LogitTransform, fused_kd_loss, fused_linear_kd_loss
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 import build  # noqa: E402
@@ -31,15 +30,8 @@ DIVERGENCES = (*MIXTURES, "kl", "reverse_kl", "tvd", "renyi(0.5)", "renyi(2)", "
 def host_threads():
     if build.COMPILER is None:
         pytest.skip("needs g++")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(cuda, "LIBRARY", build.library())
-    patch.setattr(cuda, "unavailable", lambda device, dtypes=(): "fp64" if FP64 in dtypes else None)
-    cuda.library.cache_clear()
-    backends._resolve.cache_clear()
-    yield
-    patch.undo()
-    cuda.library.cache_clear()
-    backends._resolve.cache_clear()
+    with build.in_place_of_cuda():
+        yield
 
 
 @pytest.fixture(autouse=True)

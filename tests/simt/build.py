@@ -1,11 +1,19 @@
-"""Builds the kernels for host threads with g++, once for a state of the sources: library() for test_cuda.py, walk(sanitizer) alone."""
+"""Builds the kernels for host threads with g++, once for a state of the sources: library(), in_place_of_cuda(), walk(sanitizer)."""
 
 import fcntl
 import hashlib
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import torch
+
+from kdkernels import backends
+from kdkernels.backends import cuda
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -70,3 +78,18 @@ def walk(sanitizer: str) -> Path:
         _run(COMPILER, *FLAGS, "-O1", "-g", f"-fsanitize={sanitizer}", HERE / "walk.cpp", "-o", folder / "walk")
 
     return _once(sanitizer, build) / "walk"
+
+
+@contextmanager
+def in_place_of_cuda() -> Iterator[None]:
+    """backend="cuda" is the library for host threads."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(cuda, "LIBRARY", library())
+    patch.setattr(cuda, "unavailable", lambda device, dtypes=(): "fp64" if torch.float64 in dtypes else None)
+    forget = cuda.library.cache_clear, backends._resolve.cache_clear
+    for clear in forget:
+        clear()
+    yield
+    patch.undo()
+    for clear in forget:
+        clear()
