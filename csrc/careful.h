@@ -30,6 +30,8 @@ template <class F, class Crew> class Careful {
     broken_student_ = crew_.any(nan_z_) || !std::isfinite(top_z_);
     broken_ = crew_.any(nan_v_) || !std::isfinite(top_v_) || broken_student_;
     if (broken_) return NAN;
+    apart_ = top_z_ - top_v_;
+    if (std::fabs(apart_) > kFarthest && (plan_.centered || !plan_.moments)) { base_z_ = top_z_; base_v_ = top_v_; apart_ = 0; }
 
     classes([&](F z, F v) { add_sums(z, v); });
     if (plan_.moments) return measure_moments(classes);
@@ -53,7 +55,7 @@ template <class F, class Crew> class Careful {
       classes([&](F z, F v) { set += select(chosen(z, v), exp_set(z), F{}); });
       const double inside = crew_.sum(set), rest = sz - inside * exp_of((top_set_ - top_z_) * k_);
       in_set_ = lone ? 0 : rest / inside * inv_z_;
-      return lone ? INFINITY : larger(sign_ * shift_ - (least_ - sign_ * (top_z_ - top_v_)) * k_, 0.);
+      return lone ? INFINITY : larger(sign_ * shift_ - (least_ - sign_ * apart_) * k_, 0.);
     }
     if (plan_.mixed) {
       infinite_ = !(plan_.mixture.o_alone < INFINITY) && lone_q;
@@ -120,9 +122,12 @@ template <class F, class Crew> class Careful {
   KD_HD F exp_z(F z) const { return exp2_flushed((z - top_z_) * plan_.c); }
   KD_HD F exp_set(F z) const { return exp2_flushed((z - top_set_) * plan_.c); }
   KD_HD F exp_v(F v) const { return exp2_flushed((v - top_v_) * plan_.c); }
-  // (z - v) - (top_z - top_v), 0 where a class is masked. A logit may be the least finite number (a mask of many models): it is scaled last,
-  // as a sum of scaled numbers could be inf - inf.
-  KD_HD F diff(F z, F v) const { return select(masked(z) | masked(v), F{}, (z - v) - (top_z_ - top_v_)); }
+  // z - v. Where the rows lie far apart, one of them being a mask of 1e30 or more as a whole, a difference keeps no digit of the other:
+  // each logit is then measured from its own row's largest.
+  KD_HD F gap(F z, F v) const { return (z - base_z_) - (v - base_v_); }
+  // z - v less what it is between the largest logits, 0 where a class is masked. A logit may be the least finite number (a mask of many models):
+  // it is scaled last, as a sum of scaled numbers could be inf - inf.
+  KD_HD F diff(F z, F v) const { return select(masked(z) | masked(v), F{}, gap(z, v) - apart_); }
   KD_HD F log_ratio(F z, F v) const { return diff(z, v) * k_ - shift_; }
   // base-2 exponent of p^a q^(1-a), up to the constants of the row; not +inf, so that classes compare
   KD_HD F exponent(F z, F v) const {
@@ -131,7 +136,7 @@ template <class F, class Crew> class Careful {
     return select(dead, splat<F>(-INFINITY), select(all > kMost, splat<F>(kMost), all));
   }
   // the classes that w is q restricted to, order inf
-  KD_HD Int chosen(F z, F v) const { return ((z - v) * sign_ == least_) & ~(masked(z) | masked(v)); }
+  KD_HD Int chosen(F z, F v) const { return (gap(z, v) * sign_ == least_) & ~(masked(z) | masked(v)); }
   KD_HD F tilted(F z, F v) const { return plan_.tilted ? exp2_flushed(exponent(z, v) - top_u_) : exp_v(v); }
 
   KD_HD void add_sums(F z, F v) {
@@ -139,7 +144,7 @@ template <class F, class Crew> class Careful {
     lone_p_ |= no_z & ~no_v; lone_q_ |= no_v & ~no_z;
     if (plan_.moments) {
       const F both = select(no_z | no_v, F{}, splat<F>(1));
-      sv_ += both; sd_ += select(no_z | no_v, F{}, z - v);
+      sv_ += both; sd_ += select(no_z | no_v, F{}, gap(z, v));
       return;
     }
     const F ez = exp_z(z), ev = exp_v(v), y = diff(z, v) * plan_.c;
@@ -149,8 +154,8 @@ template <class F, class Crew> class Careful {
     const F own = plan_.reverse ? ev : ez;
     const Int outside = plan_.reverse ? no_z : no_v;
     out_ += select(outside, own, F{}); in_ += select(outside, F{}, own);
-    const F gap = select(outside, splat<F>(INFINITY), (z - v) * sign_);
-    least_v_ = select(gap < least_v_, gap, least_v_);
+    const F least = select(outside, splat<F>(INFINITY), gap(z, v) * sign_);
+    least_v_ = select(least < least_v_, least, least_v_);
     if (plan_.tilted) mu_ = larger(exponent(z, v), mu_);
   }
 
@@ -185,10 +190,10 @@ template <class F, class Crew> class Careful {
     const F b = flip ? q : p, o = flip ? p : q, x = flip ? -d : d;
     const Int near = (abs_of(x) < .5) & ~(no_z | no_v);
     const ExpM1<F> m = near_zero(x, near);
-    const F gap = select(near, b * m.m1, o - b);
+    const F more = select(near, b * m.m1, o - b);
     if (plan_.tvd) {
-      const F sign = select(gap > F{}, splat<F>(.5), select(gap < F{}, splat<F>(-.5), F{}));
-      return {gap * sign, q * sign, F{}};
+      const F sign = select(more > F{}, splat<F>(.5), select(more < F{}, splat<F>(-.5), F{}));
+      return {more * sign, q * sign, F{}};
     }
     const double l = plan_.mixture.l, keep = plan_.mixture.keep;
     const MixedTerm<F> close = mixed_term(select(near, x, F{}), m, plan_.mixture);
@@ -196,8 +201,8 @@ template <class F, class Crew> class Careful {
     // finite mask's, the two agree to all their digits.
     const F least = select(x < -700., splat<F>(-700), x), most = l > 0 ? select(least > 700., splat<F>(700), least) : least;
     const F u = l > 0 ? log1p_psi(expm1_psi(most * kLog2e).m1 * l).log : F{};
-    const F w = most - u, mixture = b + gap * l, share = select(mixture > 0., gap / mixture, F{});
-    const F far = (gap * l - b * u) * plan_.mixture.base + (o * w - gap * keep) * plan_.mixture.other;
+    const F w = most - u, mixture = b + more * l, share = select(mixture > 0., more / mixture, F{});
+    const F far = (more * l - b * u) * plan_.mixture.base + (o * w - more * keep) * plan_.mixture.other;
     F term = select(near, b * close.term, far);
     const F far_xi = (flip ? u * -plan_.mixture.base : w * plan_.mixture.other) + share * plan_.mixture.moves;
     F G = q * select(near, close.xi, far_xi);
@@ -214,7 +219,7 @@ template <class F, class Crew> class Careful {
 
   KD_HD F moved(F z, F v) const {
     const Int no_z = masked(z), no_v = masked(v);
-    if (plan_.moments) return select(no_z | no_v, F{}, ((z - v) - shift_) * inv_v_ * plan_.factor);
+    if (plan_.moments) return select(no_z | no_v, F{}, (gap(z, v) - shift_) * inv_v_ * plan_.factor);
     const F q = exp_z(z) * inv_z_;
     if (plan_.support) return plan_.reverse ? F{} : select(no_v, q, -q * ratio_);
     if (plan_.extreme) return select(no_z, F{}, select(chosen(z, v), -exp_set(z) * in_set_, q)) * sign_;
@@ -240,7 +245,7 @@ template <class F, class Crew> class Careful {
     inv_v_ = 1 / n;
     shift_ = plan_.centered ? crew_.sum(sd_) * inv_v_ : 0;
     classes([&](F z, F v) {
-      const F x = select(masked(z) | masked(v), F{}, (z - v) - shift_);
+      const F x = select(masked(z) | masked(v), F{}, gap(z, v) - shift_);
       f_ += x * x;
     });
     if (plan_.support) return crew_.any(plan_.reverse ? lone_p_ : lone_q_) ? INFINITY : 0;   // order 0 asks only whose support it is
@@ -254,7 +259,7 @@ template <class F, class Crew> class Careful {
   F mz = splat<F>(-INFINITY), mv = splat<F>(-INFINITY), mu_ = splat<F>(-INFINITY), least_v_ = splat<F>(INFINITY);
   Int nan_z_{}, nan_v_{}, lone_p_{}, lone_q_{};
   F sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
-  double top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0, moved_ = 0, gain_ = 1, log_z_ = 0, entropy_z_ = 0;
+  double base_z_ = 0, base_v_ = 0, apart_ = 0, top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0, inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0, moved_ = 0, gain_ = 1, log_z_ = 0, entropy_z_ = 0;
   bool broken_ = false, broken_student_ = false, infinite_ = false;
 };
 

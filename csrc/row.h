@@ -300,6 +300,8 @@ struct Alone {
   }
 };
 
+constexpr double kFarthest = 0x1p28;      // of two rows' log-sum-exps, in logits
+
 // Blocks are merged in their order, whatever ran where, so that results do not depend on the number of threads.
 // With u the block's unit and h = shift - offset what its y still has to lose:
 //     1 = sum u e^{-h} (s + d)
@@ -343,8 +345,8 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
     const double h = r.shift - p.offset, x = expm1_of(-h, plan), b = plan.tilt;
     double own = p.k1, still = p.s * f_of(-h, plan), cross = p.d * x;
     if (plan.tilted) {
-      const double xt = expm1_of(-b * h), all = exp_of(-b * h);
-      own = all * (p.k1 - p.k2 / b) / (1 - b); cross = p.d * (x - xt) / (1 - b);
+      const double all = exp_of(-b * h);
+      own = all * (p.k1 - p.k2 / b) / (1 - b); cross = p.d * all * expm1_of(-(1 - b) * h) / (1 - b);   // not expm1(-h) - expm1(-b h), both -1
       sum[2] += p.unit * all * p.t;
     }
     sum[0] += p.unit * (own + still + cross);
@@ -353,7 +355,9 @@ template <class Crew = Alone> KD_HD Row close_row(Part *parts, int n, const Plan
   r.F = sums[0];
   if (plan.tilted) r.R = sums[2];
   const bool finite = std::isfinite(r.shift) && std::isfinite(r.F) && std::isfinite(r.R);
-  if (!finite || !(r.R > 0)) { r.lost = true; return r; }       // R = 0: no class in common
+  // In a row that lies farther from the other (masked as a whole), o - b and its reference are rounded to more than the other's digits.
+  const bool distant = std::fabs(r.shift) > plan.k * kFarthest;
+  if (!finite || distant || !(r.R > 0)) { r.lost = true; return r; }       // R = 0: no class in common
   r.F = larger(r.F, 0.);
   r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && sums[1] > plan.patience * r.F;
   r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;

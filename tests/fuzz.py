@@ -259,7 +259,13 @@ def shrunk(case: Case, failure: str, excused: Callable, tries: int = 800) -> tup
 def valid(case: Case) -> bool:
     decoupled = case.call == "decoupled_kd_loss"
     limit = math.isinf(case.get("temperature", 1.0)) and not (case.get("t_squared") or case.call == "tempered_log_softmax")
-    return not limit and (case.labels is not None or not (decoupled or case.get("hard_weight"))) and not (decoupled and case.vocab < 2)
+    padded = case.pad == (0, 0) or "vocab_size" in case.options
+    return (
+        padded
+        and not limit
+        and (case.labels is not None or not (decoupled or case.get("hard_weight")))
+        and not (decoupled and case.vocab < 2)
+    )
 
 
 def kind_of(failure: str) -> str:
@@ -304,6 +310,17 @@ def is_broken(case: Case) -> bool:
     return any(broken(row) for x in both(case) for row in x)
 
 
+def lacks_label(case: Case) -> bool:
+    """Whether a row's label is masked in the student."""
+    z, vocab = both(case)[0], case.vocab
+    return any(0 <= label < vocab and np.isneginf(row[label]) for row, label in zip(z, case.labels or [-1] * case.rows, strict=True))
+
+
+def largest(case: Case) -> float:
+    """The size of the largest logit that is finite."""
+    return max(float(np.abs(finite(x)).max(initial=0)) for x in both(case))
+
+
 def is_rounded(case: Case) -> bool:
     """Whether fp32 holds the differences of the logits."""
     x = both(case)
@@ -312,7 +329,7 @@ def is_rounded(case: Case) -> bool:
 
 
 def figure(failure: str, after: str = "off by ") -> float:
-    return float(failure.partition(after)[2].split()[0])
+    return float(failure.partition(after)[2].split()[0].rstrip(","))
 
 
 def is_value(failure: str) -> bool:
@@ -324,6 +341,7 @@ def excess(failure: str) -> float:
     return figure(failure) / max(figure(failure, "where "), 1e-300) if "off by" in failure else math.inf
 
 
+BOTH = dict(teacher_grad=True, backend="triton")
 SLOPING = dict(temperature=1e4, t_squared=True, hard_weight=0.1, reduction="none")
 KNOWN: dict[str, Known] = {
     "fp16 head: upstream gradients of different size": Known(
@@ -370,6 +388,43 @@ KNOWN: dict[str, Known] = {
         "few classes, fp32 roundings that meet no others to average with",
         lambda case, failure: excess(failure) < 2,
         one_row([9, 0, 4, 0, 9, -2, 0, 0, 6, 2], [9, 0, 4, 0, 9, -2, 12, 0, 6, 2], temperature=100.0),
+    ),
+    "fp64's finfo.min": Known(
+        "its quotient by T, or that times p, is beyond fp64",
+        lambda case, failure: "fp64" in case.dtypes and largest(case) > 1e300,
+        one_row([0, 0], [-1.7976931348623157e308, 0], ("fp32", "fp64"), temperature=0.5, return_stats=True, backend="eager"),
+    ),
+    "what is near fp32's largest": Known(
+        "a part of it is beyond",
+        lambda case, failure: "is not a number" in kind_of(failure) and abs(figure(failure, "right ")) > 1e35,
+        replace(one_row([0, 0], [-3.3895313892515355e38, 0], temperature=0.1, divergence="reverse_kl"), upstream=(1e-4,)),
+    ),
+    "orders above 1: ties of large finite masks": Known(
+        "z - v is the same of all the classes that the mask is in, and the rest of the logits is lost in it",
+        lambda case, failure: "renyi" in case.divergence and largest(case) > 1e15 and ".grad" in failure,
+        one_row([-1e30, -1e30, 0], [0, 1, 0], divergence="renyi(inf)"),
+    ),
+    "orders: a mass below e^-700": Known(
+        "it is 0 in fp64",
+        lambda case, failure: (
+            "renyi" in case.divergence and largest(case) / case.temperature > 700 and "is not a number" in kind_of(failure)
+        ),
+        one_row([-math.inf, 0], [0, -154], divergence="reverse_renyi(0.0)", temperature=0.1),
+    ),
+    "decoupled: nan of a teacher at the label": Known(
+        "target_weight=0 leaves the label out: the value and the others' gradient are nan, the label's is the hard term's",
+        lambda case, failure: case.call == "decoupled_kd_loss" and case.get("target_weight") == 0 and is_broken(case),
+        one_row([0, 0], [math.nan, 0], call="decoupled_kd_loss", labels=[0], target_weight=0.0),
+    ),
+    "Triton: the teacher's gradient at low temperatures": Known(
+        "of Alpha it is that of another class where the student is near one-hot",
+        lambda case, failure: case.get("backend") == "triton" and str(case.divergence).startswith("alpha") and failure.startswith("v.grad"),
+        one_row([0, 0, 0.03, 0.03, 0.02, 0], [3, 0, 0, 0, 0, 0], ("bf16", "fp32"), divergence="alpha(0.5)", temperature=0.05, **BOTH),
+    ),
+    "Triton: a label that is masked, in rows beyond the first sweep": Known(
+        "they have no gradient at the label",
+        lambda case, failure: case.get("backend") == "triton" and kind_of(failure) == "z.grad is not a number" and lacks_label(case),
+        one_row([0, -math.inf], [0, 0], divergence="reverse_renyi(0.0)", labels=[1], hard_weight=2.0, backend="triton"),
     ),
     "triton: a teacher's +inf at T = inf": Known(
         "0 where the row is nan",

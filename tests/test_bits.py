@@ -20,9 +20,9 @@ def known():
 
 
 def test_bits(known):
-    """Of the processor's best instruction set. Where the arithmetic was changed on purpose: python tests/bits.py --write."""
+    """Of the two best instruction sets. Where the arithmetic was changed on purpose: python tests/bits.py --write."""
     best = native.library().isa.rpartition("-")[2]
-    changed, compared = bits.changed(known, (best,))
+    changed, compared = bits.changed(known, ("v4", "v3") if best == "v4" else (best,))
     assert compared > 100 and changed == []
 
 

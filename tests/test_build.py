@@ -157,7 +157,8 @@ def test_levels_share_no_code():
 
 
 @x86
-@pytest.mark.parametrize("level", [pytest.param("v2", marks=pytest.mark.slow), "v3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["v2", "v3"])
 def test_every_level_is_right(level):
     """The accuracy tests again, of half of the kinds of rows, on the levels below this machine's own."""
     env = {"KDKERNELS_CPU_ISA": level}

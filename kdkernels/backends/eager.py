@@ -379,7 +379,7 @@ class _Row:
         label = labels.clamp(0, self.z.shape[-1] - 1).unsqueeze(-1)
         z = torch.where(self.no_z, -math.inf, self.z.detach())
         r = torch.where(z.gather(-1, label) == self.top_z, label, z.argmax(-1, keepdim=True))
-        x = self.z - self.z.gather(-1, r)
+        x = torch.where(self.no_z, 0.0, self.z - self.z.gather(-1, r))  # of a masked class e^x may be inf, whose derivative times 0 is nan
         of_label = self.given_z.gather(-1, label) - self.z.gather(-1, r)  # -inf, with its gradient of 1, where the label is masked
         return label, r, x, of_label, torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1, keepdim=True)
 

@@ -1032,7 +1032,7 @@ def weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HAR
     scale = wide(value_scale) * value_unit
     loss = tl.where(scale == 0.0, 0.0, scale * value)
     if HARD:
-        loss += hard_scale * hard_value
+        loss += tl.where(hard_scale == 0.0, 0.0, hard_scale * hard_value)
     return weight * loss
 
 
