@@ -1,6 +1,8 @@
 # Each target works from a fresh clone with Python, a C++ compiler and make; the first one sets up .venv.
 PYTHON ?= python3
 BIN = .venv/bin
+# what clang-format writes
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
 .PHONY: bench regress quick test test-oldest slow fuzz simt aot gpu-pack lint format clean
@@ -8,7 +10,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 # --no-compile: modules are compiled when they are first imported, and most never are
 .venv/ready: constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy setuptools wheel ruff
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy setuptools wheel ruff clang-format
 	touch $@
 
 # editable, so that the tests see these sources; run again when the C++ changes
@@ -65,10 +67,12 @@ gpu-pack:
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf build .gpu .venv-gpu .venv-oldest kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed

@@ -1,9 +1,11 @@
-"""Builds the C++ library with the compiler alone, in seconds, and where KDKERNELS_CUDA=1 asks for it the CUDA library with nvcc, in
+"""Builds the C++ library with the compiler alone, in seconds, and where KDKERNELS_CUDA=1 asks for it the CUDA
+library with nvcc, in
 minutes: no torch, no Python headers, one file each for every version of both.
 
-A machine without a compiler, or with one that cannot build it, gets the package without the library, which then runs on the eager backend;
-_build.txt in the package keeps what was found, for `python -m kdkernels info`. KDKERNELS_CPU=0 leaves the C++ library out on purpose. With
-KDKERNELS_CUDA=1 a CUDA library that cannot be built is an error; KDKERNELS_CUDA_ARCHS="90 100" are the architectures to compile it for.
+A machine without a compiler, or with one that cannot build it, gets the package without the library, which
+then runs on the eager backend; _build.txt in the package keeps what was found, for `python -m kdkernels
+info`. KDKERNELS_CPU=0 leaves the C++ library out on purpose. With KDKERNELS_CUDA=1 a CUDA library that cannot
+be built is an error; KDKERNELS_CUDA_ARCHS="90 100" are the architectures to compile it for.
 """
 
 import hashlib
@@ -21,8 +23,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Never -ffast-math: it flushes denormals in the whole process and breaks -inf and nan. Without -fno-trapping-math nothing vectorises;
-# -fwrapv because exponents are shifted and added as integers.
+# Never -ffast-math: it flushes denormals in the whole process and breaks -inf and nan. Without
+# -fno-trapping-math nothing vectorises; -fwrapv because exponents are shifted and added as integers.
 FLAGS = [
     *"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wno-psabi".split(),
     *"-fno-trapping-math -fno-math-errno -ffp-contract=fast -fwrapv -fno-exceptions".split(),
@@ -35,7 +37,9 @@ X86_LEVELS = {
 
 
 CUDA_ARCHS = ("80", "90", "100", "120")  # machine code for each, and PTX of the last for what comes after
-CUDA_FLAGS = "-O3 -std=c++17 -cudart static -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wno-psabi".split()
+CUDA_FLAGS = (
+    "-O3 -std=c++17 -cudart static -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wno-psabi"
+).split()
 
 
 def replace(source: Path, target: Path) -> None:
@@ -45,7 +49,8 @@ def replace(source: Path, target: Path) -> None:
 
 
 class LeftOut(Exception):
-    """A library is not built, and the package does without: why in a line, and what a compiler said last, if it did."""
+    """A library is not built, and the package does without: why in a line, and what a compiler said last, if
+    it did."""
 
 
 def find_compiler() -> list[str]:
@@ -81,8 +86,11 @@ def accepts(compiler: list[str], flags: list[str], source: str = "int main() { r
             return False
 
 
-def compile_all(command: list[str], jobs: dict[str, list[str]], sources: list[Path], objects: Path) -> list[Path]:
-    """An object file for each job (name -> flags), in parallel; those of the same command that are newer than every source are kept."""
+def compile_all(
+    command: list[str], jobs: dict[str, list[str]], sources: list[Path], objects: Path
+) -> list[Path]:
+    """An object file for each job (name -> flags), in parallel; those of the same command that are newer than
+    every source are kept."""
     objects = objects / hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
     objects.mkdir(parents=True, exist_ok=True)
     newest = max(p.stat().st_mtime for p in [*sources, *(ROOT / "csrc").rglob("*.h"), ROOT / "setup.py"])
@@ -109,19 +117,29 @@ def build_cpu(sources: list[Path], target: Path, objects: Path) -> dict[str, str
     except CompilerFailed as error:
         lines = str(error).splitlines()
         why = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
-        raise LeftOut(f"{compiler[0]} could not build the C++ library ({why})", "\n".join(lines[-20:])) from error
+        raise LeftOut(
+            f"{compiler[0]} could not build the C++ library ({why})", "\n".join(lines[-20:])
+        ) from error
 
 
 def build_cpu_with(compiler: list[str], sources: list[Path], target: Path, objects: Path) -> dict[str, str]:
     """Compile csrc/cpu.cpp once per instruction-set level and once for the C functions."""
-    openmp = ["-fopenmp"] if accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_thread_num(); }") else []
+    openmp = (
+        ["-fopenmp"]
+        if accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_thread_num(); }")
+        else []
+    )
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     levels = {k: v for k, v in X86_LEVELS.items() if accepts(compiler, v)} if on_x86 else {"base": []}
     if not levels and accepts(compiler, []):
         raise CompilerFailed(f"error: it does not know {X86_LEVELS['v2'][0]}, as g++ 11 and clang++ 12 do")
     jobs = {f"cpu_{level}": [f"-DKD_ISA={level}", *flags] for level, flags in levels.items()}
     jobs["cpu_api"] = [*(["-DKD_X86_LEVELS"] if on_x86 else []), *(f"-DKD_HAS_{level}" for level in levels)]
-    print(f"kdkernels: compiling the C++ library with {compiler[0]} for {', '.join(levels)}: half a minute on two cores", flush=True)
+    print(
+        f"kdkernels: compiling the C++ library with {compiler[0]} for {', '.join(levels)}: half a "
+        "minute on two cores",
+        flush=True,
+    )
     built = compile_all([*compiler, *FLAGS, *openmp], jobs, sources, objects)
     target.parent.mkdir(parents=True, exist_ok=True)
     linked = built[0].parent / target.name
@@ -143,22 +161,42 @@ def build_cuda(sources: list[Path], target: Path, objects: Path) -> dict[str, st
     if nvcc is None:
         raise RuntimeError("KDKERNELS_CUDA=1, but there is no nvcc on PATH")
     archs = os.environ.get("KDKERNELS_CUDA_ARCHS", "").replace(",", " ").split() or list(CUDA_ARCHS)
-    codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in archs] + [
+        f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    ]
     command = [nvcc, *CUDA_FLAGS, *codes, f'-DKD_ARCHS="{" ".join(f"sm_{x}" for x in archs)}"']
-    pieces = [(shape, base, other) for shape in ("kMixed", "kTilted", "kPlain") for base in (2, 4) for other in (2, 4)]
-    jobs = {f"cuda_{s}_{b}{o}": [f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}"] for s, b, o in pieces} | {"cuda_api": []}
-    print(f"kdkernels: compiling the CUDA library for {', '.join(f'sm_{x}' for x in archs)}: {len(jobs)} pieces, minutes each", flush=True)
+    pieces = [
+        (shape, base, other)
+        for shape in ("kMixed", "kTilted", "kPlain")
+        for base in (2, 4)
+        for other in (2, 4)
+    ]
+    jobs = {
+        f"cuda_{s}_{b}{o}": [f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}"] for s, b, o in pieces
+    } | {"cuda_api": []}
+    print(
+        f"kdkernels: compiling the CUDA library for {', '.join(f'sm_{x}' for x in archs)}: "
+        f"{len(jobs)} pieces, minutes each",
+        flush=True,
+    )
     built = compile_all(command, jobs, sources, objects)
     linked = built[0].parent / target.name
     compile_with([nvcc, "-shared", "-cudart", "static", *map(str, built), "-o", str(linked)])
     replace(linked, target)
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    version = (
+        subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    )
     return {"nvcc": version, "architectures": " ".join(archs)}
 
 
 # name -> (source, build function, the library's key in _build.txt when it is missing, what that means)
 LIBRARIES = {
-    "kdkernels._cpu": ("csrc/cpu.cpp", build_cpu, "error", "kdkernels will run on the eager backend only, many times slower"),
+    "kdkernels._cpu": (
+        "csrc/cpu.cpp",
+        build_cpu,
+        "error",
+        "kdkernels will run on the eager backend only, many times slower",
+    ),
     "kdkernels._cuda": ("csrc/cuda.cu", build_cuda, "cuda error", ""),
 }
 
@@ -183,7 +221,9 @@ class BuildLibraries(build_ext):
         if found.get("openmp", "yes") != "yes":
             self.warn("the compiler has no OpenMP: the CPU library is single-threaded")
         self.found |= found
-        (target.parent / "_build.txt").write_text("".join(f"{key}: {value}\n" for key, value in self.found.items()))
+        (target.parent / "_build.txt").write_text(
+            "".join(f"{key}: {value}\n" for key, value in self.found.items())
+        )
 
     def get_ext_filename(self, name: str) -> str:
         return name.replace(".", "/") + ".so"  # loaded with ctypes: no Python ABI in the name

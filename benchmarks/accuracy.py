@@ -1,6 +1,8 @@
-"""Relative error of loss and gradient against temperature, eager PyTorch beside kdkernels, against extended precision.
+"""Relative error of loss and gradient against temperature, eager PyTorch beside kdkernels, against extended
+precision.
 
-python benchmarks/accuracy.py      # a minute; writes benchmarks/results/accuracy.csv and docs/figures/accuracy.svg
+python benchmarks/accuracy.py      # a minute; writes benchmarks/results/accuracy.csv and
+                                   docs/figures/accuracy.svg
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def errors(rows: int, vocab: int, temperatures: list[float]) -> list[dict]:
         for T in temperatures:
             values, exact = reference(z, v, parse(divergence), T)
             exact = (exact / rows).astype(float)
-            losses = {"kdkernels": contenders.fused(parse(divergence), T)} | contenders.spellings(parse(divergence), T)
+            losses = {"kdkernels": contenders.fused(parse(divergence), T)} | contenders.spellings(
+                parse(divergence), T
+            )
             for name, loss in losses.items():
                 value = loss(z, v)
                 (grad,) = torch.autograd.grad(value, z)
@@ -47,7 +51,12 @@ def errors(rows: int, vocab: int, temperatures: list[float]) -> list[dict]:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    style = {"svg.fonttype": "none", "svg.hashsalt": "kdkernels", "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "kdkernels",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with plt.style.context(["tableau-colorblind10", style]):
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
         for i, divergence in enumerate(DIVERGENCES):
@@ -57,7 +66,13 @@ def plot(records: list[dict], path: Path) -> None:
                 mine = [r for r in here if r["contender"] == name]
                 label = f"{divergence}, {'kdkernels' if name == 'kdkernels' else 'eager PyTorch'}"
                 for axis, column in zip(axes, COLUMNS[-2:], strict=True):
-                    axis.loglog([r["temperature"] for r in mine], [max(r[column], 1e-9) for r in mine], line, color=f"C{i}", label=label)
+                    axis.loglog(
+                        [r["temperature"] for r in mine],
+                        [max(r[column], 1e-9) for r in mine],
+                        line,
+                        color=f"C{i}",
+                        label=label,
+                    )
         for axis, what in zip(axes, ("loss", "gradient"), strict=True):
             axis.axhline(1, color="0.7", linewidth=1, zorder=0)
             axis.set(xlabel="temperature T", title=f"Relative error of the {what}, fp32")
@@ -69,7 +84,9 @@ def plot(records: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT, help="root under which both files are written")
     parser.add_argument("--shape", default="4x128256", help="ROWSxVOCAB")
     parser.add_argument("--points", type=int, default=25, help="temperatures from 0.5 to 1e6")
@@ -82,7 +99,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({k: f"{x:.3g}" if isinstance(x, float) else x for k, x in r.items()} for r in records)
+        writer.writerows(
+            {k: f"{x:.3g}" if isinstance(x, float) else x for k, x in r.items()} for r in records
+        )
     plot(records, figure)
     print(table, figure, sep="\n")
     return records

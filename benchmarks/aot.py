@@ -1,10 +1,14 @@
-"""The Triton kernels, compiled for GPUs that need not be there: registers, spills, width of accesses, instructions to a logit.
+"""The Triton kernels, compiled for GPUs that need not be there: registers, spills, width of accesses,
+instructions to a logit.
 
-    python benchmarks/aot.py            a covering set for each target, to results/triton_aot.csv and docs/results/triton_aot.md
+    python benchmarks/aot.py            a covering set for each target, to results/triton_aot.csv and
+                                        docs/results/triton_aot.md
     python benchmarks/aot.py --all      every specialisation of the launcher on the shapes below
-    python benchmarks/aot.py --check    nothing is written; an exit status where a kernel does what it must not
+    python benchmarks/aot.py --check    nothing is written; an exit status where a kernel does what it must
+                                        not
 
-What is compiled is what the launcher would launch (`launches`), on tensors without data. Not with TRITON_INTERPRET=1.
+What is compiled is what the launcher would launch (`launches`), on tensors without data. Not with
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ from kdkernels.transforms import Modifiers
 
 RESULTS = Path(__file__).parent / "results" / "triton_aot.csv"
 TABLE = Path(__file__).parent.parent / "docs" / "results" / "triton_aot.md"
-# (instructions, exponentials) a logit: what the design counted for two sweeps in bf16, and what no change may exceed
+# (instructions, exponentials) a logit: what the design counted for two sweeps in bf16, and what no change may
+# exceed
 GOALS = {"kl": (58, 4.4), "renyi": (59, 7.4)}
 LIMITS = {"kl": (62, 4.5), "renyi": (95, 6.5), "reverse_kl": (56, 3.5), "jsd": (155, 7.5), "tvd": (85, 5.5)}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -82,7 +87,12 @@ class Case:
     @property
     def text(self) -> str:
         m = self.modifiers or Modifiers()
-        flags = [("hard", self.hard), ("smoothed", m.label_smoothing), ("weighted", self.weighted), ("value only", not self.grad)]
+        flags = [
+            ("hard", self.hard),
+            ("smoothed", m.label_smoothing),
+            ("weighted", self.weighted),
+            ("value only", not self.grad),
+        ]
         flags += [
             ("stats", self.stats),
             ("both sides", self.mutual),
@@ -94,7 +104,10 @@ class Case:
         return f"{self.divergence} T={self.temperature:g} {self.rows} x {self.vocab} {dtypes}{flags}"
 
     def launches(self, device: Device) -> list[backend.Launch]:
-        z, v = (torch.empty(self.rows, self.vocab, dtype=getattr(torch, x), device="meta") for x in (self.student, self.teacher))
+        z, v = (
+            torch.empty(self.rows, self.vocab, dtype=getattr(torch, x), device="meta")
+            for x in (self.student, self.teacher)
+        )
         per_row = {x: torch.empty(self.rows, dtype=x, device="meta") for x in (torch.int64, torch.float64)}
         scales = 1.0, 1.0, *((0.1, 0.1) if self.hard else (0.0, 0.0))
         weight, mirror = per_row[torch.float64] if self.weighted else None, None
@@ -119,7 +132,8 @@ class Case:
         )
 
 
-VOCABS = (2048, 4096, 32768, 50257, 128256, 151665, 262144)  # whole rows, two sweeps, windows, several programs to a row
+# whole rows, two sweeps, windows, several programs to a row
+VOCABS = (2048, 4096, 32768, 50257, 128256, 151665, 262144)
 
 
 ALL = Modifiers(0.5, 30.0, 2.0, 0.0, 0.1, 1e-4)  # scales, a softcap, label smoothing and the z-loss
@@ -166,13 +180,41 @@ def of_both_sides() -> list[Case]:
 
 def few() -> list[Case]:
     """The longest kernel of each family that sums something of its own."""
-    return [Case(), Case("renyi(0.5)", vocab=50257, hard=True, weighted=True), Case("skew_kl(0.1)", vocab=50257, hard=True)]
+    return [
+        Case(),
+        Case("renyi(0.5)", vocab=50257, hard=True, weighted=True),
+        Case("skew_kl(0.1)", vocab=50257, hard=True),
+    ]
 
 
 def everything() -> list[Case]:
-    dtypes = (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16"))
-    names = "kl", "reverse_kl", "cross_entropy", "renyi(0.5)", "renyi(2.0)", "renyi(inf)", "reverse_renyi(inf)", "renyi(0.0)"
-    names += "alpha(-2.0)", "alpha(0.5)", "alpha(2.0)", "jsd(0.5)", "jsd(0.1)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd"
+    dtypes = (
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "bfloat16"),
+    )
+    names = (
+        "kl",
+        "reverse_kl",
+        "cross_entropy",
+        "renyi(0.5)",
+        "renyi(2.0)",
+        "renyi(inf)",
+        "reverse_renyi(inf)",
+        "renyi(0.0)",
+    )
+    names += (
+        "alpha(-2.0)",
+        "alpha(0.5)",
+        "alpha(2.0)",
+        "jsd(0.5)",
+        "jsd(0.1)",
+        "skew_kl(0.1)",
+        "skew_reverse_kl(0.1)",
+        "tvd",
+    )
     families = (*((name, 2.0) for name in names), ("kl", math.inf))
     flags = ((False, False, True), (True, True, True), (False, False, False), (True, False, False))
     grid = itertools.product(families, dtypes, VOCABS, flags)
@@ -199,7 +241,8 @@ def source(launch: backend.Launch) -> ASTSource:
 
 @dataclass(frozen=True)
 class Found:
-    """What a compiled kernel takes. Instructions and exponentials are those of the sweeps' loops, for each logit of a row pair."""
+    """What a compiled kernel takes. Instructions and exponentials are those of the sweeps' loops, for each
+    logit of a row pair."""
 
     target: str
     case: str
@@ -215,14 +258,17 @@ class Found:
 
 
 def compile_for(case: Case, target: Target, seen: set | None = None) -> Iterator[Found]:
-    """What the kernels of a call take; those of `seen` (target, specialisation) are left out, and added to it."""
+    """What the kernels of a call take; those of `seen` (target, specialisation) are left out, and added to
+    it."""
     seen = set() if seen is None else seen
     for launch in case.launches(target.device):
         key = target.name, launch.warps, source(launch).hash()
         if key in seen:
             continue
         seen.add(key)
-        compiled = triton.compile(source(launch), target=target.gpu, options=launch.options(target.gpu.backend == "cuda"))
+        compiled = triton.compile(
+            source(launch), target=target.gpu, options=launch.options(target.gpu.backend == "cuda")
+        )
         read = read_nvidia if target.gpu.backend == "cuda" else read_amd
         yield Found(target.name, case.text, launch.kernel, launch.warps, **read(compiled, launch))
 
@@ -233,17 +279,24 @@ def read_nvidia(compiled, launch: backend.Launch) -> dict:
         run = lambda *x: subprocess.run([*x, file.name], capture_output=True, text=True, check=True).stdout  # noqa: E731
         usage, text = run(BIN / "cuobjdump", "-res-usage"), run(BIN / "nvdisasm", "-c")
     number = {x: int(y) for x, y in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    widths = {op: max([_width(x) for x in re.findall(rf"\b{op}\.([\w.]+)", text)] or [0]) for op in ("LDG", "STG")}
+    widths = {
+        op: max([_width(x) for x in re.findall(rf"\b{op}\.([\w.]+)", text)] or [0]) for op in ("LDG", "STG")
+    }
     body = _loops(text)
     per_tile = launch.arguments.get("RB", 0) * launch.arguments.get("R", 0) / (32 * launch.warps)
-    # The loops of the sweeps: jumps to functions and barriers are in what a row does once. The first sweep is there twice (`poor`); of
-    # a window, the longest loops are those of its edges.
-    sweeps = [x for x in body if any("MUFU.EX2" in y for y in x) and not any(y.startswith(("BAR", "CALL")) for y in x)]
+    # The loops of the sweeps: jumps to functions and barriers are in what a row does once. The first sweep is
+    # there twice (`poor`); of a window, the longest loops are those of its edges.
+    sweeps = [
+        x
+        for x in body
+        if any("MUFU.EX2" in y for y in x) and not any(y.startswith(("BAR", "CALL")) for y in x)
+    ]
     stores = [x for x in sweeps if any("STG" in y for y in x)]
     which = -1 if launch.arguments.get("ACCESS") == WINDOW else 0
     others = [x for x in sweeps if x not in stores]
     hot = [loops[which] for loops in (others, stores) if loops and per_tile]
-    if FAMILIES[launch.arguments["FAMILY"]] in MIXTURES and len(others) == 3:  # the sums of a mixture, and the first sweep twice
+    # the sums of a mixture, and the first sweep twice
+    if FAMILIES[launch.arguments["FAMILY"]] in MIXTURES and len(others) == 3:
         a, b, c = map(len, others)
         hot = [others[0], others[2 if a - b < b - c else 1], *stores[:1]]
     return dict(
@@ -283,10 +336,25 @@ def _loops(text: str) -> list[list[str]]:
 def read_amd(compiled, launch: backend.Launch) -> dict:
     text = compiled.asm["amdgcn"]
     number = {
-        x: int(y) for x, y in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+        x: int(y)
+        for x, y in re.findall(
+            r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text
+        )
     }
-    sizes = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
-    widths = {op: [sizes.get(x, 0) for x in re.findall(rf"(?:global|buffer)_{op}_(\w+?)(?:_d16\w*)?\s", text)] for op in ("load", "store")}
+    sizes = {
+        "dword": 4,
+        "dwordx2": 8,
+        "dwordx3": 12,
+        "dwordx4": 16,
+        "ushort": 2,
+        "short": 2,
+        "ubyte": 1,
+        "byte": 1,
+    }
+    widths = {
+        op: [sizes.get(x, 0) for x in re.findall(rf"(?:global|buffer)_{op}_(\w+?)(?:_d16\w*)?\s", text)]
+        for op in ("load", "store")
+    }
     return dict(
         registers=number["vgpr_count"],
         spills=number["vgpr_spill_count"],
@@ -299,15 +367,29 @@ def read_amd(compiled, launch: backend.Launch) -> dict:
 
 
 def plain(found: Found) -> tuple[float, float] | None:
-    """(instructions, exponentials) of all sweeps over rows in bf16 without labels, which are what goals and limits are about."""
-    if found.exponentials > 3 and found.case.endswith("bfloat16") and found.case.split("(")[0].split()[0] in LIMITS:
+    """(instructions, exponentials) of all sweeps over rows in bf16 without labels, which are what goals and
+    limits are about."""
+    if (
+        found.exponentials > 3
+        and found.case.endswith("bfloat16")
+        and found.case.split("(")[0].split()[0] in LIMITS
+    ):
         return found.instructions, found.exponentials
     return None
 
 
 def table(rows: list[Found]) -> str:
     """Markdown: what each kernel takes, beside the goal."""
-    head = ["target", "call", "kernel", "warps", "registers", "bytes an access", "instructions a logit", "exponentials a logit"]
+    head = [
+        "target",
+        "call",
+        "kernel",
+        "warps",
+        "registers",
+        "bytes an access",
+        "instructions a logit",
+        "exponentials a logit",
+    ]
     lines = [head, ["---"] * 3 + ["---:"] * 5]
     for x in rows:
         widths = f"{x.load_bytes}, {x.store_bytes}" if "value" not in x.case else f"{x.load_bytes}"
@@ -318,7 +400,10 @@ def table(rows: list[Found]) -> str:
         lines.append([x.target, x.case, x.kernel, f"{x.warps}", f"{x.registers}", widths, *counts])
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     spills = sum(x.spills + x.local for x in rows)
-    head = f"Spills and bytes of stack, of all together: {spills}. Counts are of the sweeps' loops in SASS; a value alone takes the first."
+    head = (
+        f"Spills and bytes of stack, of all together: {spills}. Counts are of the sweeps' loops in "
+        "SASS; a value alone takes the first."
+    )
     return f"{head}\n\n{text}\n"
 
 
@@ -330,8 +415,15 @@ def faults(found: Found) -> list[str]:
     target = TARGETS[found.target]
     name = found.case.split("(")[0].split()[0]
     light = name in ("kl", "cross_entropy") and "hard" not in found.case
-    mixture, rows = name in ("jsd", "skew_kl", "skew_reverse_kl", "tvd"), found.kernel in ("loss_rows", "loss_parts")
-    modified = any(x in found.case for x in ("capped", "scaled", "stats")) or name == "cross_entropy" and "both sides" in found.case
+    mixture, rows = (
+        name in ("jsd", "skew_kl", "skew_reverse_kl", "tvd"),
+        found.kernel in ("loss_rows", "loss_parts"),
+    )
+    modified = (
+        any(x in found.case for x in ("capped", "scaled", "stats"))
+        or name == "cross_entropy"
+        and "both sides" in found.case
+    )
     heavy = modified or (not light if rows else mixture)
     budget = target.most_registers if heavy else target.registers
     if rows and "hard" in found.case and (mixture or modified):  # two programs to a multiprocessor
@@ -341,25 +433,35 @@ def faults(found: Found) -> list[str]:
     if counts := plain(found):
         most = LIMITS[found.case.split("(")[0].split()[0]]
         if counts[0] > most[0] or counts[1] > most[1]:
-            out.append(f"{counts[0]} instructions and {counts[1]} exponentials a logit, {most} are the limits")
-    if found.kernel in ("loss_rows", "loss_parts") and (found.load_bytes < 16 or (found.store_bytes < 16 and "value" not in found.case)):
+            out.append(
+                f"{counts[0]} instructions and {counts[1]} exponentials a logit, {most} are the limits"
+            )
+    if found.kernel in ("loss_rows", "loss_parts") and (
+        found.load_bytes < 16 or (found.store_bytes < 16 and "value" not in found.case)
+    ):
         out.append(f"accesses of {found.load_bytes} and {found.store_bytes} bytes")
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--all", action="store_true", help="every specialisation, not a covering set")
     parser.add_argument("--few", action="store_true", help="three cases")
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where there are faults")
     args = parser.parse_args()
     rows, bad, seen = [], 0, set()
-    for target, case in itertools.product(args.targets, everything() if args.all else few() if args.few else covering()):
+    for target, case in itertools.product(
+        args.targets, everything() if args.all else few() if args.few else covering()
+    ):
         for found in compile_for(case, TARGETS[target], seen):
             rows.append(found)
             bad += bool(faults(found))
-            print(*(f"{getattr(found, x.name)}" for x in fields(found)), *faults(found), sep=" | ", flush=True)
+            print(
+                *(f"{getattr(found, x.name)}" for x in fields(found)), *faults(found), sep=" | ", flush=True
+            )
     print(f"{len(rows)} kernels, {bad} with faults")
     if not args.check:
         TABLE.write_text(table(rows), encoding="utf-8")

@@ -1,9 +1,12 @@
-"""The CUDA kernels as compiled, for GPUs that need not be there: registers, spills, occupancy, instructions to a logit, wide accesses.
+"""The CUDA kernels as compiled, for GPUs that need not be there: registers, spills, occupancy, instructions
+to a logit, wide accesses.
 
     python benchmarks/cuda_aot.py            to results/cuda_aot.csv and docs/results/cuda_aot.md
-    python benchmarks/cuda_aot.py --check    nothing is written; an exit status where a kernel does what it must not
+    python benchmarks/cuda_aot.py --check    nothing is written; an exit status where a kernel does what it
+                                             must not
 
-Needs nvcc, kdkernels/_cuda.so as setup.py builds it, and cuobjdump and nvdisasm (of a CUDA toolkit, or those that come with Triton).
+Needs nvcc, kdkernels/_cuda.so as setup.py builds it, and cuobjdump and nvdisasm (of a CUDA toolkit, or those
+that come with Triton).
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ def output(*command) -> str:
 class Kernel:
     target: str
     kernel: str
-    # plain: KL, cross entropy, T = inf; tilted: other orders; mixed: the mixture family and TVD, whose kernel for both gradients is another
+    # plain: KL, cross entropy, T = inf; tilted: other orders; mixed: the mixture family and TVD, whose kernel
+    #     for both gradients is another
     shape: str
     widths: str  # bytes of a logit of the base and of the other
     threads: int
@@ -67,11 +71,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Count:
-    """Instructions and exponentials for a logit of a row pair: copy, largest, sweep and gradient (cuda_probe.cu)."""
+    """Instructions and exponentials for a logit of a row pair: copy, largest, sweep and gradient
+    (cuda_probe.cu)."""
 
     target: str
     shape: (
-        str  # of the mixture family, what a chunk is (MixKind): near, where no x of a warp is above 1, even with JSD's weights, or skewed
+        # of the mixture family, what a chunk is (MixKind): near, where no x of a warp is above 1, even with
+        # JSD's weights, or skewed
+        str
     )
     widths: str
     copies: str
@@ -81,7 +88,9 @@ class Count:
 
 def parse(name: str) -> tuple[str, str, str, int, int] | None:
     """(kernel, shape, widths, threads, chunks) of a mangled loss kernel."""
-    m = re.search(r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)ELb(\d)EEELNS0_5ShapeE(\d)ELi(\d)ELi(\d)E", name)
+    m = re.search(
+        r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)ELb(\d)EEELNS0_5ShapeE(\d)ELi(\d)ELi(\d)E", name
+    )
     if m is None:
         return None
     kernel, threads, chunks, teams, both, shape, base, other = m.groups()
@@ -98,17 +107,33 @@ def kernels(target: str) -> list[Kernel]:
     """Every loss kernel of the library for a target."""
     usage = output(tool("cuobjdump"), "-res-usage", "-arch", target, LIBRARY)
     code = dict(
-        re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", output(tool("cuobjdump"), "-sass", "-arch", target, LIBRARY), re.S)
+        re.findall(
+            r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)",
+            output(tool("cuobjdump"), "-sass", "-arch", target, LIBRARY),
+            re.S,
+        )
     )
     out = []
-    for name, registers, stack, local in re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage):
+    for name, registers, stack, local in re.findall(
+        r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage
+    ):
         found = parse(name)
         if found is None or (found[0] == "loss_clusters" and target not in CLUSTERS):
             continue
         sass, threads = code[name], found[3]
         granted = -(-int(registers) // 8) * 8 * threads
         widest = max([int(x) // 8 for x in re.findall(r"STG\.E\.EF\.(\d+)", sass)] or [4])
-        out.append(Kernel(target, *found, int(registers), int(stack) + int(local), 65536 // granted, "UBLKCP" in sass, widest))
+        out.append(
+            Kernel(
+                target,
+                *found,
+                int(registers),
+                int(stack) + int(local),
+                65536 // granted,
+                "UBLKCP" in sass,
+                widest,
+            )
+        )
     return sorted(out, key=lambda x: (x.kernel, x.shape, x.widths, x.threads))
 
 
@@ -118,15 +143,25 @@ def counts(target: str) -> list[Count]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "probe.cubin")
             arch = target.removeprefix("sm_")
-            flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code={target}", f"-DKD_BULK={int(copies == 'bulk')}"]
+            flags = [
+                "-std=c++17",
+                "-O3",
+                f"-gencode=arch=compute_{arch},code={target}",
+                f"-DKD_BULK={int(copies == 'bulk')}",
+            ]
             output("nvcc", *flags, "-cubin", "-o", cubin, PROBE)
             text = output(tool("nvdisasm"), "-c", cubin)
         found = {}
         for name, body in re.findall(r"\n\.text\.(\S*probe\S*):\n(.*?)(?=\n\.text\.|\Z)", text, re.S):
-            chunks, shape, mix, base, other = re.search(r"probeILi(\d)ELNS0_5ShapeE(\d)ELi(\d)ELi(\d)ELi(\d)E", name).groups()
+            chunks, shape, mix, base, other = re.search(
+                r"probeILi(\d)ELNS0_5ShapeE(\d)ELi(\d)ELi(\d)ELi(\d)E", name
+            ).groups()
             shape = SHAPES[int(shape)] if shape != "3" else MIXES[int(mix)]
             instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", body)
-            n = len([x for x in instructions if not x.startswith("NOP")]), sum("MUFU.EX2" in x for x in instructions)
+            n = (
+                len([x for x in instructions if not x.startswith("NOP")]),
+                sum("MUFU.EX2" in x for x in instructions),
+            )
             found[shape, f"{base}/{other}", int(chunks)] = n
         for (shape, widths, chunks), n in sorted(found.items()):
             if chunks == 2:
@@ -149,14 +184,25 @@ def faults(found: list[Kernel], counted: list[Count]) -> list[str]:
         if x.blocks * x.threads < in_flight(x)
     ]
     out += [f"{x.target} {x.kernel}: stores of {x.store_bytes} bytes" for x in found if x.store_bytes != 16]
-    out += [f"{x.target} {x.kernel}: no bulk copies" for x in found if x.kernel == "loss_clusters" and not x.bulk]
+    out += [
+        f"{x.target} {x.kernel}: no bulk copies" for x in found if x.kernel == "loss_clusters" and not x.bulk
+    ]
     most = {"plain": ROOM["H200"], "tilted": (ROOM["H100"][0] * 1.2, ROOM["H200"][1])}
     twice = ROOM["H100"][0] * 2.25, ROOM["H200"][1]  # rows swept twice: 4/9 of the memory's rate
     for x in counted:
         instructions, exponentials = most.get(x.shape, twice)
         if x.widths == "2/2" and (x.instructions > instructions or x.exponentials > exponentials):
-            out.append(f"{x.target} {x.shape}: {x.instructions} instructions and {x.exponentials} exponentials a logit")
-    bodies = len(set(re.findall(r"Function (\S+?):", output(tool("cuobjdump"), "-res-usage", "-arch", "sm_90", LIBRARY))))
+            out.append(
+                f"{x.target} {x.shape}: {x.instructions} instructions and {x.exponentials} "
+                "exponentials a logit"
+            )
+    bodies = len(
+        set(
+            re.findall(
+                r"Function (\S+?):", output(tool("cuobjdump"), "-res-usage", "-arch", "sm_90", LIBRARY)
+            )
+        )
+    )
     return out + ([f"{bodies} kernels, {MOST_KERNELS} are the most"] if bodies > MOST_KERNELS else [])
 
 
@@ -168,14 +214,28 @@ def markdown(head: list[str], rows: list[list], numbers_from: int) -> str:
 def table(found: list[Kernel], counted: list[Count]) -> str:
     rooms = ", ".join(f"{name} {a} / {b}" for name, (a, b) in ROOM.items())
     text = (
-        f"Bytes of stack, where spills would go, of all together: {sum(x.stack for x in found)}. At the rate of its memory a device has, "
+        f"Bytes of stack, where spills would go, of all together: {sum(x.stack for x in found)}. "
+        "At the rate of its memory a device has, "
     )
     text += f"for each bf16 logit of a row pair, issue slots / exponentials: {rooms}. "
     text += "Counted is what is paid for each logit: copy, largest, sweep, "
-    text += "gradient; what is paid once a tile (sums, exchange, closing) comes on top, and in the mixture family three moves a logit. "
-    text += "Its rows are swept twice; near: a chunk of a warp whose |log q/p| are at most 1, even: others with JSD's weights.\n\n"
+    text += (
+        "gradient; what is paid once a tile (sums, exchange, closing) comes on top, and in the "
+        "mixture family three moves a logit. "
+    )
+    text += (
+        "Its rows are swept twice; near: a chunk of a warp whose |log q/p| are at most 1, even: "
+        "others with JSD's weights.\n\n"
+    )
     head = ["target", "divergence", "bytes a logit", "copies", "instructions a logit", "exponentials a logit"]
-    text += markdown(head, [[x.target, x.shape, x.widths, x.copies, f"{x.instructions:g}", f"{x.exponentials:g}"] for x in counted], 4)
+    text += markdown(
+        head,
+        [
+            [x.target, x.shape, x.widths, x.copies, f"{x.instructions:g}", f"{x.exponentials:g}"]
+            for x in counted
+        ],
+        4,
+    )
     head = [
         "target",
         "kernel",
@@ -187,12 +247,27 @@ def table(found: list[Kernel], counted: list[Count]) -> str:
         "blocks a multiprocessor",
         "bulk copies",
     ]
-    rows = [[x.target, x.kernel, x.shape, x.widths, x.threads, 8 * x.chunks, x.registers, x.blocks, "yes" if x.bulk else ""] for x in found]
+    rows = [
+        [
+            x.target,
+            x.kernel,
+            x.shape,
+            x.widths,
+            x.threads,
+            8 * x.chunks,
+            x.registers,
+            x.blocks,
+            "yes" if x.bulk else "",
+        ]
+        for x in found
+    ]
     return f"{text}\n\n{markdown(head, rows, 4)}\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where there are faults")
     args = parser.parse_args()
     if not LIBRARY.exists():

@@ -1,10 +1,12 @@
-"""What each divergence costs beside KL, and what statistics and the teacher's gradient cost beside a plain step of the same divergence.
+"""What each divergence costs beside KL, and what statistics and the teacher's gradient cost beside a plain
+step of the same divergence.
 
     python benchmarks/divergences.py               # a minute; a table
     python benchmarks/divergences.py --write       # and docs/results/divergences_cpu.md
 
-A step is the public function's loss and gradient. The steps take turns, and a figure is the median over the rounds of the ratio of two
-that stood in the same round: machines are shared, and ratios move less than times. Each is compared with the fp64 backend first.
+A step is the public function's loss and gradient. The steps take turns, and a figure is the median over the
+rounds of the ratio of two that stood in the same round: machines are shared, and ratios move less than times.
+Each is compared with the fp64 backend first.
 """
 
 from __future__ import annotations
@@ -23,10 +25,20 @@ from kdkernels import fused_kd_loss
 from kdkernels.bench import measure
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "divergences_cpu.md"
-DTYPES = {"fp32": (torch.float32, 3e-6), "bf16": (torch.bfloat16, 4e-3)}  # and the error allowed, of the gradient's norm
+# and the error allowed, of the gradient's norm
+DTYPES = {"fp32": (torch.float32, 3e-6), "bf16": (torch.bfloat16, 4e-3)}
 SPREADS = (0.5, 3.0)  # how far a student's logits are from its teacher's
 DIVERGENCES = (
-    *("kl", "cross_entropy", "reverse_kl", "renyi(0.5)", "renyi(2)", "reverse_renyi(2)", "alpha(0.5)", "alpha(2)"),
+    *(
+        "kl",
+        "cross_entropy",
+        "reverse_kl",
+        "renyi(0.5)",
+        "renyi(2)",
+        "reverse_renyi(2)",
+        "alpha(0.5)",
+        "alpha(2)",
+    ),
     *("jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "skew_kl(0.1)", "skew_kl(0.5)", "skew_kl(0.9)"),
     *("skew_reverse_kl(0.1)", "skew_reverse_kl(0.5)", "skew_reverse_kl(0.9)", "tvd"),
 )
@@ -74,28 +86,44 @@ def measured(rows: int, vocab: int, repeats: int) -> dict[str, dict[str, list[fl
 
 def table(found: dict[str, dict[str, list[float]]]) -> str:
     columns = [f"{dtype}, {spread:g}" for dtype in DTYPES for spread in SPREADS]
-    lines = ["| | " + " | ".join(columns) + " | statistics | both gradients |", "| --- |" + " ---: |" * (len(columns) + 2)]
+    lines = [
+        "| | " + " | ".join(columns) + " | statistics | both gradients |",
+        "| --- |" + " ---: |" * (len(columns) + 2),
+    ]
     for d, of in found.items():
         ranges = (f"{min(of[name]):.2f} to {max(of[name]):.2f}" for name in ("stats", "both"))
-        lines.append(f"| `{d}` | " + " | ".join(f"{x:.2f}" for x in of["step"]) + " | " + " | ".join(ranges) + " |")
+        lines.append(
+            f"| `{d}` | " + " | ".join(f"{x:.2f}" for x in of["step"]) + " | " + " | ".join(ranges) + " |"
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["64x128256", "256x32768"], help="ROWSxVOCAB, default %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=["64x128256", "256x32768"], help="ROWSxVOCAB, default %(default)s"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--write", action="store_true", help=f"{PAGE.name}")
     parser.add_argument("--machine", help="what it is called there, default: what the system calls it")
     args = parser.parse_args(argv)
     machine = measure.machine(torch.device("cpu"))
     about = ", ".join(
-        [args.machine or machine["device"], f"{machine['threads']} threads", machine["cpu_library"], f"torch {machine['torch']}"]
+        [
+            args.machine or machine["device"],
+            f"{machine['threads']} threads",
+            machine["cpu_library"],
+            f"torch {machine['torch']}",
+        ]
     )
     parts = [
         "# What each divergence costs on a CPU",
-        "`python benchmarks/divergences.py`: the time of a step (loss and gradient, T = 2) beside KL's, for logits that differ from the\n"
-        "teacher's by 1/2 and by 3; then a step with `return_stats=True`, and one with `teacher_grad=True`, beside a plain one, from the\n"
+        "`python benchmarks/divergences.py`: the time of a step (loss and gradient, T = 2) beside "
+        "KL's, for logits that differ from the\n"
+        "teacher's by 1/2 and by 3; then a step with `return_stats=True`, and one with "
+        "`teacher_grad=True`, beside a plain one, from the\n"
         f"least to the most of the four. {about}.",
     ]
     for shape in tqdm(args.shapes, disable=None):

@@ -1,9 +1,11 @@
-"""Whole training steps: a head's product, the loss, its backward and that of the head. Time, and peak memory beyond what is held between.
+"""Whole training steps: a head's product, the loss, its backward and that of the head. Time, and peak memory
+beyond what is held between.
 
     python benchmarks/steps.py [--tokens 256] [--vocab 32768] [--width 64] [--dtype fp32] [--repeats 9]
 
-plain: the logits are gone before the backward, as nothing but the loss holds on to them. accumulated: four micro-batches divided by the
-number of all tokens. compiled: forward and loss by torch.compile. Ways take turns; each is compared with fp64 before it is timed.
+plain: the logits are gone before the backward, as nothing but the loss holds on to them. accumulated: four
+    micro-batches divided by the number of all tokens. compiled: forward and loss by torch.compile. Ways take
+    turns; each is compared with fp64 before it is timed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from kdkernels.divergence import parse
 
 T = 2.0
 PARTS = 4  # micro-batches of a step
-BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (5e-2, 1e-1), "fp16": (5e-3, 1e-2)}  # loss and head's gradient: 16-bit logits are rounded
+# loss and head's gradient: 16-bit logits are rounded
+BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (5e-2, 1e-1), "fp16": (5e-3, 1e-2)}
 
 Loss = Callable[[Tensor, Tensor, int], Tensor]  # student's and teacher's logits, tokens to divide by
 
@@ -58,7 +61,10 @@ class Model:
 
 def losses() -> dict[str, Loss]:
     spelling, spelled = list(contenders.spellings(parse("kl"), T).items())[-1]
-    fused = lambda z, v, n, inplace: fused_kd_loss(z, v, temperature=T, t_squared=True, num_items=n, inplace=inplace)  # noqa: E731
+
+    def fused(z, v, n, inplace):
+        return fused_kd_loss(z, v, temperature=T, t_squared=True, num_items=n, inplace=inplace)
+
     return {
         "kdkernels": lambda z, v, n: fused(z, v, n, False),
         "kdkernels in place": lambda z, v, n: fused(z, v, n, True),
@@ -89,7 +95,13 @@ def steps(model: Model) -> dict[str, Callable[[], float]]:
     return found
 
 
-def check(name: str, step: Callable[[], float], model: Model, exact: tuple[float, Tensor], bounds: tuple[float, float]) -> None:
+def check(
+    name: str,
+    step: Callable[[], float],
+    model: Model,
+    exact: tuple[float, Tensor],
+    bounds: tuple[float, float],
+) -> None:
     """SystemExit where a step's loss or gradient is wrong."""
     model.head.grad = None
     loss = step()
@@ -99,7 +111,9 @@ def check(name: str, step: Callable[[], float], model: Model, exact: tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("tokens", 256), ("vocab", 32768), ("width", 64), ("repeats", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="fp32")
@@ -122,7 +136,10 @@ def main() -> None:
 
     times = take_turns({name: clean(step) for name, step in ways.items()}, args.repeats)
     logits = args.tokens * args.vocab * model.x.element_size()
-    print(f"{bench.machine['device']}, {bench.machine['threads']} threads; {args.tokens} tokens x {args.vocab} x {args.width} {args.dtype}")
+    print(
+        f"{bench.machine['device']}, {bench.machine['threads']} threads; {args.tokens} tokens x "
+        f"{args.vocab} x {args.width} {args.dtype}"
+    )
     print(f"{'':44s}{'ms':>9s}{'20 %':>9s}{'80 %':>9s}{'peak, in logits':>17s}")
     for name, seconds in times.items():
         low, middle, high = (1e3 * np.quantile(seconds, q) for q in (0.2, 0.5, 0.8))

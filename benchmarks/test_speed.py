@@ -1,6 +1,8 @@
-"""Regressions in time, with pytest-benchmark: `make regress` compares with the last saved run of this machine.
+"""Regressions in time, with pytest-benchmark: `make regress` compares with the last saved run of this
+machine.
 
-A step is loss and gradient. Each is compared with the fp64 backend before it is timed; pytest's --benchmark-disable checks only that.
+A step is loss and gradient. Each is compared with the fp64 backend before it is timed; pytest's
+--benchmark-disable checks only that.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ def logits(rows: int, vocab: int, dtype: str, device: str) -> tuple[torch.Tensor
     return *(x.to(device, DTYPES[dtype]) for x in measure.logits(rows, vocab)), labels.to(device)
 
 
-# what is covered: each family, each dtype, few and many rows, small and odd vocabularies, what is computed besides the divergence
+# what is covered: each family, each dtype, few and many rows, small and odd vocabularies, what is computed
+# besides the divergence
 CASES = {
     "kl": (256, 128256, "fp32", {"divergence": "kl"}),
     "kl-bf16": (256, 128256, "bf16", {"divergence": "kl"}),
@@ -43,7 +46,12 @@ CASES = {
     "skew-kl": (256, 128256, "fp32", {"divergence": "skew_kl(0.1)"}),
     "tvd": (256, 128256, "fp32", {"divergence": "tvd"}),
     "softcap": (256, 128256, "fp32", {"divergence": "kl", "student_transform": LogitTransform(softcap=30.0)}),
-    "smoothing": (256, 128256, "fp32", {"divergence": "kl", "hard_weight": 0.1, "label_smoothing": 0.1, "z_loss": 1e-4}),
+    "smoothing": (
+        256,
+        128256,
+        "fp32",
+        {"divergence": "kl", "hard_weight": 0.1, "label_smoothing": 0.1, "z_loss": 1e-4},
+    ),
 }
 TOLERANCE = {"fp32": 3e-6, "bf16": 4e-3, "fp16": 1e-3, "fp64": 1e-12}
 

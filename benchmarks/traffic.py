@@ -1,13 +1,14 @@
-"""A model of the Triton and the CUDA backend's time: bytes to and from memory, instructions and exponentials of each logit, against a
-device's rates.
+"""A model of the Triton and the CUDA backend's time: bytes to and from memory, instructions and exponentials
+of each logit, against a device's rates.
 
     python benchmarks/traffic.py              a table for the devices below
     python benchmarks/traffic.py --here       beside measured times, on a GPU
 
-Loss and gradient of rows of V logits move at least 3 V b bytes a row (each logit read once, the gradient written once). The plan
-(`kdkernels.backends.triton_plan`) keeps a row between its two sweeps in registers or in the second-level cache; where it does not fit, the
-second sweep reads from memory again, 5 V b. A row's time is the longest of three: its bytes over the copy bandwidth, its instructions over
-the issue rate, its exponentials over the rate of the special-function units; the first overlaps the others, as several programs
+Loss and gradient of rows of V logits move at least 3 V b bytes a row (each logit read once, the gradient
+written once). The plan (`kdkernels.backends.triton_plan`) keeps a row between its two sweeps in registers or
+in the second-level cache; where it does not fit, the second sweep reads from memory again, 5 V b. A row's
+time is the longest of three: its bytes over the copy bandwidth, its instructions over the issue rate, its
+exponentials over the rate of the special-function units; the first overlaps the others, as several programs
 share a multiprocessor. What a tile of the CUDA kernels takes once (sums, exchange, closing) is not in it.
 """
 
@@ -25,13 +26,23 @@ from kdkernels.backends.triton_plan import CACHE_SHARE, Device, Plan, plan
 
 COUNTS = Path(__file__).parent / "results" / "triton_aot.csv"
 CUDA_COUNTS = COUNTS.with_name("cuda_aot.csv")
-SHARED = {"sm_80": (163 << 10, 164 << 10), "sm_90": (227 << 10, 228 << 10), "sm_100": (227 << 10, 228 << 10)}  # of a block, of all
-SHAPES = ((4096, 32768), (4096, 50257), (4096, 128256), (4096, 151936), (4096, 262144), (64, 262144), (1, 262144))
+# of a block, of all
+SHARED = {"sm_80": (163 << 10, 164 << 10), "sm_90": (227 << 10, 228 << 10), "sm_100": (227 << 10, 228 << 10)}
+SHAPES = (
+    (4096, 32768),
+    (4096, 50257),
+    (4096, 128256),
+    (4096, 151936),
+    (4096, 262144),
+    (64, 262144),
+    (1, 262144),
+)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A device: copy bandwidth in bytes a second, clock in Hz; a multiprocessor has four schedulers and 16 special functions a clock."""
+    """A device: copy bandwidth in bytes a second, clock in Hz; a multiprocessor has four schedulers and 16
+    special functions a clock."""
 
     name: str
     target: str
@@ -75,7 +86,9 @@ class Prediction:
         return 3 * rows * vocab * size / self.seconds / rates.copy
 
 
-def predict(rates: Rates, rows: int, vocab: int, size: int, instructions: float, exponentials: float) -> Prediction:
+def predict(
+    rates: Rates, rows: int, vocab: int, size: int, instructions: float, exponentials: float
+) -> Prediction:
     """The time of loss and gradient; a device that is not full is slower by the programs it lacks."""
     chosen = plan(rows, vocab, size, size, vocab * size % 16 != 0, rates.device)
     moved = bytes_per_logit(chosen, vocab, size, rates.device)
@@ -97,14 +110,19 @@ def counts(target: str, divergence: str) -> tuple[float, float]:
     """(instructions, exponentials) to a logit of the two sweeps in bf16, as compiled."""
     with open(COUNTS, encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            plain = row["case"].startswith(divergence) and row["case"].endswith("bfloat16") and float(row["exponentials"]) > 3
+            plain = (
+                row["case"].startswith(divergence)
+                and row["case"].endswith("bfloat16")
+                and float(row["exponentials"]) > 3
+            )
             if row["target"] == target and plain:
                 return float(row["instructions"]), float(row["exponentials"])
     raise LookupError(f"{COUNTS.name} has no {divergence} for {target}: python benchmarks/aot.py")
 
 
 def cuda_geometry(rates: Rates, rows: int, vocab: int, divergence: str) -> tuple[bool, int, int, int]:
-    """(a cluster's kernel, blocks to a row, tiles to a block, threads to a block) of the library's own plan (csrc/cuda/plan.h), bf16."""
+    """(a cluster's kernel, blocks to a row, tiles to a block, threads to a block) of the library's own plan
+    (csrc/cuda/plan.h), bf16."""
     import torch
 
     library = cuda.library()
@@ -121,9 +139,12 @@ def cuda_geometry(rates: Rates, rows: int, vocab: int, divergence: str) -> tuple
 
 
 def predict_cuda(rates: Rates, rows: int, vocab: int, divergence: str) -> Prediction:
-    """As `predict`, of the CUDA kernels, bf16: exponentials are taken once where a row's tiles are all in registers."""
+    """As `predict`, of the CUDA kernels, bf16: exponentials are taken once where a row's tiles are all in
+    registers."""
     cluster, parts, tiles, threads = cuda_geometry(rates, rows, vocab, divergence)
-    instructions, exponentials = cuda_counts(rates.target, "plain" if divergence == "kl" else "tilted", "bulk" if cluster else "async")
+    instructions, exponentials = cuda_counts(
+        rates.target, "plain" if divergence == "kl" else "tilted", "bulk" if cluster else "async"
+    )
     again = (tiles - 1) / tiles  # the share that is read and computed twice
     blocks = min(rows * parts, rates.device.processors * max(1, 512 // threads))
     in_cache = blocks / parts * 4 * vocab <= CACHE_SHARE * rates.device.cache
@@ -167,10 +188,15 @@ def measured(rows: int, vocab: int, divergence: str, backend: str) -> tuple[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--here", action="store_true", help="measure the same shapes on this machine's GPU")
     args = parser.parse_args()
-    print(f"{'device':10} {'divergence':10} {'rows x V':>14} {'B/logit':>8} {'ms':>8} {'of copy':>8}  bound, backend")
+    print(
+        f"{'device':10} {'divergence':10} {'rows x V':>14} {'B/logit':>8} {'ms':>8} {'of copy':>8}  "
+        "bound, backend"
+    )
     models = {"triton": lambda r, d, *shape: predict(r, *shape, 2, *counts(r.target, d))}
     if isinstance(cuda.library(), str):
         print(f"cuda: {cuda.library()}")
@@ -182,12 +208,18 @@ def main() -> None:
                 found = model(rates, divergence, rows, vocab)
                 share = found.floor_share(rates, rows, vocab, 2)
                 ms, shape = found.seconds * 1e3, f"{rows} x {vocab}"
-                print(f"{rates.name:10} {divergence:10} {shape:>14} {found.bytes:8.1f} {ms:8.3f} {share:8.2f}  {found.bound}, {backend}")
+                print(
+                    f"{rates.name:10} {divergence:10} {shape:>14} {found.bytes:8.1f} {ms:8.3f} "
+                    f"{share:8.2f}  {found.bound}, {backend}"
+                )
     if args.here:
         for divergence, (rows, vocab), backend in itertools.product(("kl", "renyi(2.0)"), SHAPES, models):
             seconds, copy = measured(rows, vocab, divergence, backend)
             share = 6 * rows * vocab / seconds / copy
-            print(f"measured {backend:6} {divergence:10} {rows} x {vocab}: {seconds * 1e3:.3f} ms, {share:.2f} of copy")
+            print(
+                f"measured {backend:6} {divergence:10} {rows} x {vocab}: {seconds * 1e3:.3f} ms, "
+                f"{share:.2f} of copy"
+            )
 
 
 if __name__ == "__main__":

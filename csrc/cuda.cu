@@ -1,23 +1,28 @@
-// The CUDA library. Compiled once for each piece (KD_SHAPE = kPlain, kTilted, kMixed; KD_BASE, KD_OTHER = 2, 4 bytes: the loss kernels of a shape and a pair of
-// widths) and once more without, for the C functions and the other kernels. No torch, no Python; the CUDA runtime is linked in.
+// The CUDA library. Compiled once for each piece (KD_SHAPE = kPlain, kTilted, kMixed; KD_BASE, KD_OTHER = 2,
+// 4 bytes: the loss kernels of a shape and a pair of widths) and once more without, for the C functions and
+// the other kernels. No torch, no Python; the CUDA runtime is linked in.
 //
-// A call: tickets are zeroed where blocks share rows, the kernel of its geometry runs, then careful_rows looks at the losses and computes
-// the rows that were left, in fp64; of both gradients the teacher's first. Everything is put on the stream of the call; nothing waits for it.
+// A call: tickets are zeroed where blocks share rows, the kernel of its geometry runs, then careful_rows
+// looks at the losses and computes the rows that were left, in fp64; of both gradients the teacher's first.
+// Everything is put on the stream of the call; nothing waits for it.
 #define KD_LEVEL device
 #include "cuda/plan.h"
 
 namespace kd {
 namespace KD_LEVEL {
 
-// Launch the geometry's kernel; `most` is asked instead where it is given: how many of its clusters the device holds.
-template <Shape kShape, int kB, int kO> int launch_piece(const kd_geometry &g, const Job &job, void *stream, int *most) {
+// Launch the geometry's kernel; `most` is asked instead where it is given: how many of its clusters the
+// device holds.
+template <Shape kShape, int kB, int kO>
+int launch_piece(const kd_geometry &g, const Job &job, void *stream, int *most) {
   const gpu::Shape shape{g.blocks, g.threads, g.cluster, g.shared};
   const auto with = [&](auto kernel) {
     if (const int error = gpu::allow(kernel, g.kind == kCluster || g.kind == kWideCluster)) return error;
     if (most) return gpu::most_clusters(kernel, shape, most);
     return gpu::launch(kernel, shape, stream, job);
   };
-  if constexpr (kShape == kMixed) if (g.kind == kBothRows) return with(loss_rows<typename Sizes<kShape>::BothRows, kShape, kB, kO>);
+  if constexpr (kShape == kMixed)
+    if (g.kind == kBothRows) return with(loss_rows<typename Sizes<kShape>::BothRows, kShape, kB, kO>);
   switch (g.kind) {
     case kWarpRows: return with(loss_rows<typename Sizes<kShape>::WarpRows, kShape, kB, kO>);
     case kBlockRows: return with(loss_rows<typename Sizes<kShape>::BlockRows, kShape, kB, kO>);
@@ -34,8 +39,11 @@ template int launch_piece<KD_SHAPE, KD_BASE, KD_OTHER>(const kd_geometry &, cons
 
 #if !defined(KD_PIECES)
 #define KD_PIECES(shape) X(shape, 2, 2) X(shape, 2, 4) X(shape, 4, 2) X(shape, 4, 4)
-#define X(shape, base, other) extern template int launch_piece<shape, base, other>(const kd_geometry &, const Job &, void *, int *);
-KD_PIECES(kPlain) KD_PIECES(kTilted) KD_PIECES(kMixed)
+#define X(shape, base, other) \
+  extern template int launch_piece<shape, base, other>(const kd_geometry &, const Job &, void *, int *);
+KD_PIECES(kPlain)
+KD_PIECES(kTilted)
+KD_PIECES(kMixed)
 #undef X
 #endif
 }  // namespace KD_LEVEL
@@ -48,17 +56,23 @@ namespace KD_LEVEL {
 namespace {
 
 int launch_loss(const kd_geometry &g, const Job &job, void *stream, int *most = nullptr) {
-  const int zs = kept_size(job.call, job.call.student_dtype), vs = kept_size(job.call, job.call.teacher_dtype);
+  const int zs = kept_size(job.call, job.call.student_dtype),
+            vs = kept_size(job.call, job.call.teacher_dtype);
   const int base = job.plan.student_base ? zs : vs, other = job.plan.student_base ? vs : zs;
-#define X(shape, b, o) if (shape_of(job.plan) == shape && base == b && other == o) return launch_piece<shape, b, o>(g, job, stream, most);
-  KD_PIECES(kPlain) KD_PIECES(kTilted) KD_PIECES(kMixed)
+#define X(shape, b, o)                                        \
+  if (shape_of(job.plan) == shape && base == b && other == o) \
+    return launch_piece<shape, b, o>(g, job, stream, most);
+  KD_PIECES(kPlain)
+  KD_PIECES(kTilted)
+  KD_PIECES(kMixed)
 #undef X
   return KD_BAD_CALL;
 }
 
 bool understood(const kd_call *c) {
   const auto dtype = [](int32_t x) { return x == KD_BF16 || x == KD_F16 || x == KD_F32; };
-  return c && c->rows >= 0 && c->vocab > 0 && c->inner > 0 && c->grad_width >= c->vocab && dtype(c->student_dtype) && dtype(c->teacher_dtype);
+  return c && c->rows >= 0 && c->vocab > 0 && c->inner > 0 && c->grad_width >= c->vocab &&
+         dtype(c->student_dtype) && dtype(c->teacher_dtype);
 }
 
 Job make_job(const kd_call &c) {
@@ -66,22 +80,29 @@ Job make_job(const kd_call &c) {
   job.call = c;
   job.plan = make_plan(c, false);
   job.marks = c.loss;
-  if (c.vocab <= 1024) job.plan.patience = 4;        // so few classes do not average their roundings out, and are swept again in no time
+  // so few classes do not average their roundings out, and are swept again in no time
+  if (c.vocab <= 1024) job.plan.patience = 4;
   if (job.plan.mixed) job.mix = narrowed(job.plan.mixture, float());
-  job.c = float(job.plan.c); job.c_low = job.plan.exact ? float(job.plan.c_low) : 0;
+  job.c = float(job.plan.c);
+  job.c_low = job.plan.exact ? float(job.plan.c_low) : 0;
   job.tilt = float(job.plan.tilt);
-  job.reach = float(43 / (std::fabs(job.plan.tilt) > 1 ? std::fabs(job.plan.tilt) : 1));   // nothing within it over- or underflows: 2^43 2^-125
+  // nothing within it over- or underflows: 2^43 2^-125
+  job.reach = float(43 / (std::fabs(job.plan.tilt) > 1 ? std::fabs(job.plan.tilt) : 1));
   job.hard = c.labels && (c.hard_scale != 0 || c.hard_grad_scale != 0);
   job.smooth = job.hard && c.label_smoothing != 0;
   job.transformed = has_transform(c);
-  job.student = Transform<float>(c.student_scale, c.student_softcap); job.teacher = Transform<float>(c.teacher_scale, c.teacher_softcap);
+  job.student = Transform<float>(c.student_scale, c.student_softcap);
+  job.teacher = Transform<float>(c.teacher_scale, c.teacher_softcap);
   return job;
 }
 
 int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 int64_t ticket_bytes(const kd_call &c) { return round16((1 + kCounters * c.rows) * 4); }
 int64_t workspace_of(const kd_call &c, const Job &job, const kd_geometry &g) {
-  return g.parts > 1 ? ticket_bytes(c) + c.rows * g.parts * g.tiles * (kWords + (job.plan.mixed ? kMixedWords : 0) + (c.stats ? kStatWords : 0)) * 8 : 0;
+  return g.parts > 1 ? ticket_bytes(c) +
+                           c.rows * g.parts * g.tiles *
+                               (kWords + (job.plan.mixed ? kMixedWords : 0) + (c.stats ? kStatWords : 0)) * 8
+                     : 0;
 }
 
 // The geometry on the call's device; clusters that the device does not hold are left for blocks.
@@ -100,7 +121,7 @@ int geometry_on(const kd_call &c, const Job &job, kd_geometry &g) {
   return KD_OK;
 }
 
-int64_t workspace_on(const Job &job) {               // negative: a status
+int64_t workspace_on(const Job &job) {  // negative: a status
   kd_geometry g{};
   const int status = geometry_on(job.call, job, g);
   return status ? -status : workspace_of(job.call, job, g);
@@ -109,8 +130,10 @@ int64_t workspace_on(const Job &job) {               // negative: a status
 // Of a call for both gradients, the teacher's alone.
 Job make_mirror_job(const kd_call &c) {
   Job job = make_job(*c.mirror);
-  job.call.stream = c.stream; job.call.device = c.device;
-  if (c.family == kCrossEntropy) job.plan.entropy = job.plan.careful = true;   // which careful.h knows and the sweep does not
+  job.call.stream = c.stream;
+  job.call.device = c.device;
+  // which careful.h knows and the sweep does not
+  if (c.family == kCrossEntropy) job.plan.entropy = job.plan.careful = true;
   job.marks = c.loss;
   return job;
 }
@@ -123,7 +146,8 @@ bool share(Job &job) {
   job.mutual = !job.plan.careful && job.mirror_plan.mirror != kNoMirror;
   const Mixed<double> &mix = job.plan.mixture;
   if (job.plan.mixed) {
-    job.mirror_plan.mirror = kSame;                  // reverse KL's as well: its e^y - 1 has been written over
+    // reverse KL's as well: its e^y - 1 has been written over
+    job.mirror_plan.mirror = kSame;
     job.mirror_mix = narrowed(make_mixed(mix.tvd, !mix.student_base, mix.l, mix.base, mix.other), float());
   }
   return job.mutual;
@@ -137,7 +161,9 @@ int run(Job &job) {
   const auto cuda = [](int error) { return error ? KD_CUDA_ERROR + error : KD_OK; };
   job.all = g.kind == kCarefulRows;
   if (!job.all) {
-    job.parts = g.parts; job.tiles = g.tiles; job.stages = g.stages;
+    job.parts = g.parts;
+    job.tiles = g.tiles;
+    job.stages = g.stages;
     job.team_bytes = g.kind == kWarpRows ? g.shared / (g.threads / 32) : g.shared;
     if (g.parts > 1) {
       job.tickets = (uint32_t *)c.workspace;
@@ -168,7 +194,8 @@ KD_API int32_t kd_loss(kd_call *c) {
   const gpu::OnDevice here(c->device);
   Job job = make_job(*c);
   if (!c->mirror || share(job)) return run(job);
-  Job other = make_mirror_job(*c);                   // first: a gradient in place overwrites the student's logits
+  // first: a gradient in place overwrites the student's logits
+  Job other = make_mirror_job(*c);
   other.call.workspace = (char *)c->workspace + loss_bytes(*c);
   other.call.workspace_size = c->workspace_size - loss_bytes(*c);
   if (other.call.workspace_size < 0) return KD_BAD_CALL;
@@ -217,7 +244,9 @@ KD_API int32_t kd_scale(const kd_scale_call *c) {
   const gpu::OnDevice here(c->device);
   const ScaleJob job{c->x, c->factor, c->count, c->dtype, c->factor_dtype};
   const int64_t blocks = over(c->count, CarefulRows::kThreads * kRun * 4), most = 1 << 16;
-  const int error = gpu::launch(scale_all<CarefulRows>, gpu::Shape{blocks < most ? blocks : most, CarefulRows::kThreads, 1, 0}, (void *)c->stream, job);
+  const int error = gpu::launch(scale_all<CarefulRows>,
+                                gpu::Shape{blocks < most ? blocks : most, CarefulRows::kThreads, 1, 0},
+                                (void *)c->stream, job);
   return error ? KD_CUDA_ERROR + error : KD_OK;
 }
 
@@ -226,10 +255,14 @@ KD_API int64_t kd_call_size(void) { return sizeof(kd_call); }
 KD_API int64_t kd_log_softmax_call_size(void) { return sizeof(kd_log_softmax_call); }
 KD_API int64_t kd_scale_call_size(void) { return sizeof(kd_scale_call); }
 KD_API const char *kd_families(void) { return kd::KD_LEVEL::kNames; }
-KD_API const char *kd_isa(void) { return KD_ARCHS; }   // what it was compiled for
+KD_API const char *kd_isa(void) { return KD_ARCHS; }  // what it was compiled for
 KD_API int kd_openmp(void) { return 0; }
-KD_API const char *kd_unavailable(int32_t device) { return gpu::unavailable(kd::KD_LEVEL::careful_rows<kd::KD_LEVEL::CarefulRows>, device); }
+KD_API const char *kd_unavailable(int32_t device) {
+  return gpu::unavailable(kd::KD_LEVEL::careful_rows<kd::KD_LEVEL::CarefulRows>, device);
+}
 KD_API const char *kd_error(int32_t status) {
-  return status >= KD_CUDA_ERROR ? gpu::error_text(status - KD_CUDA_ERROR) : status == KD_BAD_CALL ? "the call is not one that these kernels take" : "";
+  return status >= KD_CUDA_ERROR ? gpu::error_text(status - KD_CUDA_ERROR)
+         : status == KD_BAD_CALL ? "the call is not one that these kernels take"
+                                 : "";
 }
 #endif

@@ -1,6 +1,7 @@
-// Vectors of floats and their 16-bit forms, written with the compiler's generic vectors; intrinsics where compilers make more of these than they are.
-// The mathematics is templated on F, a vector here and a plain float or double on a GPU; select, bits and the casts below are all
-// it needs to be told about the difference.
+// Vectors of floats and their 16-bit forms, written with the compiler's generic vectors; intrinsics where
+// compilers make more of these than they are. The mathematics is templated on F, a vector here and a plain
+// float or double on a GPU; select, bits and the casts below are all it needs to be told about the
+// difference.
 #pragma once
 #include "number.h"
 #if defined(__x86_64__)
@@ -39,8 +40,14 @@ using VH = Vec<float>::H;
 using VD = Vec<double>::F;
 using VL = Vec<double>::I;
 
-template <> struct Element<VF> { using Real = float; using Int = VI; };
-template <> struct Element<VD> { using Real = double; using Int = VL; };
+template <> struct Element<VF> {
+  using Real = float;
+  using Int = VI;
+};
+template <> struct Element<VD> {
+  using Real = double;
+  using Int = VL;
+};
 
 KD_HD VI bits(VF x) { return (VI)x; }
 KD_HD VL bits(VD x) { return (VL)x; }
@@ -67,14 +74,20 @@ template <class I> KD_HD bool none_of(I mask) {
   return any == 0;
 #endif
 }
-KD_HD bool all_within(VI magnitude, float most) { return none_of(magnitude > bits(most)); }   // bits of |x|
+KD_HD bool all_within(VI magnitude, float most) { return none_of(magnitude > bits(most)); }  // bits of |x|
 KD_HD bool all_within(VL magnitude, double most) { return none_of(magnitude > bits(most)); }
 
-template <class F> KD_HD F larger(F a, F b) { return select(a > b, a, b); }   // b where a is nan
+// b where a is nan
+template <class F> KD_HD F larger(F a, F b) { return select(a > b, a, b); }
 #if defined(__AVX512F__)
-KD_HD VF larger(VF a, VF b) { return (VF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }   // the same, where compilers make two of it
+// the same, where compilers make two of it
+KD_HD VF larger(VF a, VF b) { return (VF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
 #endif
-template <class V, class T> KD_HD V load(const T *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V, class T> KD_HD V load(const T *p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 template <class V, class T> KD_HD void store(T *p, V v) { std::memcpy(p, &v, sizeof v); }
 
 // A store that does not first read the line it overwrites: a gradient is written once and read much later.
@@ -96,8 +109,9 @@ KD_HD void stream_fence() {
 #endif
 }
 
-// ---- 16-bit floats, as integers or by instructions that do not depend on the denormal mode of the thread either
-typedef int16_t VS __attribute__((vector_size(kVectorBytes)));   // twice as many of them as a VH
+// ---- 16-bit floats, as integers or by instructions that do not depend on the denormal mode of the thread
+// either
+typedef int16_t VS __attribute__((vector_size(kVectorBytes)));  // twice as many of them as a VH
 
 struct bf16 { uint16_t u; };
 struct f16 { uint16_t u; };
@@ -108,7 +122,8 @@ template <> struct Half<f16> { static constexpr bool value = true; };
 
 KD_HD VF widen(VH h, bf16) {
 #if defined(__AVX512F__)
-  return (VF)((VI)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);   // compilers convert a vector in halves
+  // compilers convert a vector in halves
+  return (VF)((VI)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
 #else
   return (VF)(__builtin_convertvector(h, VI) << 16);
 #endif
@@ -121,12 +136,13 @@ KD_HD VF widen(VH h, f16) {
 #else
   const VI u = __builtin_convertvector(h, VI), magnitude = u & 0x7fff, sign = (u & 0x8000) << 16;
   const VI normal = (magnitude << 13) + ((127 - 15) << 23), special = (magnitude << 13) | 0x7f800000;
-  const VI subnormal = (VI)(__builtin_convertvector(magnitude, VF) * 5.9604644775390625e-8f);         // units of 2^-24
+  // units of 2^-24
+  const VI subnormal = (VI)(__builtin_convertvector(magnitude, VF) * 5.9604644775390625e-8f);
   return (VF)(select(magnitude >= 0x7c00, special, select(magnitude < 0x0400, subnormal, normal)) | sign);
 #endif
 }
 
-KD_HD VH narrow(VF x, bf16) {   // to nearest, ties to even; a nan of arithmetic (0x7fc00000) stays one
+KD_HD VH narrow(VF x, bf16) {  // to nearest, ties to even; a nan of arithmetic (0x7fc00000) stays one
   const VI u = (VI)x;
   return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, VH);
 }
@@ -138,7 +154,8 @@ KD_HD VH narrow(VF x, f16) {
 #else
   const VI u = (VI)x & 0x7fffffff, sign = ((VI)x >> 16) & 0x8000;
   const VI normal = (u - ((127 - 15) << 23) + 0x0fff + ((u >> 13) & 1)) >> 13;
-  const VI subnormal = (VI)((VF)u + .5f) - 0x3f000000;                                                // .5 has ulp 2^-24
+  // .5 has ulp 2^-24
+  const VI subnormal = (VI)((VF)u + .5f) - 0x3f000000;
   VI h = select(u < 0x38800000, subnormal, normal);
   h = select(u >= 0x477ff000, VI{} + 0x7c00, h);
   return __builtin_convertvector(select(u > 0x7f800000, VI{} + 0x7e00, h) | sign, VH);
@@ -146,7 +163,9 @@ KD_HD VH narrow(VF x, f16) {
 }
 
 // ---- rows of any dtype to rows of Real, and back
-struct DtypeCode { enum : int32_t { kBF16, kF16, kF32, kF64 }; };
+struct DtypeCode {
+  enum : int32_t { kBF16, kF16, kF32, kF64 };
+};
 
 template <class E> inline void widen_row(const E *p, int64_t n, float *out) {
   constexpr int W = Vec<float>::W;
@@ -160,22 +179,28 @@ template <class E> inline void widen_row(const E *p, int64_t n, float *out) {
 }
 
 inline void load_row(const void *p, int32_t dtype, int64_t i, int64_t n, float *out) {
-  if (dtype == DtypeCode::kBF16) widen_row((const bf16 *)p + i, n, out);
-  else if (dtype == DtypeCode::kF16) widen_row((const f16 *)p + i, n, out);
-  else std::memcpy(out, (const float *)p + i, 4 * n);
+  if (dtype == DtypeCode::kBF16)
+    widen_row((const bf16 *)p + i, n, out);
+  else if (dtype == DtypeCode::kF16)
+    widen_row((const f16 *)p + i, n, out);
+  else
+    std::memcpy(out, (const float *)p + i, 4 * n);
 }
 
 // vectors of Real straight from a row of S: bf16, f16, or Real itself
 template <class F, class S> KD_HD F load_as(const S *p) {
-  if constexpr (Half<S>::value) return widen(load<VH>(p), S{}); else return load<F>(p);
+  if constexpr (Half<S>::value)
+    return widen(load<VH>(p), S{});
+  else
+    return load<F>(p);
 }
 inline void copy_row(const bf16 *p, int64_t n, float *out) { widen_row(p, n, out); }
 inline void copy_row(const f16 *p, int64_t n, float *out) { widen_row(p, n, out); }
 inline void copy_row(const float *p, int64_t n, float *out) { std::memcpy(out, p, 4 * n); }
 inline void copy_row(const double *p, int64_t n, double *out) { std::memcpy(out, p, 8 * n); }
 
-// The largest of n/step whole vectors' worth of 16-bit floats, compared as the integers that order like them; -inf without any.
-// A nan may win or lose.
+// The largest of n/step whole vectors' worth of 16-bit floats, compared as the integers that order like them;
+// -inf without any. A nan may win or lose.
 inline float largest_half(const uint16_t *p, int64_t n, float (*value)(uint16_t), uint16_t least) {
   constexpr int W = sizeof(VS) / 2;
   const auto key = [](VS x) { return x ^ ((x >> 15) & 0x7fff); };
@@ -185,7 +210,8 @@ inline float largest_half(const uint16_t *p, int64_t n, float (*value)(uint16_t)
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     const VS x = key(load<VS>(p + i)), y = key(load<VS>(p + i + W));
-    a = x > a ? x : a; b = y > b ? y : b;
+    a = x > a ? x : a;
+    b = y > b ? y : b;
   }
   a = key(a > b ? a : b);
   float top = value(least);
@@ -200,10 +226,13 @@ template <class E> float half_value(uint16_t u) {
   return x;
 }
 
-constexpr int64_t kChunk = 512;     // doubles pass through floats in pieces of this many
+constexpr int64_t kChunk = 512;  // doubles pass through floats in pieces of this many
 
 inline void load_row(const void *p, int32_t dtype, int64_t i, int64_t n, double *out) {
-  if (dtype == DtypeCode::kF64) { std::memcpy(out, (const double *)p + i, 8 * n); return; }
+  if (dtype == DtypeCode::kF64) {
+    std::memcpy(out, (const double *)p + i, 8 * n);
+    return;
+  }
   float chunk[kChunk];
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t m = n - j < kChunk ? n - j : kChunk;
@@ -212,31 +241,47 @@ inline void load_row(const void *p, int32_t dtype, int64_t i, int64_t n, double 
   }
 }
 
-// What is written: V vectors of kBytes each, computed by value(i) for i = 0, step, 2 step, ...; the row need not be aligned.
-template <class V, class Value> inline void write_row(char *out, int64_t n, int step, bool streaming, Value value) {
+// What is written: V vectors of kBytes each, computed by value(i) for i = 0, step, 2 step, ...; the row need
+// not be aligned.
+template <class V, class Value>
+inline void write_row(char *out, int64_t n, int step, bool streaming, Value value) {
   const int64_t size = sizeof(V) / step;
   int64_t i = 0;
   if (streaming) {
     int64_t head = (sizeof(V) - (uintptr_t)out % sizeof(V)) % sizeof(V) / size;
     if (head > n) head = n;
-    if (head) { const V v = value(0); std::memcpy(out, &v, head * size); }
+    if (head) {
+      const V v = value(0);
+      std::memcpy(out, &v, head * size);
+    }
     for (i = head; i + step <= n; i += step) stream(out + i * size, value(i));
   } else {
     for (; i + step <= n; i += step) store(out + i * size, value(i));
   }
-  if (i < n) { const V v = value(i); std::memcpy(out + i * size, &v, (n - i) * size); }
+  if (i < n) {
+    const V v = value(i);
+    std::memcpy(out + i * size, &v, (n - i) * size);
+  }
 }
 
 // value(i) gives the vector of Real that starts at class i; it may be asked for up to one vector past n.
-template <class Value> inline void store_row(void *p, int32_t dtype, int64_t i, int64_t n, bool streaming, float, Value value) {
+template <class Value>
+inline void store_row(void *p, int32_t dtype, int64_t i, int64_t n, bool streaming, float, Value value) {
   constexpr int W = Vec<float>::W;
-  if (dtype == DtypeCode::kBF16) write_row<VH>((char *)p + 2 * i, n, W, streaming, [&](int64_t j) { return narrow(value(j), bf16{}); });
-  else if (dtype == DtypeCode::kF16) write_row<VH>((char *)p + 2 * i, n, W, streaming, [&](int64_t j) { return narrow(value(j), f16{}); });
-  else write_row<VF>((char *)p + 4 * i, n, W, streaming, value);
+  if (dtype == DtypeCode::kBF16)
+    write_row<VH>((char *)p + 2 * i, n, W, streaming, [&](int64_t j) { return narrow(value(j), bf16{}); });
+  else if (dtype == DtypeCode::kF16)
+    write_row<VH>((char *)p + 2 * i, n, W, streaming, [&](int64_t j) { return narrow(value(j), f16{}); });
+  else
+    write_row<VF>((char *)p + 4 * i, n, W, streaming, value);
 }
-template <class Value> inline void store_row(void *p, int32_t dtype, int64_t i, int64_t n, bool streaming, double, Value value) {
+template <class Value>
+inline void store_row(void *p, int32_t dtype, int64_t i, int64_t n, bool streaming, double, Value value) {
   constexpr int W = Vec<double>::W;
-  if (dtype == DtypeCode::kF64) { write_row<VD>((char *)p + 8 * i, n, W, streaming, value); return; }
+  if (dtype == DtypeCode::kF64) {
+    write_row<VD>((char *)p + 8 * i, n, W, streaming, value);
+    return;
+  }
   float chunk[kChunk + 16];
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t m = n - j < kChunk ? n - j : kChunk;
@@ -248,7 +293,9 @@ template <class Value> inline void store_row(void *p, int32_t dtype, int64_t i, 
   }
 }
 
-inline int64_t element_size(int32_t dtype) { return dtype == DtypeCode::kF64 ? 8 : dtype == DtypeCode::kF32 ? 4 : 2; }
+inline int64_t element_size(int32_t dtype) {
+  return dtype == DtypeCode::kF64 ? 8 : dtype == DtypeCode::kF32 ? 4 : 2;
+}
 
 }  // namespace KD_LEVEL
 }  // namespace kd

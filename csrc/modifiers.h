@@ -1,4 +1,5 @@
-// What models and recipes do to logits before a softmax (kdkernels/transforms.py): softcap tanh(scale x / softcap), or scale x without a softcap.
+// What models and recipes do to logits before a softmax (kdkernels/transforms.py): softcap tanh(scale x /
+// softcap), or scale x without a softcap.
 #pragma once
 #include "divergence.h"
 
@@ -6,14 +7,16 @@ namespace kd {
 namespace KD_LEVEL {
 
 template <class Real> struct Transform {
-  Real scale, softcap, inner;   // inner = scale / softcap; softcap 0: none
-  KD_HD Transform(double s = 1, double cap = 0) : scale(Real(s)), softcap(Real(cap)), inner(cap > 0 ? Real(s / cap) : 0) {}
+  Real scale, softcap, inner;  // inner = scale / softcap; softcap 0: none
+  KD_HD Transform(double s = 1, double cap = 0)
+      : scale(Real(s)), softcap(Real(cap)), inner(cap > 0 ? Real(s / cap) : 0) {}
   KD_HD bool any() const { return scale != 1 || softcap > 0; }
 };
 
 template <class F> KD_HD F ratio(F a, F b) { return a / b; }
 #if defined(KD_GPU)
-// The hardware's reciprocal, within 2^-22, and a correction that leaves a rounding or two: a logit of 30 would show more.
+// The hardware's reciprocal, within 2^-22, and a correction that leaves a rounding or two: a logit of 30
+// would show more.
 KD_DEVICE float ratio(float a, float b) {
   const float r = gpu::reciprocal(b), q = a * r;
   return q + (a - q * b) * r;
@@ -25,8 +28,9 @@ template <class F, class Real> KD_HD F transformed(F x, const Transform<Real> &t
   using E = Exp2<Real>;
   if (!(t.softcap > 0)) return x * t.scale;
   const auto sign = bits(x) & ~(bits(F{}) + E::kAbs);
-  const F u = from_bits(bits(x * t.inner) & E::kAbs), far = splat<F>(Real(20));     // tanh is 1 from there on
-  const F m = expm1_psi(select(u < far, u, far) * Real(-2 * kLog2e)).m1, y = ratio(m, m + Real(2)) * -t.softcap;
+  const F u = from_bits(bits(x * t.inner) & E::kAbs), far = splat<F>(Real(20));  // tanh is 1 from there on
+  const F m = expm1_psi(select(u < far, u, far) * Real(-2 * kLog2e)).m1,
+          y = ratio(m, m + Real(2)) * -t.softcap;
   const F size = from_bits(bits(x) & E::kAbs);
   return select(size < splat<F>(Real(INFINITY)), from_bits(bits(y) | sign), x);
 }
@@ -34,7 +38,8 @@ template <class F, class Real> KD_HD F transformed(F x, const Transform<Real> &t
 // The derivative, from what the transform has given.
 template <class F, class Real> KD_HD F slope(F transformed, const Transform<Real> &t) {
   if (!(t.softcap > 0)) return splat<F>(t.scale);
-  const F one = splat<F>(1), share = select(transformed > -INFINITY, transformed * (1 / t.softcap), one);   // 0 for a masked class, as its g is
+  // 0 for a masked class, as its g is
+  const F one = splat<F>(1), share = select(transformed > -INFINITY, transformed * (1 / t.softcap), one);
   return (one - share) * (one + share) * t.scale;
 }
 

@@ -1,4 +1,5 @@
-// What the mathematics needs to know of a number: the same functions take a float, a double, or (dtype.h) a vector of them.
+// What the mathematics needs to know of a number: the same functions take a float, a double, or (dtype.h) a
+// vector of them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,26 +16,49 @@ namespace KD_LEVEL {  // one namespace per instruction set: the linker must neve
 
 // what Real and which integer an F is made of
 template <class F> struct Element;
-template <> struct Element<float> { using Real = float; using Int = int32_t; };
-template <> struct Element<double> { using Real = double; using Int = int64_t; };
+template <> struct Element<float> {
+  using Real = float;
+  using Int = int32_t;
+};
+template <> struct Element<double> {
+  using Real = double;
+  using Int = int64_t;
+};
 
-KD_HD int64_t bits(double x) { int64_t u; std::memcpy(&u, &x, 8); return u; }
-KD_HD int32_t bits(float x) { int32_t u; std::memcpy(&u, &x, 4); return u; }
-KD_HD float from_bits(int32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
-KD_HD double from_bits(int64_t u) { double x; std::memcpy(&x, &u, 8); return x; }
+KD_HD int64_t bits(double x) {
+  int64_t u;
+  std::memcpy(&u, &x, 8);
+  return u;
+}
+KD_HD int32_t bits(float x) {
+  int32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+KD_HD float from_bits(int32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+KD_HD double from_bits(int64_t u) {
+  double x;
+  std::memcpy(&x, &u, 8);
+  return x;
+}
 KD_HD float select(bool m, float a, float b) { return m ? a : b; }
 KD_HD double select(bool m, double a, double b) { return m ? a : b; }
 
 KD_HD float as_real(int32_t x) { return float(x); }
 KD_HD double as_real(int64_t x) { return double(x); }
 
-KD_HD bool all_within(int32_t magnitude, float most) { return from_bits(magnitude) <= most; }   // bits of |x|
+KD_HD bool all_within(int32_t magnitude, float most) { return from_bits(magnitude) <= most; }  // bits of |x|
 KD_HD bool all_within(int64_t magnitude, double most) { return from_bits(magnitude) <= most; }
 
-KD_HD float larger(float a, float b) { return a > b ? a : b; }                // b where a is nan
+KD_HD float larger(float a, float b) { return a > b ? a : b; }  // b where a is nan
 KD_HD double larger(double a, double b) { return a > b ? a : b; }
 
-// What a row's scalars go through. Once in a kernel, and not wherever it is called: most of a kernel would be these otherwise.
+// What a row's scalars go through. Once in a kernel, and not wherever it is called: most of a kernel would be
+// these otherwise.
 #if defined(__CUDACC__)
 #define KD_ONCE static __host__ __device__ __noinline__
 #else

@@ -1,11 +1,13 @@
 """Distil a language model on text that every machine has: the Python standard library's own sources.
 
-    python examples/distill_text.py             # under five minutes on two cores; needs: pip install '.[examples]'
+    python examples/distill_text.py             # under five minutes on two cores; needs: pip install
+                                                '.[examples]'
 
-A byte-pair vocabulary of 32768 is learned from the sources, a small transformer (the teacher) is trained on them, and then four
-students, half as wide and half as deep, on far fewer tokens: from the text alone, with the teacher's soft targets at T = 2 (weights
-0.9 and 0.1, Grätzer's eq. 1.13), with the Renyi divergence of order 1/2 in KL's place, and once more with KL written in eager
-PyTorch. All four start from the same weights and see the same batches, so their differences are the losses'.
+A byte-pair vocabulary of 32768 is learned from the sources, a small transformer (the teacher) is trained on
+them, and then four students, half as wide and half as deep, on far fewer tokens: from the text alone, with
+the teacher's soft targets at T = 2 (weights 0.9 and 0.1, Grätzer's eq. 1.13), with the Renyi divergence of
+order 1/2 in KL's place, and once more with KL written in eager PyTorch. All four start from the same weights
+and see the same batches, so their differences are the losses'.
 
 Everything is kept in --out, and a run that was interrupted goes on where it was.
 """
@@ -66,7 +68,9 @@ def hard(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
 def eager(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
     """The loss of KDLoss(**WEIGHTS) as it is usually written."""
     z, v = z.flatten(0, 1), v.flatten(0, 1)
-    soft = F.kl_div(F.log_softmax(z / T, -1), F.log_softmax(v / T, -1), log_target=True, reduction="batchmean")
+    soft = F.kl_div(
+        F.log_softmax(z / T, -1), F.log_softmax(v / T, -1), log_target=True, reduction="batchmean"
+    )
     return 0.9 * T**2 * soft + 0.1 * F.cross_entropy(z, y.flatten())
 
 
@@ -86,7 +90,9 @@ def sources(files: int) -> tuple[list[str], list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idle_test"}
     paths = sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
-    texts = [p.read_text(errors="replace") for p in (paths[:: max(1, len(paths) // files)] if files else paths)]
+    texts = [
+        p.read_text(errors="replace") for p in (paths[:: max(1, len(paths) // files)] if files else paths)
+    ]
     return [t for i, t in enumerate(texts) if i % 10], texts[::10]
 
 
@@ -102,10 +108,14 @@ def load_tokens(config: Config, out: Path) -> tuple[Tensor, Tensor]:
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         tokenizer.train_from_iterator(
-            texts[0], trainers.BpeTrainer(vocab_size=config.vocab, initial_alphabet=alphabet, show_progress=False)
+            texts[0],
+            trainers.BpeTrainer(vocab_size=config.vocab, initial_alphabet=alphabet, show_progress=False),
         )
         tokenizer.save(str(out / "tokenizer.json"))
-        ids = [np.concatenate([np.array(e.ids, np.int32) for e in tokenizer.encode_batch(part)]) for part in texts]
+        ids = [
+            np.concatenate([np.array(e.ids, np.int32) for e in tokenizer.encode_batch(part)])
+            for part in texts
+        ]
         np.savez(path, train=ids[0], held_out=ids[1])
     with np.load(path) as ids:
         return torch.from_numpy(ids["train"]).long(), torch.from_numpy(ids["held_out"]).long()
@@ -116,9 +126,12 @@ def counts(tokens: Tensor, config: Config) -> Tensor:
 
 
 def batch(tokens: Tensor, config: Config, step: int) -> tuple[Tensor, Tensor]:
-    """(inputs, labels), each (batch, context), of one step: the same for whoever asks, so that a run can be resumed."""
+    """(inputs, labels), each (batch, context), of one step: the same for whoever asks, so that a run can be
+    resumed."""
     g = torch.Generator().manual_seed(1000003 * config.seed + step)
-    at = torch.randint(len(tokens) - config.context, (config.batch, 1), generator=g) + torch.arange(config.context + 1)
+    at = torch.randint(len(tokens) - config.context, (config.batch, 1), generator=g) + torch.arange(
+        config.context + 1
+    )
     return tokens[at[:, :-1]], tokens[at[:, 1:]]
 
 
@@ -126,17 +139,24 @@ def batch(tokens: Tensor, config: Config, step: int) -> tuple[Tensor, Tensor]:
 
 
 class Transformer(nn.Module):
-    """Logits of the next token, (batch, context) -> (batch, context, vocab); the head is the embedding, with a bias."""
+    """Logits of the next token, (batch, context) -> (batch, context, vocab); the head is the embedding, with
+    a bias."""
 
     def __init__(self, config: Config, width: int, layers: int, counts: Tensor):
         super().__init__()
         self.embed, self.place = nn.Embedding(config.vocab, width), nn.Embedding(config.context, width)
-        layer = nn.TransformerEncoderLayer(width, width // 16, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            width, width // 16, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
+        )
         for table in (self.embed, self.place):
             nn.init.normal_(table.weight, std=0.02)
         self.bias = nn.Parameter((counts + 0.1).log())  # starts at the tokens' frequencies
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(config.context), persistent=False)
+        self.register_buffer(
+            "mask", nn.Transformer.generate_square_subsequent_mask(config.context), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layers(self.embed(x) + self.place.weight, mask=self.mask, is_causal=True)
@@ -148,7 +168,9 @@ class Learner:
 
     def __init__(self, model: nn.Module, steps: int, peak: float = 3e-3):
         self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
         warm = max(1, steps // 10)
         shape = lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * i / steps))  # noqa: E731
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, shape)
@@ -166,7 +188,11 @@ class Learner:
         return value.item()
 
     def state(self) -> dict:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
 
     def load(self, state: dict) -> None:
         for name, part in state.items():
@@ -174,8 +200,11 @@ class Learner:
 
 
 @torch.no_grad()
-def evaluate(models: dict[str, nn.Module], teacher: nn.Module, tokens: Tensor, config: Config, windows: int) -> dict[str, dict]:
-    """Of each model on held-out windows: perplexity, the share of tokens it gets right, and that on which the teacher is of its mind."""
+def evaluate(
+    models: dict[str, nn.Module], teacher: nn.Module, tokens: Tensor, config: Config, windows: int
+) -> dict[str, dict]:
+    """Of each model on held-out windows: perplexity, the share of tokens it gets right, and that on which the
+    teacher is of its mind."""
     starts = torch.linspace(0, len(tokens) - config.context - 1, windows).long().unsqueeze(1)
     nll, right, agree, n = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0), dict.fromkeys(models, 0), 0
     for at in (starts + torch.arange(config.context + 1)).split(config.batch):
@@ -188,7 +217,10 @@ def evaluate(models: dict[str, nn.Module], teacher: nn.Module, tokens: Tensor, c
             mine = z.argmax(-1)
             right[name] += (mine == y).sum().item()
             agree[name] += (mine == likely).sum().item()
-    return {k: {"perplexity": math.exp(nll[k] / n), "accuracy": right[k] / n, "agreement": agree[k] / n} for k in models}
+    return {
+        k: {"perplexity": math.exp(nll[k] / n), "accuracy": right[k] / n, "agreement": agree[k] / n}
+        for k in models
+    }
 
 
 def part(config: Config) -> int:
@@ -202,9 +234,20 @@ def part(config: Config) -> int:
 def train_teacher(tokens: Tensor, config: Config, path: Path) -> nn.Module:
     torch.manual_seed(0)  # one teacher, whatever the students' seed
     config = Config(**asdict(config) | {"seed": 0})
-    learner = Learner(Transformer(config, config.teacher_width, config.teacher_layers, counts(tokens, config)), config.teacher_steps)
+    learner = Learner(
+        Transformer(config, config.teacher_width, config.teacher_layers, counts(tokens, config)),
+        config.teacher_steps,
+    )
     done = resume(path, {"": learner})["step"]
-    for step in (bar := tqdm(range(done, config.teacher_steps), "teacher", initial=done, total=config.teacher_steps, disable=None)):
+    for step in (
+        bar := tqdm(
+            range(done, config.teacher_steps),
+            "teacher",
+            initial=done,
+            total=config.teacher_steps,
+            disable=None,
+        )
+    ):
         x, y = batch(tokens, config, step)
         bar.set_postfix(loss=learner.step(x, lambda z, y=y: hard(z, z, y)))
         if step % 50 == 49 or step == config.teacher_steps - 1:
@@ -212,15 +255,25 @@ def train_teacher(tokens: Tensor, config: Config, path: Path) -> nn.Module:
     return learner.model.eval().requires_grad_(False)
 
 
-def distil(teacher: nn.Module, whole: Tensor, held_out: Tensor, config: Config, losses: dict[str, Loss], path: Path | None) -> dict:
-    """Train one student for each loss, in lockstep, so that the teacher reads each batch once. {name: figures and curve}.
+def distil(
+    teacher: nn.Module,
+    whole: Tensor,
+    held_out: Tensor,
+    config: Config,
+    losses: dict[str, Loss],
+    path: Path | None,
+) -> dict:
+    """Train one student for each loss, in lockstep, so that the teacher reads each batch once. {name: figures
+    and curve}.
 
     path: where its state is kept, None for nowhere.
     """
     torch.manual_seed(config.seed + 1)
     train = whole[: config.student_tokens]
     start = Transformer(config, config.student_width, config.student_layers, counts(train, config))
-    learners = {name: Learner(copy.deepcopy(start), config.student_steps, config.student_lr) for name in losses}
+    learners = {
+        name: Learner(copy.deepcopy(start), config.student_steps, config.student_lr) for name in losses
+    }
     saved = resume(path, learners)
     done, figures = saved["step"], saved.get("figures") or {name: {"curve": []} for name in losses}
     models, every = {name: x.model for name, x in learners.items()}, max(1, config.student_steps // 8)
@@ -231,7 +284,15 @@ def distil(teacher: nn.Module, whole: Tensor, held_out: Tensor, config: Config, 
 
     if not done:
         look(0)
-    for step in (bar := tqdm(range(done, config.student_steps), "students", initial=done, total=config.student_steps, disable=None)):
+    for step in (
+        bar := tqdm(
+            range(done, config.student_steps),
+            "students",
+            initial=done,
+            total=config.student_steps,
+            disable=None,
+        )
+    ):
         x, y = batch(train, config, config.teacher_steps + step)
         with torch.no_grad():
             v = teacher(x)
@@ -246,7 +307,10 @@ def distil(teacher: nn.Module, whole: Tensor, held_out: Tensor, config: Config, 
             for name in losses:
                 figures[name]["step_ms"] = 1e3 * float(np.median(learners[name].step_seconds))
             keep(path, learners, step + 1, figures=figures)
-    return {name: figures[name] | x for name, x in evaluate(models, teacher, held_out, config, config.held_out).items()}
+    return {
+        name: figures[name] | x
+        for name, x in evaluate(models, teacher, held_out, config, config.held_out).items()
+    }
 
 
 def keep(path: Path | None, learners: dict[str, Learner], step: int, **more) -> None:
@@ -271,12 +335,15 @@ def resume(path: Path | None, learners: dict[str, Learner]) -> dict:
 
 def report(results: dict, out: Path) -> str:
     rows = [
-        "| student learns from | held-out perplexity | agrees with teacher | ms a step | peak memory of a step, MB |",
+        "| student learns from | held-out perplexity | agrees with teacher | ms a step | peak memory "
+        "of a step, MB |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, x in results["students"].items():
         memory = "" if x["peak_bytes"] is None else f"{x['peak_bytes'] / 1e6:.0f}"
-        rows.append(f"| {name} | {x['perplexity']:.0f} | {x['agreement']:.1%} | {x['step_ms']:.0f} | {memory} |")
+        rows.append(
+            f"| {name} | {x['perplexity']:.0f} | {x['agreement']:.1%} | {x['step_ms']:.0f} | {memory} |"
+        )
     text = "\n".join([*rows, f"| (the teacher) | {results['teacher']['perplexity']:.0f} | | | |"])
     (out / "distill_text.md").write_text(text + "\n")
     (out / "distill_text.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -289,10 +356,17 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with plt.style.context(["tableau-colorblind10", {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}]):
+    with plt.style.context(
+        [
+            "tableau-colorblind10",
+            {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False},
+        ]
+    ):
         figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
         for (name, x), line in zip(results["students"].items(), ("-", "-", "--", ":"), strict=False):
-            axis.semilogy(*zip(*x["curve"], strict=True), line, label=name, linewidth=3 if line == ":" else 1.5)
+            axis.semilogy(
+                *zip(*x["curve"], strict=True), line, label=name, linewidth=3 if line == ":" else 1.5
+            )
         axis.axhline(results["teacher"]["on_a_part"], color="0.5", linewidth=1, label="the teacher")
         axis.set(xlabel="step of the student", ylabel="held-out perplexity (a quarter)")
         axis.legend(frameon=False)
@@ -301,7 +375,9 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/distill_text"))
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see it run")
     parser.add_argument("--seed", type=int, default=0, help="of the students and their batches")

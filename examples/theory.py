@@ -42,24 +42,39 @@ def softmax(x: Tensor, T: float) -> Tensor:
 
 
 def temperature(quick: bool) -> tuple[Figure, Numbers]:
-    """Softmax against the logit for several T, on logits between -10 and 10; and horse, zebra, car of Grätzer's figure 1.1."""
+    """Softmax against the logit for several T, on logits between -10 and 10; and horse, zebra, car of
+    Grätzer's figure 1.1."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     x = torch.linspace(-10, 10, 21, dtype=torch.float64)
     for T, line in zip((1, 2, 4, 8, 16), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True):
         left.semilogy(x, softmax(x, T), linestyle=line, label=f"T = {T}")
-    left.set(xlabel="logit", ylabel="probability", ylim=(1e-7, 1), title="On a log scale the softmax has slope 1/T: heat flattens it")
+    left.set(
+        xlabel="logit",
+        ylabel="probability",
+        ylim=(1e-7, 1),
+        title="On a log scale the softmax has slope 1/T: heat flattens it",
+    )
     left.legend()
 
     names, logits = ("horse", "zebra", "car"), torch.tensor([5.4, 0.2, -1.3], dtype=torch.float64)
     hard, soft = softmax(logits, 1.0).tolist(), softmax(logits, 4.0).tolist()
     for shift, values, label, hatch in ((-0.2, hard, "T = 1", ""), (0.2, soft, "T = 4", "//")):
         at = [i + shift for i in range(len(names))]
-        right.bar_label(right.bar(at, values, 0.38, label=label, hatch=hatch, edgecolor="white"), fmt="%.3f", fontsize="small")
+        right.bar_label(
+            right.bar(at, values, 0.38, label=label, hatch=hatch, edgecolor="white"),
+            fmt="%.3f",
+            fontsize="small",
+        )
     ticks = [f"{name}\nlogit {z:g}" for name, z in zip(names, logits.tolist(), strict=True)]
     right.set_xticks(range(len(names)), ticks)
     right.set(ylabel="probability", title=f"T = 4 raises the zebra from {hard[1]:.1%} to {soft[1]:.1%}")
     right.legend()
-    return figure, {"horse at T = 1": hard[0], "zebra at T = 1": hard[1], "horse at T = 4": soft[0], "zebra at T = 4": soft[1]}
+    return figure, {
+        "horse at T = 1": hard[0],
+        "zebra at T = 1": hard[1],
+        "horse at T = 4": soft[0],
+        "zebra at T = 4": soft[1],
+    }
 
 
 # ---------------------------------------------------------------- high temperature
@@ -94,13 +109,20 @@ def high_temperature(quick: bool) -> tuple[Figure, Numbers]:
     numbers = {"limit": limit}
     for (name, spelling), line in zip(spellings.items(), ("-", "--"), strict=True):
         values, grads = zip(*(spelling(t) for t in T), strict=True)
-        off = [max(abs(x / limit - 1), 2**-24) for x in values]  # a fp32 result is no nearer than its rounding
+        # a fp32 result is no nearer than its rounding
+        off = [max(abs(x / limit - 1), 2**-24) for x in values]
         grad_off = [((x - limit_grad).norm() / limit_grad.norm()).item() for x in grads]
         for axis, y in zip(axes, (off, grad_off), strict=True):
             axis.loglog(T, y, line, label=name)
-        numbers |= {f"{name}: value at 1e6, off by": off[-1], f"{name}: gradient at 1e6, off by": grad_off[-1]}
+        numbers |= {
+            f"{name}: value at 1e6, off by": off[-1],
+            f"{name}: gradient at 1e6, off by": grad_off[-1],
+        }
         exponent = math.log10(grad_off[-1] / grad_off[points // 2]) / 3
-        numbers |= {f"{name}: least T^2 KL": min(values), f"{name}: exponent of T in the gradient's distance, from 1e3": exponent}
+        numbers |= {
+            f"{name}: least T^2 KL": min(values),
+            f"{name}: exponent of T in the gradient's distance, from 1e3": exponent,
+        }
     axes[0].set_title("$T^2$ KL becomes logit matching; in eager fp32, noise")
     axes[1].set_title("Its gradient gets there like 1/T, if it keeps its digits")
     for axis in axes:
@@ -138,10 +160,17 @@ def orders(quick: bool) -> tuple[Figure, Numbers]:
         axis.plot(at, D, line, label=f"{name} teacher: greatest probability {softmax(v, 1.0).max():.2f}")
         axis.plot(0.5, kl, "ko", markersize=4)
         steps = [b - a for a, b in zip(D, D[1:], strict=False)]
-        numbers |= {f"{name}: KL": kl, f"{name}: order inf over KL": D[-1] / kl, f"{name}: least step": min(steps)}
+        numbers |= {
+            f"{name}: KL": kl,
+            f"{name}: order inf over KL": D[-1] / kl,
+            f"{name}: least step": min(steps),
+        }
     axis.annotate("KL", (0.5, kl), xytext=(6, -12), textcoords="offset points")
     gains = numbers["peaked: order inf over KL"], numbers["flat: order inf over KL"]
-    title = f"The same error z - v: order ∞ is {gains[0]:.0f} x KL for a peaked teacher, {gains[1]:.0f} x for a flat one"
+    title = (
+        f"The same error z - v: order ∞ is {gains[0]:.0f} x KL for a peaked teacher, "
+        f"{gains[1]:.0f} x for a flat one"
+    )
     axis.set(ylabel=r"$D_\alpha(P \| Q)$, nats", title=title)
     axis.legend()
     return figure, numbers
@@ -155,7 +184,12 @@ def weights(quick: bool) -> tuple[Figure, Numbers]:
     v = torch.tensor([2.0, 1.2, 0.6, 0.0, -1.0], dtype=torch.float64)
     z = torch.tensor([2.3, 0.2, 1.0, -1.2, 0.1], dtype=torch.float64)
     p, q = softmax(v, T), softmax(z, T)
-    w = torch.stack([q - T * value_and_grad(fused_kd_loss, z, v, divergence=f"renyi({a!r})", temperature=T)[1] for a in alphas])
+    w = torch.stack(
+        [
+            q - T * value_and_grad(fused_kd_loss, z, v, divergence=f"renyi({a!r})", temperature=T)[1]
+            for a in alphas
+        ]
+    )
     for i, line in enumerate(("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))):
         axis.plot(at, w[:, i], linestyle=line, label=f"p = {p[i]:.2f}, p/q = {p[i] / q[i]:.2f}")
     axis.plot([0.5] * len(p), p, "ko", markersize=4)
@@ -175,7 +209,9 @@ FIGURES = {f.__name__: f for f in (temperature, high_temperature, orders, weight
 
 
 def main(argv: list[str] | None = None) -> dict[str, Numbers]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
     parser.add_argument("--quick", action="store_true", help="fewer points, smaller vocabularies")
     args = parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""Fused knowledge-distillation losses: divergence, hard labels and gradient in one pass over large-vocabulary logits."""
+"""Fused knowledge-distillation losses: divergence, hard labels and gradient in one pass over large-vocabulary
+logits."""
 
 from .decoupled import decoupled_kd_loss
 from .divergence import (

@@ -1,4 +1,5 @@
-"""`python -m kdkernels info`: what this machine runs, and why it does not run the rest. `python -m kdkernels bench`: how fast."""
+"""`python -m kdkernels info`: what this machine runs, and why it does not run the rest. `python -m kdkernels
+bench`: how fast."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from . import __version__, backends, bench
 
 
 def info() -> str:
-    """Versions, the CPU library's own account of itself, and each backend with the reason when it cannot run."""
+    """Versions, the CPU library's own account of itself, and each backend with the reason when it cannot
+    run."""
     from .backends import cuda, native
 
     lines = [
@@ -44,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kdkernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what was chosen, what is not available, and why")
-    benchmark = commands.add_parser("bench", help="the fused loss against PyTorch's own, checked and timed on this machine")
+    benchmark = commands.add_parser(
+        "bench", help="the fused loss against PyTorch's own, checked and timed on this machine"
+    )
     bench.add_arguments(benchmark)
     args = parser.parse_args(argv)
     if args.command == "info":

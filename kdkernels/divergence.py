@@ -1,20 +1,23 @@
-"""The mathematics: what a divergence is, its limit at high temperature, and its terms in the form that loses no digits.
+"""The mathematics: what a divergence is, its limit at high temperature, and its terms in the form that loses
+no digits.
 
-Per row: teacher p = softmax(v / T), student q = softmax(z / T), and d = log q - log p, always student minus teacher. With
-psi(x) = e^x - 1 - x there are two families, both sums of terms of one sign, which is what keeps their digits when d is small: at high
-temperature, or when the student has become the teacher.
+Per row: teacher p = softmax(v / T), student q = softmax(z / T), and d = log q - log p, always student minus
+teacher. With psi(x) = e^x - 1 - x there are two families, both sums of terms of one sign, which is what keeps
+their digits when d is small: at high temperature, or when the student has become the teacher.
 
 The power family (`power_terms`), of order a, with tilt b = 1 - a:
 
-    t = p^a q^(1 - a) = p e^{b d},    R = sum t,    f(d) = (psi(d) - psi(b d) / b) / (1 - b),    F = sum p f(d) >= 0
+    t = p^a q^(1 - a) = p e^{b d},    R = sum t
+    f(d) = (psi(d) - psi(b d) / b) / (1 - b),    F = sum p f(d) >= 0
 
 so that R = 1 - b (1 - b) F; order 1 is F = sum p psi(d). `Alpha` is F itself, `Renyi` is -log(R) / b.
 
 The mixture family (`mixture_term`): c_p KL(p, m) + c_q KL(q, m) with m = (1 - mix) p + mix q.
 
-A `Divergence` says by its `form` which member of a family it is, and that is all that a backend knows of it. `kl_terms`, `power_terms`
-and `mixture_term` are plain arithmetic with `psi`, `abs` and `where` handed in: the eager and the Triton backend run the same lines.
-The C++ twin of this file is csrc/divergence.h; its list of families is checked against `FAMILIES` when it is loaded.
+A `Divergence` says by its `form` which member of a family it is, and that is all that a backend knows of it.
+`kl_terms`, `power_terms` and `mixture_term` are plain arithmetic with `psi`, `abs` and `where` handed in: the
+eager and the Triton backend run the same lines. The C++ twin of this file is csrc/divergence.h; its list of
+families is checked against `FAMILIES` when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
-# renyi: factor * -log(R) / b, alpha: F, both of any order but 0 and 1. support: -log Q(p > 0), extreme: max log(p / q), or, reversed,
-# those of (q, p). logit_matching: |z - v|^2 / (2 V). tvd: sum |p - q| / 2
+# renyi: factor * -log(R) / b, alpha: F, both of any order but 0 and 1. support: -log Q(p > 0), extreme: max
+#     log(p / q), or, reversed, those of (q, p). logit_matching: |z - v|^2 / (2 V). tvd: sum |p - q| / 2
 FAMILIES = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd", "support", "extreme", "logit_matching")
 
 
@@ -35,7 +38,8 @@ class Form:
     """A divergence as a backend computes it: the member of a family that these numbers name."""
 
     family: str
-    limit: float | None = 1.0  # k in the limit T^2 D -> (k/2) Var(z - v) of high temperature; None where there is no such limit
+    # k in the limit T^2 D -> (k/2) Var(z - v) of high temperature; None where there is no such limit
+    limit: float | None = 1.0
     order: float = 1.0  # renyi, alpha
     factor: float = 1.0  # renyi
     reverse: bool = False  # support, extreme
@@ -47,9 +51,9 @@ class Form:
     def steepest(self) -> float:
         """A bound on |T dD/dz_i| over all p and q; inf where there is none.
 
-        q - p, q - w and q (s - sum q s)/2 are within 1. alpha has R/a (q - w), and R <= 1 for 0 < a < 1. Of a mixture's
-        q (h - sum q h), h = student (log q/m - mix q/m) - teacher mix p/m: mix q <= m bounds the two last, and
-        -m/e <= q log q/m <= q log 1/mix.
+        q - p, q - w and q (s - sum q s)/2 are within 1. alpha has R/a (q - w), and R <= 1 for 0 < a < 1. Of a
+        mixture's q (h - sum q h), h = student (log q/m - mix q/m) - teacher mix p/m: mix q <= m bounds the
+        two last, and -m/e <= q log q/m <= q log 1/mix.
         """
         if self.family == "mixture":
             if self.mix == 0:
@@ -71,10 +75,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Sides:
-    """The mixture family from its base b, the distribution that m has more of; o is the other: m = (1 - mix) b + mix o, mix <= 1/2.
+    """The mixture family from its base b, the distribution that m has more of; o is the other: m = (1 - mix)
+    b + mix o, mix <= 1/2.
 
-    What a class adds where only one of the two has it: to D, `b_alone` b or `o_alone` o; and, where the student is
-    the one that has it, xi (`mixture_slope`): `b_moves` or `o_moves`.
+    What a class adds where only one of the two has it: to D, `b_alone` b or `o_alone` o; and, where the
+    student is the one that has it, xi (`mixture_slope`): `b_moves` or `o_moves`.
     """
 
     student_base: bool
@@ -85,7 +90,9 @@ class Sides:
     @property
     def shares(self) -> bool:
         """Whether (o - b) / m counts in xi; it does not for JSD."""
-        return abs(self.base * self.mix - self.other * (1 - self.mix)) > 1e-15 * max(self.base * self.mix, self.other)
+        return abs(self.base * self.mix - self.other * (1 - self.mix)) > 1e-15 * max(
+            self.base * self.mix, self.other
+        )
 
     @property
     def b_alone(self) -> float:
@@ -116,14 +123,17 @@ class Divergence:
     """A divergence D(p, q) between a teacher's p and a student's q. Frozen and hashable."""
 
     name: ClassVar[str]
-    domain: ClassVar[tuple[float, float, str]]  # of the parameter: bounds, both included, and how they are written
+    # of the parameter: bounds, both included, and how they are written
+    domain: ClassVar[tuple[float, float, str]]
 
     def __post_init__(self) -> None:
         arguments = []
         for field in dataclasses.fields(self):
             value, (low, high, written) = getattr(self, field.name), self.domain
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{type(self).__name__}: {field.name} is a number in {written}, got {value!r}")
+                raise TypeError(
+                    f"{type(self).__name__}: {field.name} is a number in {written}, got {value!r}"
+                )
             if not low <= value <= high:
                 raise ValueError(f"{type(self).__name__}: {field.name} must be in {written}, got {value!r}")
             object.__setattr__(self, field.name, float(value))
@@ -159,7 +169,8 @@ class Divergence:
 class KL(Divergence):
     """Kullback-Leibler divergence of the student from the teacher, sum p log(p / q).
 
-    T dD/dz = q - p. Hinton, Vinyals and Dean (2015), eq. 2, up to the teacher's entropy; Grätzer, eq. 1.4 and 1.8.
+    T dD/dz = q - p. Hinton, Vinyals and Dean (2015), eq. 2, up to the teacher's entropy; Grätzer, eq. 1.4 and
+    1.8.
     """
 
     name: ClassVar[str] = "kl"
@@ -174,7 +185,8 @@ class KL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """Kullback-Leibler divergence of the teacher from the student, sum q log(q / p): it asks the student to stay where the teacher is.
+    """Kullback-Leibler divergence of the teacher from the student, sum q log(q / p): it asks the student to
+    stay where the teacher is.
 
     T dD/dz = q (d - sum q d). Gu et al., MiniLLM (2024), eq. 1.
     """
@@ -191,7 +203,8 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class CrossEntropy(Divergence):
-    """Cross entropy of the student under the teacher, -sum p log q: KL plus the teacher's entropy, with KL's gradient.
+    """Cross entropy of the student under the teacher, -sum p log q: KL plus the teacher's entropy, with KL's
+    gradient.
 
     It grows like T^2 under t_squared, so it has no limit at T = inf.
     """
@@ -204,10 +217,12 @@ class CrossEntropy(Divergence):
 
 @dataclass(frozen=True)
 class Renyi(Divergence):
-    """Renyi divergence of order alpha, log(sum p^alpha q^(1-alpha)) / (alpha - 1), for every alpha in [0, inf].
+    """Renyi divergence of order alpha, log(sum p^alpha q^(1-alpha)) / (alpha - 1), for every alpha in [0,
+    inf].
 
-    T dD/dz = q - w with w = softmax((alpha v + (1 - alpha) z) / T). alpha = 1 is KL; alpha = 0 is -log Q(support of p);
-    alpha = inf is max log(p / q). van Erven and Harremoës (2014), definition 2 and section II; Grätzer, eq. 1.16, 1.27 and 1.33.
+    T dD/dz = q - w with w = softmax((alpha v + (1 - alpha) z) / T). alpha = 1 is KL; alpha = 0 is -log
+    Q(support of p); alpha = inf is max log(p / q). van Erven and Harremoës (2014), definition 2 and section
+    II; Grätzer, eq. 1.16, 1.27 and 1.33.
 
     Raises ValueError for alpha < 0 or nan.
     """
@@ -231,10 +246,12 @@ class Renyi(Divergence):
 
 @dataclass(frozen=True)
 class ReverseRenyi(Divergence):
-    """Renyi divergence with the two exchanged, D_alpha(q, p) = log(sum q^alpha p^(1-alpha)) / (alpha - 1), for every alpha in [0, inf].
+    """Renyi divergence with the two exchanged, D_alpha(q, p) = log(sum q^alpha p^(1-alpha)) / (alpha - 1),
+    for every alpha in [0, inf].
 
-    T dD/dz = alpha / (alpha - 1) (w - q) with w = softmax((alpha z + (1 - alpha) v) / T). alpha = 1 is reverse KL; alpha = 0 is
-    -log P(support of q), whose gradient is 0; alpha = inf is max log(q / p). van Erven and Harremoës (2014), definition 2.
+    T dD/dz = alpha / (alpha - 1) (w - q) with w = softmax((alpha z + (1 - alpha) v) / T). alpha = 1 is
+    reverse KL; alpha = 0 is -log P(support of q), whose gradient is 0; alpha = inf is max log(q / p). van
+    Erven and Harremoës (2014), definition 2.
 
     Raises ValueError for alpha < 0 or nan.
     """
@@ -262,9 +279,9 @@ class ReverseRenyi(Divergence):
 class Alpha(Divergence):
     """Alpha divergence, (sum p^alpha q^(1-alpha) - 1) / (alpha (alpha - 1)), for every finite alpha.
 
-    T dD/dz = R (q - w) / alpha with R that sum and w = softmax((alpha v + (1 - alpha) z) / T). alpha = 1 is KL, 0 reverse KL, 1/2 four
-    times the squared Hellinger distance, 2 half of Pearson's chi-square. Cressie and Read (1984), eq. 2.1, without their factor of 2 N;
-    Amari (2009), eq. 4 with alpha for (1 + alpha) / 2.
+    T dD/dz = R (q - w) / alpha with R that sum and w = softmax((alpha v + (1 - alpha) z) / T). alpha = 1 is
+    KL, 0 reverse KL, 1/2 four times the squared Hellinger distance, 2 half of Pearson's chi-square. Cressie
+    and Read (1984), eq. 2.1, without their factor of 2 N; Amari (2009), eq. 4 with alpha for (1 + alpha) / 2.
 
     Raises ValueError for an alpha that is not finite.
     """
@@ -284,10 +301,12 @@ class Alpha(Divergence):
 
 @dataclass(frozen=True)
 class JSD(Divergence):
-    """Generalised Jensen-Shannon divergence, beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q, beta in [0, 1].
+    """Generalised Jensen-Shannon divergence, beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta)
+    q, beta in [0, 1].
 
-    T dD/dz = (1 - beta) q (x - sum q x) with x = log(q / m). beta = 0 is KL and beta = 1 reverse KL by definition: the limits of
-    JSD / (beta (1 - beta)), which itself is 0 there. Agarwal et al. (2024), eq. 1 and section 2; Lin (1991), eq. 4.1.
+    T dD/dz = (1 - beta) q (x - sum q x) with x = log(q / m). beta = 0 is KL and beta = 1 reverse KL by
+    definition: the limits of JSD / (beta (1 - beta)), which itself is 0 there. Agarwal et al. (2024), eq. 1
+    and section 2; Lin (1991), eq. 4.1.
 
     Raises ValueError for beta outside [0, 1].
     """
@@ -299,7 +318,9 @@ class JSD(Divergence):
     @property
     def reversed(self) -> Divergence:
         if 0 < self.beta < 1 == 1 - self.beta:
-            raise ValueError(f"jsd: the other way round beta = 1 - {self.beta!r}, which rounds to 1, is reverse KL")
+            raise ValueError(
+                f"jsd: the other way round beta = 1 - {self.beta!r}, which rounds to 1, is reverse KL"
+            )
         return JSD(1 - self.beta)
 
     def _make_form(self) -> Form:
@@ -311,7 +332,8 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class SkewKL(Divergence):
-    """Skew KL divergence, KL(p, m) with m = lam p + (1 - lam) q, lam in [0, 1); lam = 0 is KL. Finite where lam > 0.
+    """Skew KL divergence, KL(p, m) with m = lam p + (1 - lam) q, lam in [0, 1); lam = 0 is KL. Finite where
+    lam > 0.
 
     T dD/dz = (1 - lam) q (sum q p / m - p / m). Lee (2001), eq. 1; Ko et al., DistiLLM (2024), eq. 2.
 
@@ -327,12 +349,17 @@ class SkewKL(Divergence):
         return SkewReverseKL(self.lam)
 
     def _make_form(self) -> Form:
-        return Form("mixture", limit=(1 - self.lam) ** 2, mix=1 - self.lam, teacher=1.0) if 1 - self.lam < 1 else _KL
+        return (
+            Form("mixture", limit=(1 - self.lam) ** 2, mix=1 - self.lam, teacher=1.0)
+            if 1 - self.lam < 1
+            else _KL
+        )
 
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """Skew reverse KL divergence, KL(q, m) with m = (1 - lam) p + lam q, lam in [0, 1); lam = 0 is reverse KL. Finite where lam > 0.
+    """Skew reverse KL divergence, KL(q, m) with m = (1 - lam) p + lam q, lam in [0, 1); lam = 0 is reverse
+    KL. Finite where lam > 0.
 
     T dD/dz = q (x - sum q x) with x = log(q / m) - lam q / m. Ko et al., DistiLLM (2024), section 3.1.
 
@@ -355,8 +382,8 @@ class SkewReverseKL(Divergence):
 class TVD(Divergence):
     """Total variation distance, sum |p - q| / 2, in [0, 1].
 
-    T dD/dz = q (s - sum q s) / 2 with s = sign(q - p), 0 where they are equal. It grows like T under t_squared, so it has no limit at
-    T = inf. Wen et al., f-divergence distillation (2023), section 3.
+    T dD/dz = q (s - sum q s) / 2 with s = sign(q - p), 0 where they are equal. It grows like T under
+    t_squared, so it has no limit at T = inf. Wen et al., f-divergence distillation (2023), section 3.
     """
 
     name: ClassVar[str] = "tvd"
@@ -371,7 +398,8 @@ class TVD(Divergence):
 
 @dataclass(frozen=True)
 class LogitMatching(Divergence):
-    """|z - v|^2 / (2 V): not a divergence of p and q, but what T^2 KL becomes at T = inf when the means agree.
+    """|z - v|^2 / (2 V): not a divergence of p and q, but what T^2 KL becomes at T = inf when the means
+    agree.
 
     Chen et al., eq. 2. Reached through `logit_matching_loss`.
     """
@@ -387,12 +415,26 @@ class LogitMatching(Divergence):
 
 
 REGISTRY: dict[str, type[Divergence]] = {
-    cls.name: cls for cls in (KL, ReverseKL, CrossEntropy, Renyi, ReverseRenyi, Alpha, JSD, SkewKL, SkewReverseKL, TVD, LogitMatching)
+    cls.name: cls
+    for cls in (
+        KL,
+        ReverseKL,
+        CrossEntropy,
+        Renyi,
+        ReverseRenyi,
+        Alpha,
+        JSD,
+        SkewKL,
+        SkewReverseKL,
+        TVD,
+        LogitMatching,
+    )
 }
 
 
 def mirror(text: str) -> str:
-    """The text of the divergence whose gradient in its student is this one's in the teacher; the cross entropy's but for H(p)."""
+    """The text of the divergence whose gradient in its student is this one's in the teacher; the cross
+    entropy's but for H(p)."""
     divergence = parse(text)
     return (KL() if isinstance(divergence, CrossEntropy) else divergence).reversed.text
 
@@ -402,14 +444,22 @@ def parse(text: str) -> Divergence:
     name, bracket, rest = text.strip().partition("(")
     cls = REGISTRY.get(name.strip())
     if cls is None or (bracket and not rest.endswith(")")):
-        written = {c: ", ".join(f.name for f in dataclasses.fields(c)) for c in REGISTRY.values() if c is not LogitMatching}
-        known = ", ".join(f"{c.name}({arguments})" if arguments else c.name for c, arguments in written.items())
+        written = {
+            c: ", ".join(f.name for f in dataclasses.fields(c))
+            for c in REGISTRY.values()
+            if c is not LogitMatching
+        }
+        known = ", ".join(
+            f"{c.name}({arguments})" if arguments else c.name for c, arguments in written.items()
+        )
         raise ValueError(f"divergence: unknown {text!r}; known are {known}")
     try:
         arguments = [float(x) for x in rest[:-1].split(",")] if bracket else []
         return cls(*arguments)
     except TypeError:
-        raise ValueError(f"divergence: {text!r} has the wrong number of arguments; see kdkernels.{cls.__name__}") from None
+        raise ValueError(
+            f"divergence: {text!r} has the wrong number of arguments; see kdkernels.{cls.__name__}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"divergence: {text!r}: {error}") from None
 
@@ -435,11 +485,19 @@ def psi_series(x):
 
 def psi_short(x):
     """psi(x) for |x| <= 1/2, to 3e-8 of itself: minimax, exact to second order. For fp32."""
-    return x * x * (0.5 + x * (0.16666666 + x * (0.041666 + x * (0.00833348 + x * (0.0013975331 + x * 0.00019863351)))))
+    return (
+        x
+        * x
+        * (
+            0.5
+            + x * (0.16666666 + x * (0.041666 + x * (0.00833348 + x * (0.0013975331 + x * 0.00019863351))))
+        )
+    )
 
 
 def kl_terms(p, q, d, psi, abs, where):
-    """(q - p, p psi(d)) for q = p e^d, each to its own digits. psi is asked for every d, and used where |d| < 1/2.
+    """(q - p, p psi(d)) for q = p e^d, each to its own digits. psi is asked for every d, and used where |d| <
+    1/2.
 
     The second is what is left of p log(p / q) when sum q - p = 0 is added.
     """
@@ -450,7 +508,8 @@ def kl_terms(p, q, d, psi, abs, where):
 
 
 def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where, small_tilt):
-    """(q - p, t - p, (1 - tilt) p f(d)) for q = p e^d and t = p e^{tilt d}; powers are only subtracted where they differ.
+    """(q - p, t - p, (1 - tilt) p f(d)) for q = p e^d and t = p e^{tilt d}; powers are only subtracted where
+    they differ.
 
     small_tilt says that |tilt| <= 1: the third then asks for nothing that is only the first's.
     """
@@ -466,17 +525,18 @@ def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where, small_tilt):
 
 
 def log_short(f):
-    """f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)], to 1e-7 of itself: minimax, exact to second order. For fp32."""
+    """f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)], to 1e-7 of itself: minimax, exact to second order.
+    For fp32."""
     s = 0.1663188 + f * (-0.1420354 + f * (0.13082902 + f * (-0.12722263 + f * 0.07786799)))
     return f * f * (0.5 + f * (-0.33333328 + f * (0.25000563 + f * (-0.2000136 + f * s))))
 
 
 def mixture_term(b, o, x, m1, s, u, psi_u, w, mix, base, other, abs, where, shares):
-    """The term of D of a mixture (`Sides`) for o = b e^x, from m1 = e^x - 1, s = psi(x), u = log1p(mix m1) = log(m / b), psi(u), and
-    w = x - u = log(o / m).
+    """The term of D of a mixture (`Sides`) for o = b e^x, from m1 = e^x - 1, s = psi(x), u = log1p(mix m1) =
+    log(m / b), psi(u), and w = x - u = log(o / m).
 
-    All to their own digits; shares as for `mixture_slope`. s is used where |x| < 1/2. x may be cut off where e^x is beyond reach: b and
-    o say what x then does not.
+    All to their own digits; shares as for `mixture_slope`. s is used where |x| < 1/2. x may be cut off where
+    e^x is beyond reach: b and o say what x then does not.
     """
     keep = 1 - mix
     if shares:
@@ -493,8 +553,8 @@ def mixture_term(b, o, x, m1, s, u, psi_u, w, mix, base, other, abs, where, shar
 def mixture_slope(m1, u, psi_u, w, mix, base, other, student_base, shares):
     """xi of a mixture: T dD/dz = q (xi - sum q xi). Arguments are those of `mixture_term`.
 
-    shares: whether base mix and other (1 - mix) differ, as they do not for JSD; (o - b) / m then counts. The gradient in the teacher's
-    logits is the student's of the mixture with p and q exchanged.
+    shares: whether base mix and other (1 - mix) differ, as they do not for JSD; (o - b) / m then counts. The
+        gradient in the teacher's logits is the student's of the mixture with p and q exchanged.
     """
     keep = 1 - mix
     if student_base:

@@ -1,4 +1,5 @@
-"""What a person passes: numbers of any make become Python's, and what no backend can take is refused by name."""
+"""What a person passes: numbers of any make become Python's, and what no backend can take is refused by
+name."""
 
 from __future__ import annotations
 
@@ -21,13 +22,17 @@ LARGEST = sys.float_info.max
 
 
 def number(name: str, x: Any) -> float | int:
-    """x as a Python number, also of numpy or a 0-d tensor (which the host waits for); TypeError for what is none."""
+    """x as a Python number, also of numpy or a 0-d tensor (which the host waits for); TypeError for what is
+    none."""
     kind = type(x)
     if kind is float or kind is int:
         return x
     if isinstance(x, Tensor):
         if x.dim() or x.dtype == torch.bool or x.is_complex() or x.device.type == "meta":
-            raise TypeError(f"{name}: must be a number or a 0-d tensor of one, got a tensor {tuple(x.shape)} of {x.dtype} on {x.device}")
+            raise TypeError(
+                f"{name}: must be a number or a 0-d tensor of one, got a tensor {tuple(x.shape)} of "
+                f"{x.dtype} on {x.device}"
+            )
         if x.requires_grad:
             raise ValueError(f"{name}: receives no gradient; pass {name}.detach()")
         x = x.item()
@@ -48,7 +53,11 @@ def integer(x: Any) -> int | None:
     """x as a Python integer, also of numpy; None for what is none."""
     if isinstance(x, (int, torch.SymInt)):
         return None if isinstance(x, bool) else x
-    x = x.item() if getattr(x, "shape", None) == () and not isinstance(x, Tensor) and hasattr(x, "item") else None
+    x = (
+        x.item()
+        if getattr(x, "shape", None) == () and not isinstance(x, Tensor) and hasattr(x, "item")
+        else None
+    )
     return x if isinstance(x, int) and not isinstance(x, bool) else None
 
 
@@ -67,18 +76,26 @@ def check_dense(name: str, x: Tensor) -> None:
     """Raise for a tensor that does not lie in this process's memory as sizes and strides say."""
     if type(x) is not Tensor and hasattr(x, "full_tensor"):
         raise TypeError(
-            f"{name}: must not be a DTensor. Of logits that every rank compares whole, pass {name}.full_tensor(); of tokens split between "
-            "ranks, each rank its own (to_local()); the gradient in a head split between ranks would be wrong either way"
+            f"{name}: must not be a DTensor. Of logits that every rank compares whole, pass "
+            f"{name}.full_tensor(); of tokens split between "
+            "ranks, each rank its own (to_local()); the gradient in a head split between ranks would "
+            "be wrong either way"
         )
     if x.is_nested:
-        raise TypeError(f"{name}: must not be a nested tensor; pass a padded one, with the padding left out by labels or token_weight")
+        raise TypeError(
+            f"{name}: must not be a nested tensor; pass a padded one, with the padding left out by "
+            "labels or token_weight"
+        )
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: must be dense, got the layout {x.layout}; pass {name}.to_dense()")
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of x can be looked at without waiting for a device: not those of a fake or a torch.func tensor."""
-    return x.device.type == "cpu" and not _is_fake(x) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether the values of x can be looked at without waiting for a device: not those of a fake or a
+    torch.func tensor."""
+    return (
+        x.device.type == "cpu" and not _is_fake(x) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _is_fake(x: Tensor) -> bool:
@@ -97,13 +114,19 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
-def check_mode(function: str, tensors: Iterable[Tensor | None], by_autograd: bool, instead: str = 'backend="eager"') -> None:
-    """Raise under a mode of torch in which the result or its derivative would be wrong; not for graphs of torch.compile.
+def check_mode(
+    function: str, tensors: Iterable[Tensor | None], by_autograd: bool, instead: str = 'backend="eager"'
+) -> None:
+    """Raise under a mode of torch in which the result or its derivative would be wrong; not for graphs of
+    torch.compile.
 
     by_autograd: nothing but PyTorch runs.
     """
     if torch._C._is_tracing():
-        raise RuntimeError(f"{function}: torch.jit.trace would keep this call's sizes for all others; use torch.compile or torch.export")
+        raise RuntimeError(
+            f"{function}: torch.jit.trace would keep this call's sizes for all others; use "
+            "torch.compile or torch.export"
+        )
     if by_autograd:
         return
     if torch._C._are_functorch_transforms_active():
@@ -113,17 +136,25 @@ def check_mode(function: str, tensors: Iterable[Tensor | None], by_autograd: boo
 
 
 def check_upstream(function: str, upstream: Tensor) -> None:
-    """Raise for many upstream gradients at once: the gradient is written over, or the operator run again, for one."""
+    """Raise for many upstream gradients at once: the gradient is written over, or the operator run again, for
+    one."""
     # first what is quick to ask: a plain tensor has a storage, a batched one has none
-    if not torch.compiler.is_compiling() and not torch._C._has_storage(upstream) and "Batched" in str(torch._C._dispatch_keys(upstream)):
+    if (
+        not torch.compiler.is_compiling()
+        and not torch._C._has_storage(upstream)
+        and "Batched" in str(torch._C._dispatch_keys(upstream))
+    ):
         raise RuntimeError(f'{function}: is_grads_batched needs fused_kd_loss(backend="eager")')
 
 
 def saveable(x: Any) -> Any:
-    """x, or where it was made under torch.inference_mode the same memory as a tensor that autograd saves for a backward."""
+    """x, or where it was made under torch.inference_mode the same memory as a tensor that autograd saves for
+    a backward."""
     if not isinstance(x, Tensor) or not x.is_inference() or torch.is_inference_mode_enabled():
         return x
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+    )
 
 
 def rows_overlap(x: Tensor) -> bool:
@@ -131,7 +162,9 @@ def rows_overlap(x: Tensor) -> bool:
     if torch.compiler.is_compiling():  # where strides may be symbols
         return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
     span = 0  # of the dimensions with smaller strides
-    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1
+    ):
         if stride <= span:
             return x.numel() > 0
         span += stride * (size - 1)
@@ -178,7 +211,8 @@ def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> No
 
 
 def names_checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which says of an unknown keyword argument what the nearest one is (as Python itself does from 3.13 on)."""
+    """The function, which says of an unknown keyword argument what the nearest one is (as Python itself does
+    from 3.13 on)."""
     known = frozenset(inspect.signature(function).parameters)
 
     @functools.wraps(function)

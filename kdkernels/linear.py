@@ -1,8 +1,8 @@
 """Distillation from hidden states: projection, loss and gradient of a chunk of tokens at a time.
 
-A chunk's logits lie in two buffers, the student's and the teacher's, which all chunks take in turn. The operator of ops.py writes the
-gradient over the student's logits, and the teacher's, where it has one, to a third; what remains of each are products with the weight
-and the hidden states, and the sum of its rows.
+A chunk's logits lie in two buffers, the student's and the teacher's, which all chunks take in turn. The
+operator of ops.py writes the gradient over the student's logits, and the teacher's, where it has one, to a
+third; what remains of each are products with the weight and the hidden states, and the sum of its rows.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ class Setup(NamedTuple):
     memory_budget: int
     num_counted: int | None
     stats: bool
-    fitted: bool = False  # no bound holds a gradient within fp16: each chunk's is measured before it is rounded
+    # no bound holds a gradient within fp16: each chunk's is measured before it is rounded
+    fitted: bool = False
 
     def of_logits(self, dtype: torch.dtype) -> torch.dtype:
         """What products in `dtype` are rounded to."""
-        return dtype if self.logits_dtype is None or dtype.itemsize > self.logits_dtype.itemsize else self.logits_dtype
+        return (
+            dtype
+            if self.logits_dtype is None or dtype.itemsize > self.logits_dtype.itemsize
+            else self.logits_dtype
+        )
 
     @property
     def models(self) -> tuple[tuple[tuple[bool, ...], torch.dtype], ...]:
@@ -54,12 +59,14 @@ class Setup(NamedTuple):
 
     @staticmethod
     def of_gradient(dtype: torch.dtype, of_products: torch.dtype) -> torch.dtype:
-        """Of the gradient in a parameter of `dtype` until its last factor is known, before which it would underflow in fp16."""
+        """Of the gradient in a parameter of `dtype` until its last factor is known, before which it would
+        underflow in fp16."""
         return dtype if dtype == of_products != torch.float16 else torch.float32
 
 
 def _underflows(setup: Setup) -> bool:
-    """Whether a gradient goes through fp16. A function: Dynamo, which traces it, does not know properties of a NamedTuple in torch 2.10."""
+    """Whether a gradient goes through fp16. A function: Dynamo, which traces it, does not know properties of
+    a NamedTuple in torch 2.10."""
     mine, theirs = any(setup.needs[:3]), any(setup.needs[3:])
     return mine and setup.dtype == torch.float16 or theirs and setup.teacher_dtype == torch.float16
 
@@ -68,7 +75,8 @@ def _underflows(setup: Setup) -> bool:
 
 
 def chunk_tokens(tokens: int, vocab: int, class_bytes: int, memory_budget: int) -> int:
-    """Tokens of a chunk: as many as the budget has room for at class_bytes a token and class, in equal chunks; at least one."""
+    """Tokens of a chunk: as many as the budget has room for at class_bytes a token and class, in equal
+    chunks; at least one."""
     most = max(1, memory_budget // (vocab * class_bytes))
     most -= most % ROUND if most > ROUND else 0
     if most >= tokens:
@@ -91,27 +99,43 @@ def _run(
     setup: Setup,
     factors: Factors,
 ) -> tuple[Tensor, ...]:
-    """(rows, gradients as in setup.needs, statistics) as ops.py has them; an empty tensor for what is not asked for."""
+    """(rows, gradients as in setup.needs, statistics) as ops.py has them; an empty tensor for what is not
+    asked for."""
     vocab, device, dtype, stats = factors[6], hidden.device, setup.dtype, setup.stats
     tokens = math.prod(hidden.shape[:-1])
-    labels, row_weight, upstream = (x if x is None else x.reshape(tokens) for x in (labels, row_weight, upstream))
+    labels, row_weight, upstream = (
+        x if x is None else x.reshape(tokens) for x in (labels, row_weight, upstream)
+    )
     if labels is not None and inputs.readable(labels):
         ops.check_labels(labels, row_weight, vocab)
-    index, row_weight = _counted(row_weight, upstream, setup.num_counted, device, in_place=callable(teacher_logits))
+    index, row_weight = _counted(
+        row_weight, upstream, setup.num_counted, device, in_place=callable(teacher_logits)
+    )
     count = tokens if index is None else len(index)
 
     teacher = _Teacher(
-        teacher_hidden, teacher_weight, teacher_bias, teacher_logits, setup, tokens, vocab, device, gathered=index is not None
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_logits,
+        setup,
+        tokens,
+        vocab,
+        device,
+        gathered=index is not None,
     )
     logits_dtype, others_dtype = (setup.of_logits(x) for x in (dtype, setup.teacher_dtype))
     own, others = (any(needs) for needs, _ in setup.models)
-    # bytes a class: of gradients as the products take them, where these are narrower, in the teacher's buffer; of the teacher's gradient
+    # bytes a class: of gradients as the products take them, where these are narrower, in the teacher's
+    # buffer; of the teacher's gradient
     narrowed = max(
         dtype.itemsize if own and logits_dtype != dtype else 0,
         setup.teacher_dtype.itemsize if others and others_dtype != setup.teacher_dtype else 0,
     )
     more = others_dtype.itemsize if others else 0
-    size = chunk_tokens(count, vocab, logits_dtype.itemsize + max(teacher.itemsize, narrowed) + more, setup.memory_budget)
+    size = chunk_tokens(
+        count, vocab, logits_dtype.itemsize + max(teacher.itemsize, narrowed) + more, setup.memory_budget
+    )
     first, second, third = (
         torch.empty(size * vocab * x, dtype=torch.uint8, device=device)
         for x in (logits_dtype.itemsize, max(teacher.buffered, narrowed), more)
@@ -122,7 +146,16 @@ def _run(
     columns = torch.full((tokens if stats else 0, COLUMNS), math.nan, dtype=torch.float64, device=device)
     models = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
     mine, theirs = (
-        _Gradients(*model, *needs_of, vocab, tokens, device, single=size >= count, all_written=index is None, fitted=setup.fitted)
+        _Gradients(
+            *model,
+            *needs_of,
+            vocab,
+            tokens,
+            device,
+            single=size >= count,
+            all_written=index is None,
+            fitted=setup.fitted,
+        )
         for model, needs_of in zip(models, setup.models, strict=True)
     )
     with torch.autocast(device.type, enabled=False) if device.type != "meta" else contextlib.nullcontext():
@@ -148,7 +181,13 @@ def _run(
             if own:
                 mine.add(mine.narrowed(z, second, dtype), x, head, at, start > 0)
             if others:
-                theirs.add(theirs.narrowed(dv, second, setup.teacher_dtype), teacher.inputs(at), teacher.weight, at, start > 0)
+                theirs.add(
+                    theirs.narrowed(dv, second, setup.teacher_dtype),
+                    teacher.inputs(at),
+                    teacher.weight,
+                    at,
+                    start > 0,
+                )
     first = second = third = z = v = grad = dv = None  # before gradients are cast
     return rows, *mine.finish(count), *theirs.finish(count), columns
 
@@ -174,7 +213,9 @@ class _Gradients:
         self.unit: Tensor | None = None  # what the sums so far are multiplied with, a power of 2; None for 1
         if needs[0]:
             fresh = torch.empty if all_written else torch.zeros
-            self.hidden = fresh((tokens, hidden.shape[-1]), dtype=Setup.of_gradient(hidden.dtype, dtype), device=device)
+            self.hidden = fresh(
+                (tokens, hidden.shape[-1]), dtype=Setup.of_gradient(hidden.dtype, dtype), device=device
+            )
         self.weight, self.bias = (
             _Accumulator(x, Setup.of_gradient(x.dtype, dtype), vocab, single) if need else None
             for x, need in zip((weight, bias), needs[1:], strict=True)
@@ -187,7 +228,8 @@ class _Gradients:
         return dz if dz.dtype == dtype else _shaped(buffer, dz.shape, dtype).copy_(dz)
 
     def fit(self, dz: Tensor) -> None:
-        """Multiply a chunk's fp32 gradient so that fp16 holds it, and the sums so far as well, which are fp32."""
+        """Multiply a chunk's fp32 gradient so that fp16 holds it, and the sums so far as well, which are
+        fp32."""
         unit = torch.exp2(torch.floor(torch.log2(LARGEST_FITTED / dz.abs().amax()))).clamp_max(2.0**60)
         if self.unit is not None:
             unit = torch.minimum(unit, self.unit)
@@ -222,9 +264,14 @@ class _Gradients:
 
 
 def _counted(
-    row_weight: Tensor | None, upstream: Tensor | None, num_counted: int | None, device: torch.device, in_place: bool
+    row_weight: Tensor | None,
+    upstream: Tensor | None,
+    num_counted: int | None,
+    device: torch.device,
+    in_place: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(indices of the tokens that count where their number is known without waiting for a device, else None; weights with upstream)."""
+    """(indices of the tokens that count where their number is known without waiting for a device, else None;
+    weights with upstream)."""
     index, total = None, row_weight
     if upstream is not None:
         total = upstream if row_weight is None else torch.where(row_weight != 0, upstream * row_weight, 0.0)
@@ -247,14 +294,19 @@ def _counted(
 class _Teacher:
     """The teacher's logits of a chunk, wherever they come from."""
 
-    def __init__(self, hidden, weight, bias, logits, setup: Setup, tokens: int, vocab: int, device, gathered: bool):
+    def __init__(
+        self, hidden, weight, bias, logits, setup: Setup, tokens: int, vocab: int, device, gathered: bool
+    ):
         self.hidden, self.source, self.vocab, self.setup, self.device = hidden, logits, vocab, setup, device
         # bytes a class: of a chunk, whoever makes it, and of the buffer that it is made in
         self.itemsize = self.buffered = 0
         if hidden is not None:
             dtype = setup.teacher_dtype
             self.hidden = hidden.reshape(tokens, hidden.shape[-1])
-            self.weight, self.bias = weight[:vocab].to(dtype), None if bias is None else bias[:vocab].to(dtype)
+            self.weight, self.bias = (
+                weight[:vocab].to(dtype),
+                None if bias is None else bias[:vocab].to(dtype),
+            )
             self.itemsize = self.buffered = setup.of_logits(dtype).itemsize
         elif callable(logits):
             self.itemsize = setup.of_logits(setup.dtype).itemsize
@@ -279,7 +331,9 @@ class _Teacher:
             return self.source[torch.unravel_index(ids, self.source.shape[:-1])].contiguous()
         if isinstance(at, slice):
             return self.flat[at]
-        return torch.index_select(self.flat[:, : self.vocab], 0, at, out=_shaped(buffer, (len(at), self.vocab), self.flat.dtype))
+        return torch.index_select(
+            self.flat[:, : self.vocab], 0, at, out=_shaped(buffer, (len(at), self.vocab), self.flat.dtype)
+        )
 
     def inputs(self, at: slice | Tensor) -> Tensor:
         """The hidden states as the products take them."""
@@ -289,10 +343,15 @@ class _Teacher:
         v = self.source(start, stop)
         if not isinstance(v, Tensor) or v.dtype not in DTYPES:
             got = getattr(v, "dtype", type(v).__name__)
-            raise TypeError(f"teacher_logits: must return bfloat16, float16, float32 or float64 logits, got {got}")
+            raise TypeError(
+                f"teacher_logits: must return bfloat16, float16, float32 or float64 logits, got {got}"
+            )
         inputs.check_dense("what teacher_logits returns", v)
         if v.dim() != 2 or len(v) != stop - start or v.shape[1] < self.vocab:
-            raise ValueError(f"teacher_logits: must return ({stop - start}, {self.vocab} or more) logits, got {tuple(v.shape)}")
+            raise ValueError(
+                f"teacher_logits: must return ({stop - start}, {self.vocab} or more) logits, got "
+                f"{tuple(v.shape)}"
+            )
         return functional._rows_addressable(v.detach().to(self.device))
 
 
@@ -312,7 +371,9 @@ class _Accumulator:
     def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, single: bool):
         self.dtype = dtype
         self.whole = torch.empty(
-            like.shape, dtype=self.dtype if single else torch.promote_types(self.dtype, torch.float32), device=like.device
+            like.shape,
+            dtype=self.dtype if single else torch.promote_types(self.dtype, torch.float32),
+            device=like.device,
         )
         self.total, self.rest = self.whole[:vocab], self.whole[vocab:]
 
@@ -333,7 +394,8 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Ten
 
 
 def _has_product(a: Tensor, out: Tensor) -> bool:
-    """Whether PyTorch has a product of such factors with such a result; of fp16 on a CPU it has one, twenty times slower than fp32's."""
+    """Whether PyTorch has a product of such factors with such a result; of fp16 on a CPU it has one, twenty
+    times slower than fp32's."""
     if a.device.type == "cpu":
         return a.dtype == out.dtype != torch.float16
     return a.dtype == out.dtype or _widens(a.device.type)
@@ -354,7 +416,8 @@ def _widens(device_type: str) -> bool:
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, rounded: bool = True) -> Tensor:
     """out = a @ b, or out += a @ b, summed in fp32 at least, into an `out` that may be wider.
 
-    rounded: the product may be rounded to bf16 on its way. Where PyTorch has no product with a wider result, that is twice as fast.
+    rounded: the product may be rounded to bf16 on its way. Where PyTorch has no product with a wider result,
+        that is twice as fast.
     """
     if _has_product(a, out):
         mixed = {} if a.dtype == out.dtype else dict(out_dtype=out.dtype)
@@ -388,8 +451,13 @@ def _put(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 def _sum_rows(z: Tensor, out: Tensor, add: bool) -> None:
-    """out = z.sum(0), or out += z.sum(0), in out's dtype: on a CPU PyTorch casts before it sums, so by blocks."""
-    step = z.shape[1] if z.dtype == out.dtype or z.device.type != "cpu" else max(ROUND, BLOCK_BYTES // (4 * len(z)))
+    """out = z.sum(0), or out += z.sum(0), in out's dtype: on a CPU PyTorch casts before it sums, so by
+    blocks."""
+    step = (
+        z.shape[1]
+        if z.dtype == out.dtype or z.device.type != "cpu"
+        else max(ROUND, BLOCK_BYTES // (4 * len(z)))
+    )
     for i in range(0, z.shape[1], step):
         part = z[:, i : i + step].sum(0, dtype=out.dtype)
         out[i : i + step].copy_(out[i : i + step] + part if add else part)
@@ -400,11 +468,15 @@ def _sum_rows(z: Tensor, out: Tensor, add: bool) -> None:
 _TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits")
 _ROWS = ("labels", "row_weight", "upstream")
 _SETUP = (
-    "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int memory_budget, SymInt? num_counted, "
+    "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int "
+    "memory_budget, SymInt? num_counted, "
     "bool stats, bool fitted"
 )
 _library, _optional = ops._library, ", ".join(f"Tensor? {x}" for x in (*_TENSORS[2:], *_ROWS))
-_library.define(f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {ops._OPTIONS}) -> ({', '.join(['Tensor'] * 8)})")
+_library.define(
+    f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {ops._OPTIONS}) -> "
+    f"({', '.join(['Tensor'] * 8)})"
+)
 
 
 @torch.library.impl(_library, "linear_loss", "CompositeExplicitAutograd")
@@ -415,7 +487,10 @@ def _linear_loss(*arguments):
 
 @torch.library.register_fake("kdkernels::linear_loss", lib=_library)
 def _(*arguments):
-    tensors, setup = arguments[: len(_TENSORS)], Setup(*arguments[len(_TENSORS) + len(_ROWS) :][: len(Setup._fields)])
+    tensors, setup = (
+        arguments[: len(_TENSORS)],
+        Setup(*arguments[len(_TENSORS) + len(_ROWS) :][: len(Setup._fields)]),
+    )
     hidden = tensors[0]
     rows, double = math.prod(hidden.shape[:-1]), torch.float64
     grads = []
@@ -423,18 +498,25 @@ def _(*arguments):
         x, (_, of_products) = tensors[i], setup.models[i // 3]
         shape, dtype = (x.shape, setup.of_gradient(x.dtype, of_products)) if need else ((0,), torch.float32)
         grads.append(torch.empty(shape, dtype=dtype, device=hidden.device))
-    return hidden.new_empty(rows, dtype=double), *grads, hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=double)
+    return (
+        hidden.new_empty(rows, dtype=double),
+        *grads,
+        hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=double),
+    )
 
 
 def _pass(tensors: tuple, labels, row_weight, upstream, setup: Setup, factors: Factors):
     """`_run`, or what a compiler takes for it."""
     if torch.compiler.is_compiling():
-        return torch.ops.kdkernels.linear_loss.default(*tensors, labels, row_weight, upstream, *setup, *factors)
+        return torch.ops.kdkernels.linear_loss.default(
+            *tensors, labels, row_weight, upstream, *setup, *factors
+        )
     return _run(*tensors, labels, row_weight, upstream, setup, factors)
 
 
 class _Total(torch.autograd.Function):
-    """Sum of the row losses; the forward leaves the gradients, the backward multiplies them by the upstream gradient."""
+    """Sum of the row losses; the forward leaves the gradients, the backward multiplies them by the upstream
+    gradient."""
 
     @staticmethod
     def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, boost: float, *tensors):
@@ -448,7 +530,11 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         inputs.check_upstream("fused_linear_kd_loss", upstream)
-        grads = iter(functional._times_upstream(ctx.saved_tensors, upstream / ctx.boost if ctx.boost != 1.0 else upstream))
+        grads = iter(
+            functional._times_upstream(
+                ctx.saved_tensors, upstream / ctx.boost if ctx.boost != 1.0 else upstream
+            )
+        )
         return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), None
 
 
@@ -457,7 +543,9 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, steepness: float, *tensors):
-        rows, *_, columns = _pass(tensors, labels, row_weight, None, setup._replace(needs=(False,) * 6), factors)
+        rows, *_, columns = _pass(
+            tensors, labels, row_weight, None, setup._replace(needs=(False,) * 6), factors
+        )
         *tensors_alone, logits = tensors
         ctx.called = logits if callable(logits) else None
         ctx.save_for_backward(*tensors_alone, None if callable(logits) else logits, labels, row_weight)
@@ -476,18 +564,25 @@ class _PerRow(torch.autograd.Function):
                 most = upstream.abs().amax() if upstream.numel() else upstream.new_ones(())
                 most = torch.where(most > 0, most, 1.0)
                 upstream, post = upstream / most, most / boost
-            _, *grads, _ = _pass((*tensors, ctx.called or logits), labels, row_weight, upstream, ctx.setup, factors)
+            _, *grads, _ = _pass(
+                (*tensors, ctx.called or logits), labels, row_weight, upstream, ctx.setup, factors
+            )
             grads = grads if post is None else [g * post for g in grads]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             one = torch.ones((), device=upstream.device)
             grads = [functional._OnceDifferentiable.apply(functional._anchor(), g, one) for g in grads]
         wanted = (g for g, need in zip(grads, ctx.setup.needs, strict=True) if need)
-        return *[None] * 5, *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:6]]), None
+        return (
+            *[None] * 5,
+            *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:6]]),
+            None,
+        )
 
 
 # for torch.export, as functional's `trainable_loss`
 _library.define(
-    f"trainable_linear_loss(Tensor hidden, Tensor weight, {', '.join(f'Tensor? {x}' for x in (*_TENSORS[2:], *_ROWS[:2]))}, "
+    "trainable_linear_loss(Tensor hidden, Tensor weight, "
+    f"{', '.join(f'Tensor? {x}' for x in (*_TENSORS[2:], *_ROWS[:2]))}, "
     f"{_SETUP}, {ops._OPTIONS}) -> (Tensor, Tensor)"
 )
 _NO_NEEDS = (False,) * 6
@@ -510,7 +605,9 @@ def _parts(arguments: tuple) -> tuple[tuple, Setup, tuple]:
 @torch.library.register_fake("kdkernels::trainable_linear_loss", lib=_library)
 def _(hidden, *arguments):
     rows, setup = math.prod(hidden.shape[:-1]), _parts((hidden, *arguments))[1]
-    return hidden.new_empty(rows, dtype=torch.float64), hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=torch.float64)
+    return hidden.new_empty(rows, dtype=torch.float64), hidden.new_empty(
+        rows if setup.stats else 0, COLUMNS, dtype=torch.float64
+    )
 
 
 def _save_trainable(ctx, inputs, output) -> None:
@@ -525,12 +622,18 @@ def _trainable_backward(ctx, upstream, _):
     most = upstream.abs().amax() if _underflows(setup) and upstream.numel() else upstream.new_ones(())
     most = torch.where(most > 0, most, 1.0)
     call = (*tensors, labels, row_weight, upstream / most, *setup, *ctx.factors)
-    grads = (g * most for g, need in zip(torch.ops.kdkernels.linear_loss.default(*call)[1:7], setup.needs, strict=True) if need)
+    grads = (
+        g * most
+        for g, need in zip(torch.ops.kdkernels.linear_loss.default(*call)[1:7], setup.needs, strict=True)
+        if need
+    )
     dtypes = [None if x is None else x.dtype for x in tensors[:6]]
     return *_cast(grads, setup.needs, dtypes), *[None] * (3 + len(setup) + len(ctx.factors))
 
 
-torch.library.register_autograd("kdkernels::trainable_linear_loss", _trainable_backward, setup_context=_save_trainable, lib=_library)
+torch.library.register_autograd(
+    "kdkernels::trainable_linear_loss", _trainable_backward, setup_context=_save_trainable, lib=_library
+)
 
 
 def _cast(grads, needs, dtypes) -> list[Tensor | None]:
@@ -550,10 +653,14 @@ def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options,
         rows, columns = torch.ops.kdkernels.trainable_linear_loss.default(*call)
         return functional._reduced(rows, hidden, o, denominator), columns
     wants_grad = any(setup.needs)
-    steepness = functional._steepness(o, vocab, of_teacher=any(setup.needs[3:])) if _underflows(setup) else None
+    steepness = (
+        functional._steepness(o, vocab, of_teacher=any(setup.needs[3:])) if _underflows(setup) else None
+    )
     if steepness is not None and steepness > functional.MOST_STEEP:
         setup, steepness = setup._replace(fitted=True, logits_dtype=torch.float32), 1.0
-    factors, row_weight, post, boost = functional._folded(steepness, hidden.shape[:-1], row_weight, o, vocab, denominator)
+    factors, row_weight, post, boost = functional._folded(
+        steepness, hidden.shape[:-1], row_weight, o, vocab, denominator
+    )
     if o.reduction == "none":
         return _PerRow.apply(labels, row_weight, setup, factors, steepness, *tensors)
     if wants_grad:
@@ -572,7 +679,10 @@ def _product_dtype(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | Non
         return torch.get_autocast_dtype(device_type)
     for part, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
-            raise TypeError(f"{name}_{part}: must be {hidden.dtype}, as {name}_hidden is, or under autocast; got {x.dtype}")
+            raise TypeError(
+                f"{name}_{part}: must be {hidden.dtype}, as {name}_hidden is, or under autocast; got "
+                f"{x.dtype}"
+            )
     return hidden.dtype
 
 
@@ -586,10 +696,13 @@ def _check_model(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}_{part}: must be bfloat16, float16, float32 or float64, got {x.dtype}")
         if x.device != hidden.device:
-            raise ValueError(f"{name}_{part}: must be on the device of {name}_hidden, {hidden.device}, got {x.device}")
+            raise ValueError(
+                f"{name}_{part}: must be on the device of {name}_hidden, {hidden.device}, got {x.device}"
+            )
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name}_hidden and {name}_weight: must be (..., H) and (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"{name}_hidden and {name}_weight: must be (..., H) and (V, H), got {tuple(hidden.shape)} "
+            f"and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}_bias: must be ({weight.shape[0]},), got {tuple(bias.shape)}")
@@ -602,9 +715,15 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
     leading = hidden.shape[:-1]
     if logits is not None:
         if any(x is not None for x in teacher):
-            raise ValueError("teacher_logits: takes the place of teacher_hidden, teacher_weight and teacher_bias; give one or the other")
+            raise ValueError(
+                "teacher_logits: takes the place of teacher_hidden, teacher_weight and teacher_bias; "
+                "give one or the other"
+            )
         if o.teacher_grad:
-            raise ValueError("teacher_grad: goes to teacher_hidden, teacher_weight and teacher_bias, and teacher_logits are given")
+            raise ValueError(
+                "teacher_grad: goes to teacher_hidden, teacher_weight and teacher_bias, and "
+                "teacher_logits are given"
+            )
     elif teacher[0] is None or teacher[1] is None:
         raise ValueError("teacher_hidden and teacher_weight: both, or teacher_logits in their place")
     else:
@@ -616,33 +735,52 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
         if given.dtype not in DTYPES:
             raise TypeError(f"{name}: must be bfloat16, float16, float32 or float64, got {given.dtype}")
         if given.dim() == 0 or given.shape[:-1] != leading:
-            raise ValueError(f"{name}: must have the leading shape of student_hidden, {tuple(leading)}, got {tuple(given.shape)}")
+            raise ValueError(
+                f"{name}: must have the leading shape of student_hidden, {tuple(leading)}, got "
+                f"{tuple(given.shape)}"
+            )
         if given.device != hidden.device:
             raise ValueError(f"{name}: must be on the student's device {hidden.device}, got {given.device}")
     elif not callable(given):
-        raise TypeError(f"teacher_logits: must be a tensor or a callable (start, stop) -> logits, got {type(given).__name__}")
+        raise TypeError(
+            "teacher_logits: must be a tensor or a callable (start, stop) -> logits, got "
+            f"{type(given).__name__}"
+        )
     elif torch.compiler.is_compiling():
-        raise RuntimeError("teacher_logits: a callable cannot be compiled; call the loss under torch.compiler.disable")
+        raise RuntimeError(
+            "teacher_logits: a callable cannot be compiled; call the loss under torch.compiler.disable"
+        )
     for name, x in zip(_TENSORS[3:], (*teacher, logits), strict=True):
         if isinstance(x, Tensor) and inputs.differentiated(x) and not o.teacher_grad:
-            raise ValueError(f"{name}: receives a gradient only with teacher_grad=True; pass that, or {name}.detach()")
+            raise ValueError(
+                f"{name}: receives a gradient only with teacher_grad=True; pass that, or {name}.detach()"
+            )
     # a callable's is seen when it is called
-    teacher_vocab = len(teacher[1]) if logits is None else len(weight) if callable(logits) else logits.shape[-1]
+    teacher_vocab = (
+        len(teacher[1]) if logits is None else len(weight) if callable(logits) else logits.shape[-1]
+    )
     vocab = functional._common_vocab(len(weight), teacher_vocab, o)
     functional._check_rows(labels, token_weight, hidden, o, "hidden states")
     if num_counted is not None:
         tokens = math.prod(leading)
         if not 0 <= num_counted <= tokens:
-            raise ValueError(f"num_counted: must be between 0 and the number of tokens, {tokens}, got {num_counted}")
+            raise ValueError(
+                f"num_counted: must be between 0 and the number of tokens, {tokens}, got {num_counted}"
+            )
         if labels is None and token_weight is None and num_counted != tokens:
-            raise ValueError(f"num_counted: all {tokens} tokens count where there are neither labels nor token_weight; got {num_counted}")
+            raise ValueError(
+                f"num_counted: all {tokens} tokens count where there are neither labels nor "
+                f"token_weight; got {num_counted}"
+            )
     return vocab
 
 
 def check_chunking(logits_dtype: torch.dtype | None, memory_budget: int | None = None) -> int | None:
     """Raise for what `functional.options` does not know; the budget."""
     if logits_dtype not in (None, torch.float32):
-        raise ValueError(f"logits_dtype: must be torch.float32, or None for that of the products, got {logits_dtype!r}")
+        raise ValueError(
+            f"logits_dtype: must be torch.float32, or None for that of the products, got {logits_dtype!r}"
+        )
     memory_budget = _integer("memory_budget", memory_budget, "a number of bytes or None")
     if memory_budget is not None and not 1 <= memory_budget < 2**63:
         raise ValueError(f"memory_budget: must be positive and an int64, got {inputs.shown(memory_budget)}")
@@ -688,74 +826,101 @@ def fused_linear_kd_loss(
     logits_dtype: torch.dtype | None = torch.float32,
     memory_budget: int | None = None,
 ) -> Tensor | tuple[Tensor, KDStats]:
-    r"""`fused_kd_loss` of logits that are never held: those of a chunk of tokens are computed, used and written over by the next.
+    r"""`fused_kd_loss` of logits that are never held: those of a chunk of tokens are computed, used and
+    written over by the next.
 
-        z = student_hidden @ student_weight.T + student_bias        v = teacher_hidden @ teacher_weight.T + teacher_bias
-        loss = fused_kd_loss(z, v, labels, ...)
+        z = student_hidden @ student_weight.T + student_bias        v = teacher_hidden @ teacher_weight.T +
+                                                                    teacher_bias loss = fused_kd_loss(z, v,
+                                                                    labels, ...)
 
-    with its gradient in student_hidden, student_weight and student_bias, which is dz @ W, dz.T @ h and the sum of dz: for "mean" and "sum"
-    computed in the forward, for "none" by a second pass over the chunks in the backward. No tensor has tokens x V elements. Projecting by
-    chunks is Liger-Kernel's idea, Hsu et al. (2024), among others'.
+    with its gradient in student_hidden, student_weight and student_bias, which is dz @ W, dz.T @ h and the
+    sum of dz: for "mean" and "sum" computed in the forward, for "none" by a second pass over the chunks in
+    the backward. No tensor has tokens x V elements. Projecting by chunks is Liger-Kernel's idea, Hsu et al.
+    (2024), among others'.
 
-    A chunk has `memory_budget` bytes for the logits of both, or of the student where the teacher's are given; its gradient takes the place
-    of the student's. That makes budget / (V (bytes of a student's + of a teacher's logit)) tokens, rounded down to 64s, then evened out
-    between the chunks, and one at least; the last chunk has what is left. Each chunk reads the weights, and reads and writes the weight's
-    gradient, which takes a chunk of a thousand tokens to be little on a GPU and some hundreds on a CPU: the budget is 1 GiB by default
-    (512 tokens of a vocabulary of 262144, 4096 of 32768), and 256 MiB on a CPU (256 of 131072). Beside it there are the
-    gradients, and for 16-bit weights and several chunks the sum of their gradients in fp32.
+    A chunk has `memory_budget` bytes for the logits of both, or of the student where the teacher's are given;
+    its gradient takes the place of the student's. That makes budget / (V (bytes of a student's + of a
+    teacher's logit)) tokens, rounded down to 64s, then evened out between the chunks, and one at least; the
+    last chunk has what is left. Each chunk reads the weights, and reads and writes the weight's gradient,
+    which takes a chunk of a thousand tokens to be little on a GPU and some hundreds on a CPU: the budget is 1
+    GiB by default (512 tokens of a vocabulary of 262144, 4096 of 32768), and 256 MiB on a CPU (256 of
+    131072). Beside it there are the gradients, and for 16-bit weights and several chunks the sum of their
+    gradients in fp32.
 
     Args:
         student_hidden: (..., H) bfloat16, float16, float32 or float64, what the student's head takes.
-        student_weight: (V, H) of the head, which may be the embedding's as well. No gradient is computed where it requires none.
-        teacher_hidden, teacher_weight: (..., H') and (V', H'); H' and the dtype may differ from the student's.
+        student_weight: (V, H) of the head, which may be the embedding's as well. No gradient is computed
+            where it requires none.
+        teacher_hidden, teacher_weight: (..., H') and (V', H'); H' and the dtype may differ from the
+            student's.
         student_bias, teacher_bias: (V), (V').
-        teacher_logits: in place of the teacher's three: (..., V'), or a callable (start, stop) -> (stop - start, V') logits of these of the
-            flattened tokens, on any device; in the forward, and with reduction="none" again in the backward.
-        labels, divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, token_weight, reduction, num_items,
-            student_transform, teacher_transform, label_smoothing, z_loss, return_stats, backend: as in `fused_kd_loss`.
-        num_counted: how many tokens count (label not ignore_index, weight not 0). The others are then left out of the projections on a GPU
-            too, where counting them would mean waiting for it; on a CPU they always are. A wrong number gives nan on a GPU and an error on
-            a CPU. A callable is asked for all tokens.
-        vocab_size: the first vocab_size classes of both; required where V and V' differ. Only these are projected.
-        teacher_grad: the gradient in the teacher's hidden states, weight and bias too, from the same pass. That in its logits has a share
-            of the budget.
-        logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded: gradients are right to their own rounding, 0.2 % in
-            bf16. None rounds logits to the products' dtype: chunks of twice the tokens in the same budget, twice as fast on a CPU, and
-            gradients off by some per cent where the student is near its teacher.
+        teacher_logits: in place of the teacher's three: (..., V'), or a callable (start, stop) -> (stop -
+            start, V') logits of these of the flattened tokens, on any device; in the forward, and with
+            reduction="none" again in the backward. labels, divergence, temperature, t_squared, soft_weight,
+            hard_weight, ignore_index, token_weight, reduction, num_items, student_transform,
+            teacher_transform, label_smoothing, z_loss, return_stats, backend: as in `fused_kd_loss`.
+        num_counted: how many tokens count (label not ignore_index, weight not 0). The others are then left
+            out of the projections on a GPU too, where counting them would mean waiting for it; on a CPU they
+            always are. A wrong number gives nan on a GPU and an error on a CPU. A callable is asked for all
+            tokens.
+        vocab_size: the first vocab_size classes of both; required where V and V' differ. Only these are
+            projected.
+        teacher_grad: the gradient in the teacher's hidden states, weight and bias too, from the same pass.
+            That in its logits has a share of the budget.
+        logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded: gradients are right to
+            their own rounding, 0.2 % in bf16. None rounds logits to the products' dtype: chunks of twice the
+            tokens in the same budget, twice as fast on a CPU, and gradients off by some per cent where the
+            student is near its teacher.
         memory_budget: bytes of a chunk's logits, see above.
 
-    The head is its weight and bias, and nothing else of its module is called. Adapters on it (PEFT's LoRA of `lm_head`, whose `.weight` is
-    that of the frozen layer) are left out and get no gradient: merge them, leave the head out, or take `fused_kd_loss` of the logits.
-    The same goes for forward hooks. A DTensor is refused; `weight.full_tensor()` is not one any more, and cannot be seen: where ranks have
-    different tokens each shard of the head gets the gradient of its own rank's tokens alone. Do not pass it (docs/linear.md).
+    The head is its weight and bias, and nothing else of its module is called. Adapters on it (PEFT's LoRA of
+    `lm_head`, whose `.weight` is that of the frozen layer) are left out and get no gradient: merge them,
+    leave the head out, or take `fused_kd_loss` of the logits. The same goes for forward hooks. A DTensor is
+    refused; `weight.full_tensor()` is not one any more, and cannot be seen: where ranks have different tokens
+    each shard of the head gets the gradient of its own rank's tokens alone. Do not pass it (docs/linear.md).
 
-    Under autocast the products are in its dtype, and gradients in the parameters' own. The weight gradient is summed over chunks in fp32.
+    Under autocast the products are in its dtype, and gradients in the parameters' own. The weight gradient is
+    summed over chunks in fp32.
 
     Returns:
-        As `fused_kd_loss`: a scalar, or (...) for reduction="none", and with return_stats a `KDStats` after it. Differentiable once.
+        As `fused_kd_loss`: a scalar, or (...) for reduction="none", and with return_stats a `KDStats` after
+        it. Differentiable once.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is computed; what a callable returns, when it does.
+        ValueError, TypeError: for arguments that do not fit, before anything is computed; what a callable
+            returns, when it does.
         RuntimeError: the backend cannot run here, or a callable meets torch.compile.
 
     Example:
         >>> import torch
         >>> from kdkernels import fused_linear_kd_loss
-        >>> hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(32000, 64, requires_grad=True)
+        >>> hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(32000, 64)
         >>> teacher_hidden, teacher_weight = torch.randn(8, 128), torch.randn(32000, 128)
-        >>> loss = fused_linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, temperature=2.0, t_squared=True)
+        >>> loss = fused_linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, temperature=2.0)
         >>> loss.backward()
     """
     mixing = soft_weight, hard_weight, ignore_index, reduction
     more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
-    o = functional.options(divergence, temperature, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend)
+    o = functional.options(
+        divergence, temperature, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend
+    )
     memory_budget = check_chunking(logits_dtype, memory_budget)
     num_counted = _integer("num_counted", num_counted, "an integer")
-    tensors = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits
+    tensors = (
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_logits,
+    )
     compiling = torch.compiler.is_compiling()
     if not compiling:
         differentiable = tensors[: 6 if teacher_grad else 3]
-        inputs.check_mode("fused_linear_kd_loss", differentiable, False, 'logits, and fused_kd_loss(backend="eager")')
+        inputs.check_mode(
+            "fused_linear_kd_loss", differentiable, False, 'logits, and fused_kd_loss(backend="eager")'
+        )
     vocab = _check(tensors, labels, token_weight, num_counted, o)
     num_items = functional._items(num_items, o)
     if not compiling and reduction == "none":  # which saves what it is given
@@ -765,11 +930,14 @@ def fused_linear_kd_loss(
     student_dtype = _product_dtype("student", *tensors[:3])
     teacher_dtype = student_dtype if teacher_hidden is None else _product_dtype("teacher", *tensors[3:6])
     row_weight, denominator = functional._weights(student_hidden, labels, vocab, o, token_weight, num_items)
-    hard = labels if o.hard_weight or student_hidden.device.type == "cpu" else None  # as in `functional._loss`
+    # as in `functional._loss`
+    hard = labels if o.hard_weight or student_hidden.device.type == "cpu" else None
 
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:6])
     setup = Setup(needs, student_dtype, teacher_dtype, logits_dtype, memory_budget, num_counted, return_stats)
     loss, columns = _linear_loss_of(tensors, hard, row_weight, denominator, o, vocab, setup)
     if not return_stats:
         return loss
-    return loss, from_columns(columns.detach(), student_hidden.shape[:-1], labels, bool(o.hard_weight), row_weight, loss.dtype)
+    return loss, from_columns(
+        columns.detach(), student_hidden.shape[:-1], labels, bool(o.hard_weight), row_weight, loss.dtype
+    )

@@ -11,16 +11,19 @@ from . import functional, inputs, linear
 from .stats import KDStats
 
 OPTIONS = tuple(inspect.signature(functional.options).parameters)
-LINEAR_OPTIONS = (*(x for x in OPTIONS if x != "inplace"), *inspect.signature(linear.check_chunking).parameters)
+LINEAR_OPTIONS = (
+    *(x for x in OPTIONS if x != "inplace"),
+    *inspect.signature(linear.check_chunking).parameters,
+)
 
 
 class KDLoss(nn.Module):
     """`fused_kd_loss` with its options fixed; token_weight and num_items are given with each call.
 
     Args:
-        **options: divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction, vocab_size, inplace,
-            teacher_grad, student_transform, teacher_transform, label_smoothing, z_loss, return_stats, backend as in `fused_kd_loss`,
-            checked here: the same errors, at construction.
+        **options: divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction,
+            vocab_size, inplace, teacher_grad, student_transform, teacher_transform, label_smoothing, z_loss,
+            return_stats, backend as in `fused_kd_loss`, checked here: the same errors, at construction.
 
     Example:
         >>> loss = KDLoss(divergence="renyi(0.5)", temperature=2.0, t_squared=True)
@@ -46,9 +49,15 @@ class KDLoss(nn.Module):
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, KDStats]:
-        """(..., V) logits of both, (...) labels -> a scalar, or (...) for reduction="none"; with return_stats a `KDStats` after it."""
+        """(..., V) logits of both, (...) labels -> a scalar, or (...) for reduction="none"; with return_stats
+        a `KDStats` after it."""
         return functional.fused_kd_loss(
-            student_logits, teacher_logits, labels, token_weight=token_weight, num_items=num_items, **self._given
+            student_logits,
+            teacher_logits,
+            labels,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self._given,
         )
 
     def extra_repr(self) -> str:
@@ -56,22 +65,30 @@ class KDLoss(nn.Module):
 
 
 class LinearKDLoss(KDLoss):
-    """`fused_linear_kd_loss` with its options fixed; tensors, num_items and num_counted are given with each call.
+    """`fused_linear_kd_loss` with its options fixed; tensors, num_items and num_counted are given with each
+    call.
 
     Args:
-        **options: those of `KDLoss` but inplace, and logits_dtype and memory_budget: the same errors, at construction.
+        **options: those of `KDLoss` but inplace, and logits_dtype and memory_budget: the same errors, at
+        construction.
 
     Example:
         >>> loss = LinearKDLoss(temperature=2.0, t_squared=True, memory_budget=512 << 20)
     """
 
-    def __init__(self, *, logits_dtype: torch.dtype | None = torch.float32, memory_budget: int | None = None, **options):
+    def __init__(
+        self, *, logits_dtype: torch.dtype | None = torch.float32, memory_budget: int | None = None, **options
+    ):
         if "inplace" in options:
-            raise TypeError("inplace: of fused_kd_loss alone; here a chunk's gradient always takes its logits' place")
+            raise TypeError(
+                "inplace: of fused_kd_loss alone; here a chunk's gradient always takes its logits' place"
+            )
         nn.Module.__init__(self)
         inputs.check_names("LinearKDLoss", options, LINEAR_OPTIONS)
         self._keep(options)
-        self._given |= dict(logits_dtype=logits_dtype, memory_budget=linear.check_chunking(logits_dtype, memory_budget))
+        self._given |= dict(
+            logits_dtype=logits_dtype, memory_budget=linear.check_chunking(logits_dtype, memory_budget)
+        )
 
     def forward(
         self,
@@ -88,7 +105,8 @@ class LinearKDLoss(KDLoss):
         num_items: int | Tensor | None = None,
         num_counted: int | None = None,
     ) -> Tensor | tuple[Tensor, KDStats]:
-        """(..., H) and (V, H) of both, (...) labels -> a scalar, or (...) for reduction="none"; with return_stats a `KDStats` after it."""
+        """(..., H) and (V, H) of both, (...) labels -> a scalar, or (...) for reduction="none"; with
+        return_stats a `KDStats` after it."""
         models = student_hidden, student_weight, teacher_hidden, teacher_weight
         more = dict(student_bias=student_bias, teacher_bias=teacher_bias, teacher_logits=teacher_logits)
         more |= dict(token_weight=token_weight, num_items=num_items, num_counted=num_counted)

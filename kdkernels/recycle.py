@@ -1,12 +1,14 @@
 """Large CPU gradients in memory that has been touched before.
 
-A new gradient of a few hundred megabytes is fresh memory in every step: the kernel zeroes each page on first touch, which can cost more
-than the loss itself (on a virtual machine, twice as much). PyTorch's CPU allocator gives freed memory back at once; here the two
-largest blocks (a student's and a teacher's) are kept, marked MADV_FREE: the system may take their pages whenever it needs memory, and until
-it does the next step finds them.
+A new gradient of a few hundred megabytes is fresh memory in every step: the kernel zeroes each page on first
+touch, which can cost more than the loss itself (on a virtual machine, twice as much). PyTorch's CPU allocator
+gives freed memory back at once; here the two largest blocks (a student's and a teacher's) are kept, marked
+MADV_FREE: the system may take their pages whenever it needs memory, and until it does the next step finds
+them.
 
-Such a tensor's storage cannot be resized ("Trying to resize storage that is not resizable"): torch resizes what it has allocated itself,
-and from Python it can only be lent memory. `x.grad = None` gives a gradient back; KDKERNELS_RECYCLE=0 turns all of this off.
+Such a tensor's storage cannot be resized ("Trying to resize storage that is not resizable"): torch resizes
+what it has allocated itself, and from Python it can only be lent memory. `x.grad = None` gives a gradient
+back; KDKERNELS_RECYCLE=0 turns all of this off.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def empty(like: Tensor) -> Tensor:
     if block is None:  # torch's error where it finds none either
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
     view = memoryview(block)  # dies with the tensor's storage
-    weakref.finalize(view, _release, block).atexit = False  # the interpreter's end is not the tensor's: others may still read it
+    # the interpreter's end is not the tensor's: others may still read it
+    weakref.finalize(view, _release, block).atexit = False
     return torch.frombuffer(view, dtype=like.dtype, count=size // like.element_size()).view(like.shape)
 
 

@@ -10,15 +10,25 @@ from torch import Tensor
 # the columns of a backend's statistics, as csrc/api.h has them
 COLUMNS = 8
 # the fields that have a mean over rows
-MEANS = ("divergence", "cross_entropy", "student_logsumexp", "teacher_logsumexp", "student_entropy", "teacher_entropy", "agree", "correct")
+MEANS = (
+    "divergence",
+    "cross_entropy",
+    "student_logsumexp",
+    "teacher_logsumexp",
+    "student_entropy",
+    "teacher_entropy",
+    "agree",
+    "correct",
+)
 
 
 @dataclass(frozen=True)
 class KDStats:
-    """Per row, detached, in the logits' leading shape, float32 (float64 for float64 logits); nan, or -1, for a row that counts for nothing.
+    """Per row, detached, in the logits' leading shape, float32 (float64 for float64 logits); nan, or -1, for
+    a row that counts for nothing.
 
-    student and teacher are the softmaxes at the loss's temperature; at T = inf uniform ones. Ties go to the first class. For a logger
-    take `mean()`: a mean of a field itself is nan as soon as one row is ignored.
+    student and teacher are the softmaxes at the loss's temperature; at T = inf uniform ones. Ties go to the
+    first class. For a logger take `mean()`: a mean of a field itself is nan as soon as one row is ignored.
     """
 
     divergence: Tensor  # D without weights and T^2; the limit of T^2 D at T = inf
@@ -39,11 +49,13 @@ class KDStats:
         return (self.student_top1 == self.teacher_top1) & (self.student_top1 >= 0)
 
     def mean(self) -> dict[str, float]:
-        """Means over the rows that count, each with the same weight, as plain numbers by name; waits for the device, once.
+        """Means over the rows that count, each with the same weight, as plain numbers by name; waits for the
+        device, once.
 
-        divergence, cross_entropy, student_logsumexp, teacher_logsumexp, student_entropy, teacher_entropy; agree and correct, as fractions
-        of the rows; counted, how many rows these are means of. cross_entropy and correct only where the call had them. All nan where no row
-        counts; nan too where a row that counts has no finite figure, so that a broken row shows.
+        divergence, cross_entropy, student_logsumexp, teacher_logsumexp, student_entropy, teacher_entropy;
+        agree and correct, as fractions of the rows; counted, how many rows these are means of. cross_entropy
+        and correct only where the call had them. All nan where no row counts; nan too where a row that counts
+        has no finite figure, so that a broken row shows.
         """
         fields = {name: getattr(self, name) for name in MEANS if getattr(self, name) is not None}
         rows = torch.stack([x.to(self.divergence.dtype) for x in fields.values()])
@@ -52,11 +64,17 @@ class KDStats:
         return dict(zip([*fields, "counted"], numbers, strict=True))
 
 
-def from_columns(columns: Tensor, leading: tuple[int, ...], labels: Tensor | None, hard: bool, weight: Tensor | None, dtype) -> KDStats:
+def from_columns(
+    columns: Tensor, leading: tuple[int, ...], labels: Tensor | None, hard: bool, weight: Tensor | None, dtype
+) -> KDStats:
     """KDStats of a backend's (rows, COLUMNS) numbers; weight: what each row counts for, None for 1."""
     by_field = columns.T
     floats = list(by_field[:6].to(dtype, memory_format=torch.contiguous_format).view(6, *leading).unbind())
     tops = by_field[6:].nan_to_num(nan=-1.0).long().reshape(2, *leading).unbind()
-    mask = torch.ones(leading, dtype=torch.bool, device=columns.device) if weight is None else weight.view(leading) != 0
+    mask = (
+        torch.ones(leading, dtype=torch.bool, device=columns.device)
+        if weight is None
+        else weight.view(leading) != 0
+    )
     floats[1] = floats[1] if hard else None
     return KDStats(*floats, *tops, None if labels is None else (tops[0] == labels) & mask, mask, mask.sum())

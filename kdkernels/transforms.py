@@ -14,11 +14,12 @@ from . import inputs
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """softcap * tanh(scale * x / softcap), or scale * x without a softcap: from a head's output x to the logits of its model.
+    """softcap * tanh(scale * x / softcap), or scale * x without a softcap: from a head's output x to the
+    logits of its model.
 
-    The scale is Cohere's `logit_scale` (or one over Granite's `logits_scaling`), the softcap Gemma 2's `final_logit_softcapping`. The
-    transform comes first, then the division by T; the hard term takes the transformed logits as well. Logits at -inf or +inf stay there:
-    a masked class, and a broken row.
+    The scale is Cohere's `logit_scale` (or one over Granite's `logits_scaling`), the softcap Gemma 2's
+    `final_logit_softcapping`. The transform comes first, then the division by T; the hard term takes the
+    transformed logits as well. Logits at -inf or +inf stay there: a masked class, and a broken row.
 
     Raises ValueError for a scale or softcap that is not positive and finite.
     """
@@ -33,17 +34,22 @@ class LogitTransform:
             if (value := inputs.number(f"LogitTransform: {name}", value)) is not getattr(self, name):
                 object.__setattr__(self, name, value)
             if not 0 < value <= inputs.LARGEST:
-                raise ValueError(f"LogitTransform: {name} must be positive and finite, got {inputs.shown(value)}")
+                raise ValueError(
+                    f"LogitTransform: {name} must be positive and finite, got {inputs.shown(value)}"
+                )
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The transformed logits, by PyTorch: fp32 for 16-bit ones, whose rounding they would otherwise bring along."""
+        """The transformed logits, by PyTorch: fp32 for 16-bit ones, whose rounding they would otherwise bring
+        along."""
         if self.softcap is None and self.scale == 1:
             return logits
         x = wide(logits)
         if self.softcap is None:
             return x * self.scale
         infinite = x.abs() == math.inf
-        return torch.where(infinite, x, (torch.where(infinite, 0.0, x) * (self.scale / self.softcap)).tanh() * self.softcap)
+        return torch.where(
+            infinite, x, (torch.where(infinite, 0.0, x) * (self.scale / self.softcap)).tanh() * self.softcap
+        )
 
     def slope(self, transformed: Tensor) -> Tensor:
         """The derivative, from what the transform has given: scale * (1 - (y / softcap)^2)."""
@@ -54,7 +60,8 @@ class LogitTransform:
 
 
 class Modifiers(NamedTuple):
-    """What the operator is told besides the divergence: both transforms, and what joins the cross entropy. An empty list is none of it."""
+    """What the operator is told besides the divergence: both transforms, and what joins the cross entropy. An
+    empty list is none of it."""
 
     student_scale: float = 1.0
     student_softcap: float = 0.0  # 0: none
@@ -64,13 +71,25 @@ class Modifiers(NamedTuple):
     z_loss: float = 0.0
 
     @staticmethod
-    def of(student: LogitTransform, teacher: LogitTransform, label_smoothing: float, z_loss: float) -> list[float]:
-        found = Modifiers(student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0, label_smoothing, z_loss)
+    def of(
+        student: LogitTransform, teacher: LogitTransform, label_smoothing: float, z_loss: float
+    ) -> list[float]:
+        found = Modifiers(
+            student.scale,
+            student.softcap or 0.0,
+            teacher.scale,
+            teacher.softcap or 0.0,
+            label_smoothing,
+            z_loss,
+        )
         return [] if found == Modifiers() else [float(x) for x in found]
 
     @property
     def transforms(self) -> tuple[LogitTransform, LogitTransform]:
-        student, teacher = (self.student_scale, self.student_softcap), (self.teacher_scale, self.teacher_softcap)
+        student, teacher = (
+            (self.student_scale, self.student_softcap),
+            (self.teacher_scale, self.teacher_softcap),
+        )
         return tuple(LogitTransform(scale, softcap or None) for scale, softcap in (student, teacher))
 
 
@@ -80,23 +99,26 @@ def wide(x: Tensor) -> Tensor:
 
 
 def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""(x - mean) / (std + eps) over the last dimension, classes at -inf left out: a temperature for each row, std * T.
+    r"""(x - mean) / (std + eps) over the last dimension, classes at -inf left out: a temperature for each
+    row, std * T.
 
-    Sun et al., Logit Standardization in Knowledge Distillation (2024), algorithm 1, where both student and teacher are standardised for the
-    soft term alone. Plain PyTorch, differentiable to any order; (..., V) in the logits' dtype, fp32 for 16-bit logits.
+    Sun et al., Logit Standardization in Knowledge Distillation (2024), algorithm 1, where both student and
+    teacher are standardised for the soft term alone. Plain PyTorch, differentiable to any order; (..., V) in
+    the logits' dtype, fp32 for 16-bit logits.
 
     Example:
         >>> import torch
         >>> from kdkernels import fused_kd_loss, standardize_logits
         >>> student, teacher = torch.randn(4, 100, requires_grad=True), torch.randn(4, 100)
-        >>> loss = fused_kd_loss(standardize_logits(student), standardize_logits(teacher), temperature=2.0, t_squared=True)
+        >>> loss = fused_kd_loss(standardize_logits(student), standardize_logits(teacher), temperature=2.0)
     """
     inputs.check_dense("logits", logits)
     x = wide(logits)
     masked = x == -math.inf
     count = (~masked).sum(-1, keepdim=True).clamp_min(1)
     x = torch.where(masked, 0.0, x)
-    # masks of -1e30, or finfo.min, whose squares and sums leave fp32: all of it in a unit, which leaves the function what it is
+    # masks of -1e30, or finfo.min, whose squares and sums leave fp32: all of it in a unit, which leaves the
+    # function what it is
     largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(())
     unit = torch.where((largest > 1e15) & (largest < math.inf), largest, 1.0)
     x, eps = x / unit, eps / unit

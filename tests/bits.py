@@ -1,10 +1,12 @@
-"""What the C++ library returns, bit for bit: a change of its shape that is none of its arithmetic changes no line of bits.json.
+"""What the C++ library returns, bit for bit: a change of its shape that is none of its arithmetic changes no
+line of bits.json.
 
     python tests/bits.py            compares this machine's results with bits.json
     python tests/bits.py --write    puts them there, where a change is one of the arithmetic
 
-A line is a digest of losses, gradients and statistics of a divergence and options, over all kinds of rows (rows.py), vocabularies of one
-block and of several, and dtypes. They depend on the compiler, the C library and the instruction set (KDKERNELS_CPU_ISA), which are the key.
+A line is a digest of losses, gradients and statistics of a divergence and options, over all kinds of rows
+(rows.py), vocabularies of one block and of several, and dtypes. They depend on the compiler, the C library
+and the instruction set (KDKERNELS_CPU_ISA), which are the key.
 """
 
 from __future__ import annotations
@@ -39,9 +41,24 @@ DIVERGENCES = (
         "renyi(inf)",
         "reverse_renyi(0.5)",
     ),
-    *("reverse_renyi(2)", "alpha(-1)", "alpha(0.5)", "alpha(2)", "jsd(0.1)", "jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)"),
+    *(
+        "reverse_renyi(2)",
+        "alpha(-1)",
+        "alpha(0.5)",
+        "alpha(2)",
+        "jsd(0.1)",
+        "jsd(0.5)",
+        "skew_kl(0.1)",
+        "skew_reverse_kl(0.1)",
+    ),
 )
-SHAPES = ((33, torch.float32), (5000, torch.bfloat16), (9001, torch.float32), (33, torch.float16), (700, torch.float64))
+SHAPES = (
+    (33, torch.float32),
+    (5000, torch.bfloat16),
+    (9001, torch.float32),
+    (33, torch.float16),
+    (700, torch.float64),
+)
 OPTIONS = {
     "T=1": {},
     "T=2, hard term": dict(temperature=2.0, t_squared=True, hard_weight=0.3, soft_weight=0.7),
@@ -59,7 +76,9 @@ OPTIONS = {
 }
 
 
-def inputs(kind: str, vocab: int, dtype: torch.dtype, option: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    kind: str, vocab: int, dtype: torch.dtype, option: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     z, v = make_rows(kind, 2, vocab, dtype)
     z, v = with_masks(z, v, "both") if option.startswith("masked") else (z, v)
     return z.requires_grad_(), v.requires_grad_("both gradients" in option), torch.tensor([vocab // 3, -100])
@@ -69,12 +88,23 @@ def digest(divergence: str, option: str) -> str:
     found = hashlib.sha256()
     for kind, (vocab, dtype) in itertools.product(KINDS, SHAPES):
         z, v, y = inputs(kind, vocab, dtype, option)
-        loss, stats = fused_kd_loss(z, v, y, divergence=divergence, backend="cpu", return_stats=True, **OPTIONS[option])
+        loss, stats = fused_kd_loss(
+            z, v, y, divergence=divergence, backend="cpu", return_stats=True, **OPTIONS[option]
+        )
         loss.sum().backward()
-        for x in (loss.detach(), z.grad, v.grad, stats.divergence, stats.student_entropy, stats.teacher_entropy):
+        for x in (
+            loss.detach(),
+            z.grad,
+            v.grad,
+            stats.divergence,
+            stats.student_entropy,
+            stats.teacher_entropy,
+        ):
             if x is not None:
                 # any nan is as good as another
-                found.update(torch.where(x == x, x, torch.nan).reshape(-1).view(torch.uint8).numpy().tobytes())
+                found.update(
+                    torch.where(x == x, x, torch.nan).reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
     return found.hexdigest()[:12]
 
 

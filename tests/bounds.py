@@ -1,7 +1,9 @@
-"""The accuracy that every backend holds, for fp32 inputs against 60 digits. Gradients are T dD/dz; norms are Euclidean over a row.
+"""The accuracy that every backend holds, for fp32 inputs against 60 digits. Gradients are T dD/dz; norms are
+Euclidean over a row.
 
-A value comes back in fp32, whose own rounding (6e-8) is allowed on top. `spread` is the largest logit range of the row over T: at low
-temperature and small vocabularies a row is a few classes, and the rounding of one exponent, spread * 6e-8, is not averaged away.
+A value comes back in fp32, whose own rounding (6e-8) is allowed on top. `spread` is the largest logit range
+of the row over T: at low temperature and small vocabularies a row is a few classes, and the rounding of one
+exponent, spread * 6e-8, is not averaged away.
 """
 
 import math
@@ -10,7 +12,8 @@ ROUND = 6e-8
 
 
 def value_bound_of(name: str, vocab: int, T: float, spread: float, D: float) -> float:
-    """Of the divergences but KL and Renyi's. TVD is a sum of differences of probabilities, whose own rounding is in it."""
+    """Of the divergences but KL and Renyi's. TVD is a sum of differences of probabilities, whose own rounding
+    is in it."""
     if name == "tvd":
         return (1.2e-6 * (1 + spread) + ROUND) * D + 1e-15
     if name.startswith(("alpha", "reverse_renyi")):
@@ -25,7 +28,8 @@ def gradient_bound_of(norm: float, D: float) -> float:
 
 
 def value_bound(order: float, vocab: int, T: float, spread: float, D: float, single: bool = False) -> float:
-    """single: one class, an outlier, makes up most of D, so that its rounding errors meet no others to average with."""
+    """single: one class, an outlier, makes up most of D, so that its rounding errors meet no others to
+    average with."""
     if order == 1:
         relative = (4e-7 if single else 3e-7) if vocab >= 32768 and T >= 0.5 else 1e-6 * (1 + spread)
     else:
@@ -38,7 +42,8 @@ def gradient_bound(order: float, norm: float) -> float:
 
 
 def cast_bound(dtype, exact):
-    """One rounding of a 16-bit gradient: half a unit of the last place, of the smallest normal number at least."""
+    """One rounding of a 16-bit gradient: half a unit of the last place, of the smallest normal number at
+    least."""
     import torch
 
     info = torch.finfo(dtype)

@@ -1,4 +1,5 @@
-"""A call of the public surface as data (`Case`), and as a program: the text that is shown is the text that is run."""
+"""A call of the public surface as data (`Case`), and as a program: the text that is shown is the text that is
+run."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import kdkernels
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 PER_CLASS = ("w", "b", "tw", "tb")  # tensors that have a row for each class, and no others
 MODULES = {"fused_kd_loss": "KDLoss", "fused_linear_kd_loss": "LinearKDLoss"}
-# how a tensor of a shape lies in a larger one: dimensions it needs before the classes, the shape of the larger one, the view of that
+# how a tensor of a shape lies in a larger one: dimensions it needs before the classes, the shape of the
+# larger one, the view of that
 LAYOUTS: dict[str, tuple[int, Callable, str]] = {
     "plain": (0, lambda s: s, "{}"),
     "every other": (1, lambda s: (2 * s[0], *s[1:]), "{}[::2]"),
@@ -30,12 +32,14 @@ class Case:
     """A call. Its numbers are rounded to their dtypes when the tensors are made."""
 
     call: str = "fused_kd_loss"
-    tensors: dict = field(default_factory=dict)  # z, v: (rows, V) logits; or h, w, b of the student, th, tw, tb (or v) of the teacher
+    # z, v: (rows, V) logits; or h, w, b of the student, th, tw, tb (or v) of the teacher
+    tensors: dict = field(default_factory=dict)
     dtypes: tuple = ("fp32", "fp32")
     options: dict = field(default_factory=dict)
     labels: list | None = None
     weight: list | None = None
-    upstream: tuple = (1.0,)  # one number, or one for each row where reduction="none"; `tensors["u"]` for a call that gives no loss
+    # one number, or one for each row where reduction="none"; `tensors["u"]` for a call that gives no loss
+    upstream: tuple = (1.0,)
     leading: tuple | None = None  # None: (rows,)
     layouts: tuple = ("plain", "plain")
     pad: tuple = (0, 0)  # classes beyond vocab_size, of student and teacher
@@ -58,11 +62,17 @@ class Case:
 
     @property
     def temperature(self) -> float:
-        return self.get("temperature", {"logit_matching_loss": math.inf, "decoupled_kd_loss": 4.0}.get(self.call, 1.0))
+        return self.get(
+            "temperature", {"logit_matching_loss": math.inf, "decoupled_kd_loss": 4.0}.get(self.call, 1.0)
+        )
 
     @property
     def divergence(self) -> str:
-        return ("kl" if self.get("center") else "matching") if self.call == "logit_matching_loss" else self.get("divergence", "kl")
+        return (
+            ("kl" if self.get("center") else "matching")
+            if self.call == "logit_matching_loss"
+            else self.get("divergence", "kl")
+        )
 
     @property
     def per_row(self) -> bool:
@@ -71,7 +81,9 @@ class Case:
     @property
     def size(self) -> tuple:
         """Of its text; then of what the text's length does not show."""
-        return len(snippet(self)), sum(int(np.count_nonzero(x)) for x in self.tensors.values()) + sum(x != "fp32" for x in self.dtypes)
+        return len(snippet(self)), sum(int(np.count_nonzero(x)) for x in self.tensors.values()) + sum(
+            x != "fp32" for x in self.dtypes
+        )
 
 
 def side_of(name: str) -> int:
@@ -88,14 +100,23 @@ def data(case: Case) -> dict[str, torch.Tensor]:
         if name in PER_CLASS:
             x = torch.cat([x, x.new_full((case.pad[side], *x.shape[1:]), 5.0)])
         else:
-            x = torch.cat([x, x.new_full((len(x), case.pad[side]), math.nan)], -1) if name in ("z", "v") else x
+            x = (
+                torch.cat([x, x.new_full((len(x), case.pad[side]), math.nan)], -1)
+                if name in ("z", "v")
+                else x
+            )
             x = laid_out(x.view(*case.shape, x.shape[-1]), "plain" if name == "u" else case.layouts[side])
         out[name] = x.requires_grad_(name != "u" and (side == 0 or bool(case.get("teacher_grad"))))
-    for name, x, dtype in (("labels", case.labels, torch.int64), ("token_weight", case.weight, torch.float32)):
+    for name, x, dtype in (
+        ("labels", case.labels, torch.int64),
+        ("token_weight", case.weight, torch.float32),
+    ):
         if x is not None:
             out[name] = torch.tensor(x, dtype=dtype).view(case.shape)
     if "u" not in case.tensors and case.upstream != (1.0,):
-        upstream = torch.tensor(case.upstream, dtype=torch.float64 if case.dtypes[0] == "fp64" else torch.float32)
+        upstream = torch.tensor(
+            case.upstream, dtype=torch.float64 if case.dtypes[0] == "fp64" else torch.float32
+        )
         out["upstream"] = upstream.view(case.shape) if case.per_row else upstream[0]
     return out
 
@@ -134,7 +155,9 @@ def program(case: Case) -> str:
         values = [z]
     elif case.call == "fused_linear_kd_loss":
         values = [z, "w"]
-        names = dict(b="student_bias", th="teacher_hidden", tw="teacher_weight", tb="teacher_bias", v="teacher_logits")
+        names = dict(
+            b="student_bias", th="teacher_hidden", tw="teacher_weight", tb="teacher_bias", v="teacher_logits"
+        )
         given |= {names[x]: v if x in ("th", "v") else x for x in case.tensors if x in names}
     kept, given = [f"{x}={literal(y)}" for x, y in options.items()], [f"{x}={y}" for x, y in given.items()]
     if case.module:
@@ -147,7 +170,13 @@ def program(case: Case) -> str:
 
 def run(case: Case) -> dict:
     """What its names stand for when the program has run."""
-    space = dict({x: getattr(kdkernels, x) for x in kdkernels.__all__}, torch=torch, inf=math.inf, nan=math.nan, **data(case))
+    space = dict(
+        {x: getattr(kdkernels, x) for x in kdkernels.__all__},
+        torch=torch,
+        inf=math.inf,
+        nan=math.nan,
+        **data(case),
+    )
     exec(program(case), space)
     return space
 
@@ -157,6 +186,15 @@ def snippet(case: Case, failure: str = "") -> str:
     tensors = data(case)
     lines = ["import torch", "from math import inf, nan", "from kdkernels import *"]
     for name, x in tensors.items():
-        lines.append(f"{name} = torch.tensor({x.tolist()}, dtype={x.dtype}{', requires_grad=True' if x.requires_grad else ''})")
-    shown = ["loss.detach()", *(f"{x}.grad" for x, t in tensors.items() if t.requires_grad), *["stats"] * bool(case.get("return_stats"))]
-    return "\n".join([*lines, program(case), f"print({', '.join(shown)})", *(f"# {x}" for x in failure.splitlines())])
+        lines.append(
+            f"{name} = torch.tensor({x.tolist()}, "
+            f"dtype={x.dtype}{', requires_grad=True' if x.requires_grad else ''})"
+        )
+    shown = [
+        "loss.detach()",
+        *(f"{x}.grad" for x, t in tensors.items() if t.requires_grad),
+        *["stats"] * bool(case.get("return_stats")),
+    ]
+    return "\n".join(
+        [*lines, program(case), f"print({', '.join(shown)})", *(f"# {x}" for x in failure.splitlines())]
+    )

@@ -1,4 +1,5 @@
-"""Walks the CPU library through its paths on small inputs, against the eager backend: for builds under sanitizers and odd compilers."""
+"""Walks the CPU library through its paths on small inputs, against the eager backend: for builds under
+sanitizers and odd compilers."""
 
 import itertools
 import math
@@ -53,14 +54,22 @@ def main():
     )
     divergences += ("reverse_kl", "jsd(0.1)", "jsd(0.5)", "skew_kl(0.9)", "skew_reverse_kl(0.9)", "tvd")
     y = torch.tensor([0, -100, 2, 1])
-    every_other = list(itertools.product(divergences, KINDS))[::2]  # an odd number of kinds: all of them, with all divergences
-    for vocab, (divergence, kind) in zip(itertools.cycle((1, 7, 16, 33, 130, 4096, 4099, 9001)), every_other, strict=False):
+    # an odd number of kinds: all of them, with all divergences
+    every_other = list(itertools.product(divergences, KINDS))[::2]
+    for vocab, (divergence, kind) in zip(
+        itertools.cycle((1, 7, 16, 33, 130, 4096, 4099, 9001)), every_other, strict=False
+    ):
         for T in (0.05, 2.0, math.inf):
             if math.isinf(T) and divergence in ("cross_entropy", "renyi(inf)", "reverse_renyi(inf)", "tvd"):
                 continue
             z, v = make_rows(kind, 4, vocab)
             compare(
-                z, v, y % vocab if vocab > 2 else None, divergence=divergence, temperature=T, t_squared=math.isinf(T)
+                z,
+                v,
+                y % vocab if vocab > 2 else None,
+                divergence=divergence,
+                temperature=T,
+                t_squared=math.isinf(T),
             ) if vocab > 2 else None
             if T == 2 and vocab in (16, 4099, 9001):
                 compare(z, v, y % vocab, divergence=divergence, temperature=T, teacher_grad=True)
@@ -71,7 +80,12 @@ def main():
             compare(z, v, y.clamp(max=4), temperature=2.0)
             compare(z, v, y.clamp(max=4), divergence="renyi(0.7)", inplace=True)
             compare(z, v, y.clamp(max=2), vocab_size=vocab - 1, reduction="none")
-    modifiers = dict(student_transform=LogitTransform(0.5, 5.0), teacher_transform=LogitTransform(2.0), label_smoothing=0.1, z_loss=1e-3)
+    modifiers = dict(
+        student_transform=LogitTransform(0.5, 5.0),
+        teacher_transform=LogitTransform(2.0),
+        label_smoothing=0.1,
+        z_loss=1e-3,
+    )
     for dtype, vocab, divergence in itertools.product(DTYPES, (5, 4100), ("kl", "renyi(0)", "jsd(0.3)")):
         z, v = make_rows("plain", 4, vocab, dtype)
         compare(z, v, y.clamp(max=4), divergence=divergence, **modifiers)
@@ -81,10 +95,13 @@ def main():
         for divergence in divergences:
             z, v = with_masks(*make_rows("plain", 4, 4100), where)
             fused_kd_loss(z, v, divergence=divergence, backend="cpu")
-    z, v = make_rows("plain", 40, 9000)  # the tail of the gradient is the workspace; then a split row; then a broken one
+    # the tail of the gradient is the workspace; then a split row; then a broken one
+    z, v = make_rows("plain", 40, 9000)
     for divergence in ("renyi(0.7)", "jsd(0.3)"):
         compare(z, v, torch.zeros(40, dtype=torch.int64), divergence=divergence)
-        compare(z, v, torch.zeros(40, dtype=torch.int64), divergence=divergence, teacher_grad=True, inplace=True)
+        compare(
+            z, v, torch.zeros(40, dtype=torch.int64), divergence=divergence, teacher_grad=True, inplace=True
+        )
     z, v = make_rows("plain", 1, 70000)
     for divergence in ("kl", "jsd(0.3)"):
         compare(z, v, torch.tensor([69999]), divergence=divergence)

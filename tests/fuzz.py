@@ -1,8 +1,10 @@
-"""Draws calls of the public surface and compares them with what is right: `python tests/fuzz.py SEED COUNT [--known]`, `make fuzz`.
+"""Draws calls of the public surface and compares them with what is right: `python tests/fuzz.py SEED COUNT
+[--known]`, `make fuzz`.
 
-Prints the smallest call of each kind that is wrong, as a program that runs, and exits with 1 where there is one. `--known` also reports
-what `KNOWN` excuses. calls.py says what a call is, expected.py what is right and what is allowed: 80-bit long doubles first, and 60 digits
-before anything is called wrong. A call depends on SEED and its number alone.
+Prints the smallest call of each kind that is wrong, as a program that runs, and exits with 1 where there is
+one. `--known` also reports what `KNOWN` excuses. calls.py says what a call is, expected.py what is right and
+what is allowed: 80-bit long doubles first, and 60 digits before anything is called wrong. A call depends on
+SEED and its number alone.
 """
 
 from __future__ import annotations
@@ -25,10 +27,22 @@ from kdkernels import LogitTransform
 TINY = 2.0**-20
 ORDERS = (0.0, TINY, 0.01, 0.3, 0.5, 0.75, 0.9999, 1.0, 1.0001, 1.5, 2.0, 5.0, 20.0, math.inf)
 SKEWS = (0.0, TINY, 0.001, 0.1, 0.5, 0.75, 0.9, 0.99, 0.999)
-PARAMETERS = {"renyi": ORDERS, "reverse_renyi": ORDERS, "skew_kl": SKEWS, "skew_reverse_kl": SKEWS, "jsd": (*SKEWS, 1 - TINY, 1.0)}
+PARAMETERS = {
+    "renyi": ORDERS,
+    "reverse_renyi": ORDERS,
+    "skew_kl": SKEWS,
+    "skew_reverse_kl": SKEWS,
+    "jsd": (*SKEWS, 1 - TINY, 1.0),
+}
 PARAMETERS["alpha"] = (-3.0, -1.0, -0.25, 0.0, TINY, 0.5, 0.9999, 1.0, 1.25, 2.0, 3.0, 5.0)
 TEMPERATURES = (0.05, 0.1, 0.5, 1.0, 1.0, 2.0, 4.0, 20.0, 100.0, 1e4, 1e6, math.inf)
-CALLS = dict(fused_kd_loss=0.68, tempered_log_softmax=0.05, logit_matching_loss=0.06, decoupled_kd_loss=0.06, fused_linear_kd_loss=0.13)
+CALLS = dict(
+    fused_kd_loss=0.68,
+    tempered_log_softmax=0.05,
+    logit_matching_loss=0.06,
+    decoupled_kd_loss=0.06,
+    fused_linear_kd_loss=0.13,
+)
 CALLS["standardize_logits"] = 0.02
 
 
@@ -76,7 +90,19 @@ def draw(seed: int, number: int) -> Case:
         if dice.chance(0.2):
             options["logits_dtype"] = None
     module = call in MODULES and dice.chance(0.15)
-    return Case(call, tensors, dtypes, options, labels, weight, upstream, leading, draw_layouts(dice, leading, options), pad, module)
+    return Case(
+        call,
+        tensors,
+        dtypes,
+        options,
+        labels,
+        weight,
+        upstream,
+        leading,
+        draw_layouts(dice, leading, options),
+        pad,
+        module,
+    )
 
 
 def draw_layouts(dice: Dice, leading: tuple, options: dict) -> tuple[str, str]:
@@ -88,7 +114,10 @@ def draw_layouts(dice: Dice, leading: tuple, options: dict) -> tuple[str, str]:
 
 
 def draw_rows(dice: Dice, rows: int, vocab: int, dtypes) -> tuple[np.ndarray, np.ndarray]:
-    z, v = (x.numpy() for x in make_rows(dice.pick(*KINDS), rows, vocab, torch.float64, seed=int(dice.integers(1 << 20))))
+    z, v = (
+        x.numpy()
+        for x in make_rows(dice.pick(*KINDS), rows, vocab, torch.float64, seed=int(dice.integers(1 << 20)))
+    )
     noise, chance = (lambda: dice.standard_normal((rows, vocab))), dice.chance
     if chance(0.35):  # spreads from 1e-3 to 300
         z, v = (x * dice.pick(1e-3, 0.03, 0.3, 10.0, 100.0) / 3 for x in (z, v))
@@ -108,7 +137,10 @@ def draw_rows(dice: Dice, rows: int, vocab: int, dtypes) -> tuple[np.ndarray, np
         masked[np.arange(rows), dice.integers(vocab, size=rows)] = False
         value, where = dice.pick(-math.inf, -1e9, -1e30, "min"), dice.pick("student", "teacher", "both")
         values = [torch.finfo(DTYPES[x]).min if value == "min" else value for x in dtypes]
-        z, v = (np.where(masked & (where in (who, "both")), y, x) for who, x, y in zip(SIDES, (z, v), values, strict=True))
+        z, v = (
+            np.where(masked & (where in (who, "both")), y, x)
+            for who, x, y in zip(SIDES, (z, v), values, strict=True)
+        )
     if chance(0.03):
         dice.pick(z, v)[0, int(dice.integers(vocab))] = dice.pick(math.nan, math.inf)
     return z, v
@@ -131,10 +163,20 @@ def draw_heads(dice: Dice, rows: int, vocab: int, v) -> dict:
 def draw_options(dice: Dice, call: str, vocab: int, rows: int):
     """(options, labels, token weights, padding) that go together."""
     pick, chance = dice.pick, dice.chance
-    o, labels, weight, pad, fused, decoupled = {}, None, None, (0, 0), call in MODULES, call == "decoupled_kd_loss"
+    o, labels, weight, pad, fused, decoupled = (
+        {},
+        None,
+        None,
+        (0, 0),
+        call in MODULES,
+        call == "decoupled_kd_loss",
+    )
     if call == "standardize_logits":
         return o, labels, weight, pad
-    kind, T = pick("kl", "kl", "cross_entropy", "reverse_kl", "tvd", *PARAMETERS) if fused else "kl", pick(*TEMPERATURES)
+    kind, T = (
+        pick("kl", "kl", "cross_entropy", "reverse_kl", "tvd", *PARAMETERS) if fused else "kl",
+        pick(*TEMPERATURES),
+    )
     name = f"{kind}({pick(*PARAMETERS[kind])!r})" if kind in PARAMETERS else kind
     if name != "kl":
         o["divergence"] = name
@@ -149,7 +191,11 @@ def draw_options(dice: Dice, call: str, vocab: int, rows: int):
     if call == "logit_matching_loss" and chance(0.5):
         o["center"] = True
     if decoupled:
-        o |= {x: pick(0.0, 0.5, 2.0, -1.0) for x in ("target_weight", "non_target_weight", "hard_weight") if chance(0.4)}
+        o |= {
+            x: pick(0.0, 0.5, 2.0, -1.0)
+            for x in ("target_weight", "non_target_weight", "hard_weight")
+            if chance(0.4)
+        }
     if chance(0.4) or decoupled:
         ignored = pick(-100, -100, -1, 255, 0)
         labels = [ignored if chance(0.2) else int(dice.integers(vocab)) for _ in range(rows)]
@@ -157,7 +203,11 @@ def draw_options(dice: Dice, call: str, vocab: int, rows: int):
             o["ignore_index"] = ignored
         if not decoupled and chance(0.7):
             o["hard_weight"] = pick(1.0, 0.1, 2.0)
-            o |= {x: pick(*y) for x, y in dict(label_smoothing=(0.1, 0.5), z_loss=(1e-4, 0.1, 10.0)).items() if fused and chance(0.25)}
+            o |= {
+                x: pick(*y)
+                for x, y in dict(label_smoothing=(0.1, 0.5), z_loss=(1e-4, 0.1, 10.0)).items()
+                if fused and chance(0.25)
+            }
     if chance(0.3):
         weight = [pick(0.0, 1.0, 1.0, 0.25, 3.0, 1e-3) for _ in range(rows)]
     if not decoupled and chance(0.25):
@@ -173,7 +223,10 @@ def draw_options(dice: Dice, call: str, vocab: int, rows: int):
     if not decoupled and chance(0.12) and not (o.get("teacher_grad") and o.get("reduction") == "none"):
         o["inplace"] = True
     if fused:
-        transforms = {f"{x}_transform": LogitTransform(pick(0.0625, 0.5, 1.0, 2.0, 10.0), pick(None, 1.0, 5.0, 30.0)) for x in SIDES}
+        transforms = {
+            f"{x}_transform": LogitTransform(pick(0.0625, 0.5, 1.0, 2.0, 10.0), pick(None, 1.0, 5.0, 30.0))
+            for x in SIDES
+        }
         o |= {x: y for x, y in transforms.items() if chance(0.1)}
         if chance(0.25):
             o["return_stats"] = True
@@ -188,17 +241,33 @@ def simpler(case: Case) -> Iterator[Case]:
     rows, vocab, options = case.rows, case.vocab, case.options
     yield from (only_rows(case, keep) for keep in parts(rows))
     if case.leading is not None:
-        yield replace(case, leading=None, layouts=tuple("plain" if x == "transposed" else x for x in case.layouts))
+        yield replace(
+            case, leading=None, layouts=tuple("plain" if x == "transposed" else x for x in case.layouts)
+        )
     yield from (only_classes(case, keep) for keep in parts(vocab))
     for name in options:
-        without = {x: y for x, y in options.items() if x != name and not (name == "hard_weight" and x in ("label_smoothing", "z_loss"))}
-        yield replace(case, options=without, upstream=case.upstream[:1] if name == "reduction" else case.upstream)
-    for less in (dict(labels=None), dict(weight=None), dict(layouts=("plain", "plain")), dict(pad=(0, 0)), dict(module=False)):
+        without = {
+            x: y
+            for x, y in options.items()
+            if x != name and not (name == "hard_weight" and x in ("label_smoothing", "z_loss"))
+        }
+        yield replace(
+            case, options=without, upstream=case.upstream[:1] if name == "reduction" else case.upstream
+        )
+    for less in (
+        dict(labels=None),
+        dict(weight=None),
+        dict(layouts=("plain", "plain")),
+        dict(pad=(0, 0)),
+        dict(module=False),
+    ):
         yield replace(case, **less)
     yield replace(case, upstream=(1.0,) * len(case.upstream))
     if case.labels is not None:
         yield replace(case, labels=[min(max(x, 0), vocab - 1) for x in case.labels])
-    yield from (replace(case, tensors={x: y for x, y in case.tensors.items() if x != name}) for name in ("b", "tb"))
+    yield from (
+        replace(case, tensors={x: y for x, y in case.tensors.items() if x != name}) for name in ("b", "tb")
+    )
     for dtypes in (("fp32", "fp32"), ("fp32", case.dtypes[1]), (case.dtypes[0], "fp32"), case.dtypes[:1] * 2):
         yield replace(case, dtypes=dtypes)
     if "temperature" in options:
@@ -206,7 +275,13 @@ def simpler(case: Case) -> Iterator[Case]:
     if "(" in options.get("divergence", ""):
         kind = options["divergence"].partition("(")[0]
         yield from (replace(case, options=options | dict(divergence=f"{kind}({a})")) for a in (0.5, 2.0, 0.1))
-    for change in (np.zeros_like, np.round, lambda x: np.round(x, 1), lambda x: np.round(x, 2), lambda x: x - np.trunc(x.flat[0])):
+    for change in (
+        np.zeros_like,
+        np.round,
+        lambda x: np.round(x, 1),
+        lambda x: np.round(x, 2),
+        lambda x: x - np.trunc(x.flat[0]),
+    ):
         for name, x in case.tensors.items():
             usual = np.isfinite(x) & (np.abs(x) < 1e6)
             yield replace(case, tensors=case.tensors | {name: np.where(usual, change(finite(x)), x)})
@@ -231,12 +306,21 @@ def only_rows(case: Case, keep: list[int]) -> Case:
     layouts = tuple("plain" if x == "transposed" else x for x in case.layouts)
     upstream = tuple(some(case.upstream)) if case.per_row else case.upstream
     return replace(
-        case, tensors=tensors, labels=some(case.labels), weight=some(case.weight), upstream=upstream, leading=None, layouts=layouts
+        case,
+        tensors=tensors,
+        labels=some(case.labels),
+        weight=some(case.weight),
+        upstream=upstream,
+        leading=None,
+        layouts=layouts,
     )
 
 
 def only_classes(case: Case, keep: list[int]) -> Case:
-    tensors = {n: x[:, keep] if n in ("z", "v", "u") else x[keep] if n in PER_CLASS else x for n, x in case.tensors.items()}
+    tensors = {
+        n: x[:, keep] if n in ("z", "v", "u") else x[keep] if n in PER_CLASS else x
+        for n, x in case.tensors.items()
+    }
     labels, ignored = case.labels, case.get("ignore_index", -100)
     if labels is not None:
         labels = [x if x == ignored else keep.index(x) if x in keep else 0 for x in labels]
@@ -258,7 +342,9 @@ def shrunk(case: Case, failure: str, excused: Callable, tries: int = 800) -> tup
 
 def valid(case: Case) -> bool:
     decoupled = case.call == "decoupled_kd_loss"
-    limit = math.isinf(case.get("temperature", 1.0)) and not (case.get("t_squared") or case.call == "tempered_log_softmax")
+    limit = math.isinf(case.get("temperature", 1.0)) and not (
+        case.get("t_squared") or case.call == "tempered_log_softmax"
+    )
     padded = case.pad == (0, 0) or "vocab_size" in case.options
     return (
         padded
@@ -294,7 +380,11 @@ def one_row(z, v, dtypes=("fp32", "fp32"), call="fused_kd_loss", labels=None, we
 
 def head(rows: int, **more) -> Case:
     """Logits of 0 from hidden states of 0."""
-    return Case("fused_linear_kd_loss", dict(h=np.zeros((rows, 1)), w=np.array([[0.0], [1]]), v=np.zeros((rows, 2))), **more)
+    return Case(
+        "fused_linear_kd_loss",
+        dict(h=np.zeros((rows, 1)), w=np.array([[0.0], [1]]), v=np.zeros((rows, 2))),
+        **more,
+    )
 
 
 def both(case: Case) -> list[np.ndarray]:
@@ -313,7 +403,10 @@ def is_broken(case: Case) -> bool:
 def lacks_label(case: Case) -> bool:
     """Whether a row's label is masked in the student."""
     z, vocab = both(case)[0], case.vocab
-    return any(0 <= label < vocab and np.isneginf(row[label]) for row, label in zip(z, case.labels or [-1] * case.rows, strict=True))
+    return any(
+        0 <= label < vocab and np.isneginf(row[label])
+        for row, label in zip(z, case.labels or [-1] * case.rows, strict=True)
+    )
 
 
 def largest(case: Case) -> float:
@@ -346,17 +439,26 @@ SLOPING = dict(temperature=1e4, t_squared=True, hard_weight=0.1, reduction="none
 KNOWN: dict[str, Known] = {
     "fp16 head: upstream gradients of different size": Known(
         "one factor for all rows, that of the largest: the others' gradients are subnormal",
-        lambda case, failure: case.call == "fused_linear_kd_loss" and has_grad(case, "fp16") and ".grad" in failure,
+        lambda case, failure: (
+            case.call == "fused_linear_kd_loss" and has_grad(case, "fp16") and ".grad" in failure
+        ),
         head(2, dtypes=("fp16", "fp32"), options=SLOPING, labels=[1, 1], upstream=(0.5, 65536.0)),
     ),
     "Triton: 16-bit differences": Known(
-        "the rounding of o - b is not carried for 16-bit logits, though a common offset takes it beyond 24 bits",
-        lambda case, failure: case.get("backend") == "triton" and not {"fp32", "fp64"} & set(case.dtypes) and is_rounded(case),
+        "the rounding of o - b is not carried for 16-bit logits, though a common offset takes it "
+        "beyond 24 bits",
+        lambda case, failure: (
+            case.get("backend") == "triton" and not {"fp32", "fp64"} & set(case.dtypes) and is_rounded(case)
+        ),
         one_row([0, 0.0316], [1001, 1001], ("fp16", "fp16"), backend="triton"),
     ),
     "Triton: a term of weight 0": Known(
         "soft_weight=0 and a row that the soft term cannot take: nan, where the term is not there",
-        lambda case, failure: case.get("backend") == "triton" and case.get("soft_weight") == 0 and "is not a number" in kind_of(failure),
+        lambda case, failure: (
+            case.get("backend") == "triton"
+            and case.get("soft_weight") == 0
+            and "is not a number" in kind_of(failure)
+        ),
         one_row([0], [math.nan], soft_weight=0.0, backend="triton"),
     ),
     "TVD of equal rows": Known(
@@ -366,12 +468,16 @@ KNOWN: dict[str, Known] = {
     ),
     "alpha's gradient near a float's largest": Known(
         "it is a product, of which one factor is beyond",
-        lambda case, failure: str(case.divergence).startswith("alpha") and kind_of(failure).endswith("grad is not a number"),
+        lambda case, failure: (
+            str(case.divergence).startswith("alpha") and kind_of(failure).endswith("grad is not a number")
+        ),
         one_row([0, 0, 0, 0], [119, -10, 0, 0], divergence="alpha(-3.0)", temperature=4.0),
     ),
     "cross entropy of one-hot rows": Known(
         "what is summed is rounded at 1 in fp64, where KL's value is relative to itself",
-        lambda case, failure: case.divergence == "cross_entropy" and is_value(failure) and figure(failure) < 1e-13,
+        lambda case, failure: (
+            case.divergence == "cross_entropy" and is_value(failure) and figure(failure) < 1e-13
+        ),
         one_row([40, 0], [17, 0], divergence="cross_entropy", temperature=0.5),
     ),
     "TVD of one-hot rows": Known(
@@ -381,7 +487,9 @@ KNOWN: dict[str, Known] = {
     ),
     "limit: fp32 sums of up to 255 classes": Known(
         "z - v of an outlier is summed in fp32 with all others",
-        lambda case, failure: math.isinf(case.temperature) and case.vocab < 256 and is_value(failure) and excess(failure) < 50,
+        lambda case, failure: (
+            math.isinf(case.temperature) and case.vocab < 256 and is_value(failure) and excess(failure) < 50
+        ),
         one_row([0.0] * 128, [50.3] + [0.0] * 127, call="logit_matching_loss"),
     ),
     "a bound missed by less than its double": Known(
@@ -392,12 +500,22 @@ KNOWN: dict[str, Known] = {
     "fp64's finfo.min": Known(
         "its quotient by T, or that times p, is beyond fp64",
         lambda case, failure: "fp64" in case.dtypes and largest(case) > 1e300,
-        one_row([0, 0], [-1.7976931348623157e308, 0], ("fp32", "fp64"), temperature=0.5, return_stats=True, backend="eager"),
+        one_row(
+            [0, 0],
+            [-1.7976931348623157e308, 0],
+            ("fp32", "fp64"),
+            temperature=0.5,
+            return_stats=True,
+            backend="eager",
+        ),
     ),
     "what is near fp32's largest": Known(
         "a part of it is beyond",
         lambda case, failure: "is not a number" in kind_of(failure) and abs(figure(failure, "right ")) > 1e35,
-        replace(one_row([0, 0], [-3.3895313892515355e38, 0], temperature=0.1, divergence="reverse_kl"), upstream=(1e-4,)),
+        replace(
+            one_row([0, 0], [-3.3895313892515355e38, 0], temperature=0.1, divergence="reverse_kl"),
+            upstream=(1e-4,),
+        ),
     ),
     "orders above 1: ties of large finite masks": Known(
         "z - v is the same of all the classes that the mask is in, and the rest of the logits is lost in it",
@@ -407,33 +525,64 @@ KNOWN: dict[str, Known] = {
     "orders: a mass below e^-700": Known(
         "it is 0 in fp64",
         lambda case, failure: (
-            "renyi" in case.divergence and largest(case) / case.temperature > 700 and "is not a number" in kind_of(failure)
+            "renyi" in case.divergence
+            and largest(case) / case.temperature > 700
+            and "is not a number" in kind_of(failure)
         ),
         one_row([-math.inf, 0], [0, -154], divergence="reverse_renyi(0.0)", temperature=0.1),
     ),
     "decoupled: nan of a teacher at the label": Known(
-        "target_weight=0 leaves the label out: the value and the others' gradient are nan, the label's is the hard term's",
-        lambda case, failure: case.call == "decoupled_kd_loss" and case.get("target_weight") == 0 and is_broken(case),
+        "target_weight=0 leaves the label out: the value and the others' gradient are nan, the "
+        "label's is the hard term's",
+        lambda case, failure: (
+            case.call == "decoupled_kd_loss" and case.get("target_weight") == 0 and is_broken(case)
+        ),
         one_row([0, 0], [math.nan, 0], call="decoupled_kd_loss", labels=[0], target_weight=0.0),
     ),
     "Triton: the teacher's gradient at low temperatures": Known(
         "of Alpha it is that of another class where the student is near one-hot",
-        lambda case, failure: case.get("backend") == "triton" and str(case.divergence).startswith("alpha") and failure.startswith("v.grad"),
-        one_row([0, 0, 0.03, 0.03, 0.02, 0], [3, 0, 0, 0, 0, 0], ("bf16", "fp32"), divergence="alpha(0.5)", temperature=0.05, **BOTH),
+        lambda case, failure: (
+            case.get("backend") == "triton"
+            and str(case.divergence).startswith("alpha")
+            and failure.startswith("v.grad")
+        ),
+        one_row(
+            [0, 0, 0.03, 0.03, 0.02, 0],
+            [3, 0, 0, 0, 0, 0],
+            ("bf16", "fp32"),
+            divergence="alpha(0.5)",
+            temperature=0.05,
+            **BOTH,
+        ),
     ),
     "Triton: a label that is masked, in rows beyond the first sweep": Known(
         "they have no gradient at the label",
-        lambda case, failure: case.get("backend") == "triton" and kind_of(failure) == "z.grad is not a number" and lacks_label(case),
-        one_row([0, -math.inf], [0, 0], divergence="reverse_renyi(0.0)", labels=[1], hard_weight=2.0, backend="triton"),
+        lambda case, failure: (
+            case.get("backend") == "triton"
+            and kind_of(failure) == "z.grad is not a number"
+            and lacks_label(case)
+        ),
+        one_row(
+            [0, -math.inf],
+            [0, 0],
+            divergence="reverse_renyi(0.0)",
+            labels=[1],
+            hard_weight=2.0,
+            backend="triton",
+        ),
     ),
     "triton: a teacher's +inf at T = inf": Known(
         "0 where the row is nan",
-        lambda case, failure: case.get("backend") == "triton" and math.isinf(case.temperature) and is_broken(case),
+        lambda case, failure: (
+            case.get("backend") == "triton" and math.isinf(case.temperature) and is_broken(case)
+        ),
         one_row([0, 0], [math.inf, 0], temperature=math.inf, t_squared=True, backend="triton"),
     ),
     "triton: 1e-21 where the student is the teacher but for an offset": Known(
         "the square of what is left of the offset; bounds.py allows 1e-30",
-        lambda case, failure: case.get("backend") == "triton" and is_value(failure) and figure(failure) < 1e-18,
+        lambda case, failure: (
+            case.get("backend") == "triton" and is_value(failure) and figure(failure) < 1e-18
+        ),
         one_row([0.6611328125], [1000.5], ("fp16", "fp16"), temperature=3.0, backend="triton"),
     ),
 }
@@ -446,7 +595,9 @@ def is_known(case: Case, failure: str) -> bool:
 # ---------------------------------------------------------------- searching
 
 
-def search(seed: int, count: int, excused: Callable = is_known, progress: bool = False) -> Iterator[tuple[int, Case, str]]:
+def search(
+    seed: int, count: int, excused: Callable = is_known, progress: bool = False
+) -> Iterator[tuple[int, Case, str]]:
     """(number, call, what is wrong) of the calls that are wrong and not excused."""
     begin = time.monotonic()
     for number in range(count):
@@ -457,21 +608,38 @@ def search(seed: int, count: int, excused: Callable = is_known, progress: bool =
         if progress and (number + 1) % 500 == 0:
             spent = time.monotonic() - begin
             left = spent / (number + 1) * (count - number - 1)
-            print(f"{number + 1} of {count} calls in {spent:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{number + 1} of {count} calls in {spent:.0f} s, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def main(seed: int, count: int, excused: Callable) -> int:
     torch.set_num_threads(1)
     found: dict[tuple, list] = {}
     for number, case, failure in search(seed, count, excused, progress=True):
-        kind = case.call, case.divergence.partition("(")[0], case.get("backend"), case.dtypes[0], kind_of(failure)
+        kind = (
+            case.call,
+            case.divergence.partition("(")[0],
+            case.get("backend"),
+            case.dtypes[0],
+            kind_of(failure),
+        )
         found.setdefault(kind, []).append((number, case, failure))
     reports = []
     for (number, case, failure), *others in found.values():
         case, failure = shrunk(case, failure, excused)
-        reports.append((case.size, f"# call {number} of seed {seed}; {len(others)} more like it\n{snippet(case, failure)}\n"))
+        reports.append(
+            (
+                case.size,
+                f"# call {number} of seed {seed}; {len(others)} more like it\n{snippet(case, failure)}\n",
+            )
+        )
     print(*(text for _, text in sorted(reports)), sep="\n", end="")
-    print(f"{sum(map(len, found.values()))} of {count} calls are wrong, in {len(found)} kinds", file=sys.stderr)
+    print(
+        f"{sum(map(len, found.values()))} of {count} calls are wrong, in {len(found)} kinds", file=sys.stderr
+    )
     return bool(found)
 
 

@@ -1,11 +1,12 @@
 """Triton's interpreter brought to the arithmetic of the hardware.
 
-bfloat16 rounds to nearest, where it truncates; a fused multiply-add rounds once, and a minimum passes over nan, where those of
-Triton 3.6 do not. All three would be seen as errors of the kernels. And a bound of a loop, an array of one element, becomes an index, which
-NumPy from 2.4 on refuses Triton 3.6.
+bfloat16 rounds to nearest, where it truncates; a fused multiply-add rounds once, and a minimum passes over
+nan, where those of Triton 3.6 do not. All three would be seen as errors of the kernels. And a bound of a
+loop, an array of one element, becomes an index, which NumPy from 2.4 on refuses Triton 3.6.
 
-And most of its time would go into what it need not do: patching the language anew for every call of a device function, where once for each
-module and launch is enough; broadcasting operands of one shape to that shape; describing the same few types and shapes again and again.
+And most of its time would go into what it need not do: patching the language anew for every call of a device
+function, where once for each module and launch is enough; broadcasting operands of one shape to that shape;
+describing the same few types and shapes again and again.
 """
 
 import numpy as np
@@ -45,9 +46,12 @@ def maximum(self, x, y):
 
 
 def approximate_exp2(self, x):
-    """exp2 with errors as large as the GPU's ex2.approx.ftz has them, 2^-22 relative; a function of x, as there."""
+    """exp2 with errors as large as the GPU's ex2.approx.ftz has them, 2^-22 relative; a function of x, as
+    there."""
     finite = np.where(np.isfinite(x.data), x.data, 0).astype(np.float64)
-    return Handle((np.exp2(x.data) * (1 + 2.0**-22 * np.sin(12345.678 * finite))).astype(x.data.dtype), x.dtype.scalar)
+    return Handle(
+        (np.exp2(x.data) * (1 + 2.0**-22 * np.sin(12345.678 * finite))).astype(x.data.dtype), x.dtype.scalar
+    )
 
 
 def patch_once(patch=interpreter._patch_lang, launch=interpreter.GridExecutor.__call__):
@@ -114,7 +118,11 @@ def remember():
     def get_np_dtype(type):
         return dtypes.get(type.name) or dtypes.setdefault(type.name, np_dtype(type))
 
-    tl.block_type.with_element_ty, tl.block_type.__init__, tl.tensor.__init__ = with_element_ty, block_type, tensor
+    tl.block_type.with_element_ty, tl.block_type.__init__, tl.tensor.__init__ = (
+        with_element_ty,
+        block_type,
+        tensor,
+    )
     interpreter._get_np_dtype = get_np_dtype
 
 
@@ -123,5 +131,10 @@ def install():
     index_by_one_element()
     broadcast_less()
     remember()
-    Builder.cast_impl, Builder.create_fp_trunc, Builder.create_fp_ext, Builder.create_fma = cast, cast, cast, fma
+    Builder.cast_impl, Builder.create_fp_trunc, Builder.create_fp_ext, Builder.create_fma = (
+        cast,
+        cast,
+        cast,
+        fma,
+    )
     Builder.create_fp_to_fp, Builder.create_minnumf, Builder.create_maxnumf = convert, minimum, maximum

@@ -8,10 +8,25 @@ from bounds import cast_bound, gradient_bound_of, spread_of
 from kdkernels import ops
 
 
-def check_both(backend, z, v, name, T=1.0, y=None, weight=None, modifiers=(), student=True, inplace=False, stats=False, relative=None):
-    """Against the reference in fp64, at the bounds; the last two classes do not count. student: whether its gradient is asked for.
+def check_both(
+    backend,
+    z,
+    v,
+    name,
+    T=1.0,
+    y=None,
+    weight=None,
+    modifiers=(),
+    student=True,
+    inplace=False,
+    stats=False,
+    relative=None,
+):
+    """Against the reference in fp64, at the bounds; the last two classes do not count. student: whether its
+    gradient is asked for.
 
-    relative: of a gradient's norm, where the bounds are those of rounding a probability, and the gradient is much smaller.
+    relative: of a gradient's norm, where the bounds are those of rounding a probability, and the gradient is
+        much smaller.
     """
     hard = 0.0 if y is None else 0.3
     options = name, T, 1.0, 1.0, hard, hard, z.shape[-1] - 2, list(modifiers)
@@ -19,11 +34,15 @@ def check_both(backend, z, v, name, T=1.0, y=None, weight=None, modifiers=(), st
     D, _ = ops.loss_and_grads(z.double(), v.double(), y, weight, *exact, *options, "eager", False)
     mine = [z.clone() if inplace else torch.full_like(z, 7.0), torch.full_like(v, 7.0)]
     asked = [mine[0] if student else None, mine[1]]
-    loss, columns = ops.loss_and_grads(mine[0] if inplace else z, v, y, weight, *asked, *options, backend, stats)
+    loss, columns = ops.loss_and_grads(
+        mine[0] if inplace else z, v, y, weight, *asked, *options, backend, stats
+    )
     if stats:
         right = ops.loss_and_stats(z.double(), v.double(), y, weight, None, *options, "eager")[1]
         # an entropy is a sum of logarithms as deep as the row
-        torch.testing.assert_close(columns, right, rtol=3e-6, atol=1e-6 + 2e-7 * spread_of(z, v, T), equal_nan=True)
+        torch.testing.assert_close(
+            columns, right, rtol=3e-6, atol=1e-6 + 2e-7 * spread_of(z, v, T), equal_nan=True
+        )
     floor = 1e-30 if not modifiers else 3e-7  # transformed logits are rounded to fp32
     torch.testing.assert_close(loss, D, rtol=2e-6 * (1 + spread_of(z, v, T)), atol=floor, equal_nan=True)
     for g, e in list(zip(mine, exact, strict=True))[0 if student else 1 :]:

@@ -1,7 +1,9 @@
-"""What is right, by other means than the library's: 60 digits up to 1023 classes, 80-bit long double with series above.
+"""What is right, by other means than the library's: 60 digits up to 1023 classes, 80-bit long double with
+series above.
 
-Written from the definitions and imports nothing of kdkernels. Every function takes one row of student logits z and teacher logits v
-(numpy arrays of any float dtype, taken as exact) and returns (value, gradient): D as long double and T dD/dz as long doubles.
+Written from the definitions and imports nothing of kdkernels. Every function takes one row of student logits
+z and teacher logits v (numpy arrays of any float dtype, taken as exact) and returns (value, gradient): D as
+long double and T dD/dz as long doubles.
 """
 
 from __future__ import annotations
@@ -57,9 +59,12 @@ def _infinite(kind, a, no_z, no_v) -> bool:
 
 
 def _gradient_where_infinite(z, v, kind, a, T):
-    """The convention: q - p where the formula has a w, q alone where w is a set; nan where it has an infinite moment."""
+    """The convention: q - p where the formula has a w, q alone where w is a set; nan where it has an infinite
+    moment."""
     p, q = _softmax(v, T), _softmax(z, T)
-    if kind in ("kl", "cross_entropy", "renyi") or (kind in ("alpha", "jsd", "skew_kl") and a == (kind == "alpha")):
+    if kind in ("kl", "cross_entropy", "renyi") or (
+        kind in ("alpha", "jsd", "skew_kl") and a == (kind == "alpha")
+    ):
         return q if kind == "renyi" and math.isinf(a) else q - p
     if kind == "reverse_renyi" and a != 1:
         return np.zeros_like(q) if a == 0 else -q if math.isinf(a) else LD(a) / (1 - LD(a)) * (q - p)
@@ -177,10 +182,22 @@ def _digits(z, v, kind, a, T):
         p, q = [exp(x) for x in lp], [exp(x) for x in lq]
         d = [mp.mpf(0) if ninf in (x, y) else y - x for x, y in zip(lp, lq, strict=True)]
         a = mp.mpf(a)
-        if kind in ("kl", "cross_entropy") or (kind in ("renyi", "alpha") and a == 1) or (kind in ("jsd", "skew_kl") and a == 0):
-            value = -mp.fsum(x * y for x, y in zip(p, lq, strict=True) if x) if kind == "cross_entropy" else kl(lp, lq)
+        if (
+            kind in ("kl", "cross_entropy")
+            or (kind in ("renyi", "alpha") and a == 1)
+            or (kind in ("jsd", "skew_kl") and a == 0)
+        ):
+            value = (
+                -mp.fsum(x * y for x, y in zip(p, lq, strict=True) if x)
+                if kind == "cross_entropy"
+                else kl(lp, lq)
+            )
             g = [y - x for x, y in zip(p, q, strict=True)]
-        elif kind == "reverse_kl" or (kind in ("jsd", "reverse_renyi") and a == 1) or (kind in ("alpha", "skew_reverse_kl") and a == 0):
+        elif (
+            kind == "reverse_kl"
+            or (kind in ("jsd", "reverse_renyi") and a == 1)
+            or (kind in ("alpha", "skew_reverse_kl") and a == 0)
+        ):
             value, g = kl(lq, lp), moment([y * t for y, t in zip(q, d, strict=True)])
         elif kind == "jsd":
             m = mixed(1 - a)
@@ -189,23 +206,39 @@ def _digits(z, v, kind, a, T):
         elif kind == "skew_kl":
             m = mixed(1 - a)
             value = kl(lp, m)
-            g = moment([-(1 - a) * y * x / exp(t) if y else mp.mpf(0) for x, y, t in zip(p, q, m, strict=True)])
+            g = moment(
+                [-(1 - a) * y * x / exp(t) if y else mp.mpf(0) for x, y, t in zip(p, q, m, strict=True)]
+            )
         elif kind == "skew_reverse_kl":
             m = mixed(a)
             value = kl(lq, m)
-            g = moment([y * (s - t - a * y / exp(t)) if y else mp.mpf(0) for y, s, t in zip(q, lq, m, strict=True)])
+            g = moment(
+                [y * (s - t - a * y / exp(t)) if y else mp.mpf(0) for y, s, t in zip(q, lq, m, strict=True)]
+            )
         elif kind == "tvd":
             value = mp.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2
             # ties are ties of the numbers to be told apart: 60 digits leave 1e-50 of a difference that is 0
-            g = moment([y * (mp.sign(y - x) if abs(y - x) > mp.mpf("1e-50") * y else 0) / 2 for x, y in zip(p, q, strict=True)])
+            g = moment(
+                [
+                    y * (mp.sign(y - x) if abs(y - x) > mp.mpf("1e-50") * y else 0) / 2
+                    for x, y in zip(p, q, strict=True)
+                ]
+            )
         elif kind in ("renyi", "reverse_renyi") and a == 0:
             x, lx = (q, lp) if kind == "renyi" else (p, lq)
             value = -mp.log(mp.fsum(s for s, t in zip(x, lx, strict=True) if t != ninf))
-            g = [y - w for y, w in zip(q, restricted(q, [t != ninf for t in lp]), strict=True)] if kind == "renyi" else [mp.mpf(0)] * len(q)
+            g = (
+                [y - w for y, w in zip(q, restricted(q, [t != ninf for t in lp]), strict=True)]
+                if kind == "renyi"
+                else [mp.mpf(0)] * len(q)
+            )
         elif kind in ("renyi", "reverse_renyi") and mp.isinf(a):
             sign, support = (1, lp) if kind == "renyi" else (-1, lq)
             # ties are ties of v - z as given, not of numbers that have been through a division
-            gaps = [ninf if x == ninf else sign * (mp.mpf(float(s)) - mp.mpf(float(t))) for s, t, x in zip(v, z, support, strict=True)]
+            gaps = [
+                ninf if x == ninf else sign * (mp.mpf(float(s)) - mp.mpf(float(t)))
+                for s, t, x in zip(v, z, support, strict=True)
+            ]
             most = max(gaps)
             value = max(sign * (x - y) for x, y, t in zip(lp, lq, support, strict=True) if t != ninf)
             g = [sign * (y - w) for y, w in zip(q, restricted(q, [t == most for t in gaps]), strict=True)]
@@ -275,14 +308,20 @@ def _long_double(z, v, kind, a, T):
     if kind in ("renyi", "reverse_renyi") and a == 0:
         x, lone = (q, no_v) if kind == "renyi" else (p, no_z)
         inside, outside = x[~lone].sum(), x[lone].sum()
-        return np.log1p(outside / inside), np.where(no_v, q, -q * outside / inside) if kind == "renyi" else np.zeros_like(q)
+        return np.log1p(outside / inside), np.where(
+            no_v, q, -q * outside / inside
+        ) if kind == "renyi" else np.zeros_like(q)
     if kind in ("renyi", "reverse_renyi") and np.isinf(a):
         sign, lone = (1, no_v) if kind == "renyi" else (-1, no_z)
         gap = np.where(lone, LD("inf"), sign * (np.where(both, z, 0) - np.where(both, v, 0)))
         least = gap == gap.min()
         total = q[least].sum()
         return -sign * d[least][0], sign * np.where(least, -q * (q[~least].sum() / total), q)
-    if kind in ("kl", "cross_entropy") or (kind in ("renyi", "alpha") and a == 1) or (kind in ("jsd", "skew_kl") and a == 0):
+    if (
+        kind in ("kl", "cross_entropy")
+        or (kind in ("renyi", "alpha") and a == 1)
+        or (kind in ("jsd", "skew_kl") and a == 0)
+    ):
         near = both & (np.abs(d) < 0.5)
         x = np.where(near, d, 0)
         direct = np.where(no_v, q, (q - p) - np.where(both, p * d, 0))
@@ -305,7 +344,8 @@ def _long_double(z, v, kind, a, T):
         near = both & (np.abs(d) < 0.5)
         gap = np.where(near, p * np.expm1(np.where(near, d, 0)), q - p)
         return np.abs(gap).sum() / 2, moment(q * np.sign(gap) / 2)
-    # mixtures: sums of p psi(log m/p) and q psi(log m/q), whose classes that one alone has are limits of these
+    # mixtures: sums of p psi(log m/p) and q psi(log m/q), whose classes that one alone has are limits of
+    #     these
     weight = {"jsd": 1 - a, "skew_kl": 1 - a, "skew_reverse_kl": a}.get(kind, LD(0))
     if kind == "jsd" and a == 1:
         weight = LD(0)

@@ -1,4 +1,5 @@
-"""Test rows as models and accidents make them: close and distant students, common offsets, dominant classes, outliers."""
+"""Test rows as models and accidents make them: close and distant students, common offsets, dominant classes,
+outliers."""
 
 from __future__ import annotations
 
@@ -7,10 +8,27 @@ import torch
 # triton: its kernels under the interpreter; float64 is not for them
 BACKENDS = ("cpu", "eager", "triton")
 DOUBLE_BACKENDS = ("cpu", "eager")
-KINDS = ("plain", "independent", "close", "offset", "offset_teacher", "dominant", "outlier", "outlier_student", "peaked_teacher")
+KINDS = (
+    "plain",
+    "independent",
+    "close",
+    "offset",
+    "offset_teacher",
+    "dominant",
+    "outlier",
+    "outlier_student",
+    "peaked_teacher",
+)
 
 
-def make_rows(kind: str, rows: int, vocab: int, student: torch.dtype = torch.float32, teacher: torch.dtype | None = None, seed: int = 0):
+def make_rows(
+    kind: str,
+    rows: int,
+    vocab: int,
+    student: torch.dtype = torch.float32,
+    teacher: torch.dtype | None = None,
+    seed: int = 0,
+):
     """(student, teacher) logits of shape (rows, vocab), exact in their dtypes."""
     g = torch.Generator().manual_seed(1000 * seed + KINDS.index(kind))
     noise = lambda scale: torch.randn(rows, vocab, generator=g) * scale  # noqa: E731

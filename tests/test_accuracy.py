@@ -1,4 +1,5 @@
-"""Value and gradient of every backend against the oracle, at the bounds of bounds.py, over temperature, order, vocabulary and kind of row.
+"""Value and gradient of every backend against the oracle, at the bounds of bounds.py, over temperature,
+order, vocabulary and kind of row.
 
 `python tests/test_accuracy.py [backend]` prints the largest error as a fraction of its bound in each cell.
 """
@@ -22,9 +23,34 @@ TEMPERATURES = (0.05, 0.1, 1.0, 2.0, 4.0, 20.0, 100.0, 1e4, 1e6, math.inf)
 ORDERS = (0.0, 0.01, 0.5, 0.9, 0.9999, 1.0, 1.0001, 1.5, 2.0, 5.0, 20.0, math.inf)
 VOCABS = (1, 2, 31, 1023, 50257, 128256)
 OTHERS = (
-    *("reverse_kl", "jsd(0.001)", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "jsd(0.999)", "skew_kl(0.1)", "skew_kl(0.9)", "tvd"),
-    *("skew_reverse_kl(0.1)", "skew_reverse_kl(0.9)", "skew_reverse_kl(0.99)", "alpha(-1)", "alpha(0.5)", "alpha(0.9999)", "alpha(2)"),
-    *("reverse_renyi(0)", "reverse_renyi(0.5)", "reverse_renyi(0.9999)", "reverse_renyi(2)", "reverse_renyi(5)", "reverse_renyi(inf)"),
+    *(
+        "reverse_kl",
+        "jsd(0.001)",
+        "jsd(0.1)",
+        "jsd(0.5)",
+        "jsd(0.9)",
+        "jsd(0.999)",
+        "skew_kl(0.1)",
+        "skew_kl(0.9)",
+        "tvd",
+    ),
+    *(
+        "skew_reverse_kl(0.1)",
+        "skew_reverse_kl(0.9)",
+        "skew_reverse_kl(0.99)",
+        "alpha(-1)",
+        "alpha(0.5)",
+        "alpha(0.9999)",
+        "alpha(2)",
+    ),
+    *(
+        "reverse_renyi(0)",
+        "reverse_renyi(0.5)",
+        "reverse_renyi(0.9999)",
+        "reverse_renyi(2)",
+        "reverse_renyi(5)",
+        "reverse_renyi(inf)",
+    ),
 )
 
 
@@ -39,7 +65,15 @@ def expected(kind, vocab, T, order, student=torch.float32, teacher=None, rows=1,
 def measured(z, v, T, order, backend):
     z = z.clone().requires_grad_()
     limit = math.isinf(T)
-    loss = fused_kd_loss(z, v, divergence=f"renyi({order!r})", temperature=T, t_squared=limit, reduction="none", backend=backend)
+    loss = fused_kd_loss(
+        z,
+        v,
+        divergence=f"renyi({order!r})",
+        temperature=T,
+        t_squared=limit,
+        reduction="none",
+        backend=backend,
+    )
     # the gradient through "sum" is the fused one; T^2 D / T = T dD/dz keeps it clear of fp16's small numbers
     fused_kd_loss(
         z,
@@ -78,37 +112,49 @@ def errors(T, order, vocab, kind, backend):
         out.append(
             (
                 abs(float(loss[i]) - float(D)),
-                value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D), kind.startswith("outlier")) + 1e-45,
+                value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D), kind.startswith("outlier"))
+                + 1e-45,
             )
         )
-        out.append((float(np.linalg.norm(grad[i].numpy() - g)), gradient_bound(order, float(np.linalg.norm(g)))))
+        out.append(
+            (float(np.linalg.norm(grad[i].numpy() - g)), gradient_bound(order, float(np.linalg.norm(g))))
+        )
     return out
 
 
 def check(T, order, vocab, kind, backend):
-    for what, (error, bound) in zip(("value", "gradient"), errors(T, order, vocab, kind, backend), strict=True):
+    for what, (error, bound) in zip(
+        ("value", "gradient"), errors(T, order, vocab, kind, backend), strict=True
+    ):
         assert error <= bound, f"{what}: error {error:.3g}, bound {bound:.3g}"
 
 
 @pytest.mark.parametrize(
-    ("backend", "T", "order", "vocab", "kind"), [(b, *c) for b in BACKENDS for c in cases(False)[:: 5 if b == "triton" else 1]]
+    ("backend", "T", "order", "vocab", "kind"),
+    [(b, *c) for b in BACKENDS for c in cases(False)[:: 5 if b == "triton" else 1]],
 )
 def test_bounds(backend, T, order, vocab, kind):
     check(T, order, vocab, kind, backend)
 
 
 def check_other(T, name, vocab, kind, backend):
-    """`check` for the rest of the family. Where |d| is within rounding of 0, TVD's sign is not defined: those classes are left out."""
+    """`check` for the rest of the family. Where |d| is within rounding of 0, TVD's sign is not defined: those
+    classes are left out."""
     z, v = make_rows(kind, 1, vocab)
     D, g = oracle.divergence_row(z[0].double().numpy(), v[0].double().numpy(), name, T)
     x = z.clone().requires_grad_()
     loss = fused_kd_loss(x, v, divergence=name, temperature=T, reduction="none", backend=backend)
-    fused_kd_loss(x, v, divergence=name, temperature=T, soft_weight=T, reduction="sum", backend=backend).backward()
+    fused_kd_loss(
+        x, v, divergence=name, temperature=T, soft_weight=T, reduction="sum", backend=backend
+    ).backward()
     if not D < 1e38:  # beyond fp32
         assert float(loss) == math.inf
         return
     error, norm = x.grad[0].numpy() - g, float(np.linalg.norm(g))
-    assert abs(float(loss) - float(D)) <= value_bound_of(name, vocab, T, spread_of(z[0], v[0], T), float(D)) + 1e-45
+    assert (
+        abs(float(loss) - float(D))
+        <= value_bound_of(name, vocab, T, spread_of(z[0], v[0], T), float(D)) + 1e-45
+    )
     if name == "tvd":
         p, q = (torch.softmax(t[0].double() / T, -1).numpy() for t in (v, z))
         error = error[np.abs(q - p) > 3e-7 * (1 + 300 / T) * q]
@@ -125,18 +171,25 @@ def other_cases():
 
 @pytest.mark.parametrize(
     ("backend", "T", "name", "vocab", "kind"),
-    [(b, *c) for b in DOUBLE_BACKENDS for c in other_cases()] + [("triton", *c) for c in other_cases()[::5] if c[2] < 50257],
+    [(b, *c) for b in DOUBLE_BACKENDS for c in other_cases()]
+    + [("triton", *c) for c in other_cases()[::5] if c[2] < 50257],
 )
 def test_bounds_of_the_others(backend, T, name, vocab, kind):
     check_other(T, name, vocab, kind, backend)
 
 
-SKEWS = [f"{skew}({weight})" for skew in ("skew_kl", "skew_reverse_kl") for weight in (0.001, 0.9, 0.99, 0.999)]
+SKEWS = [
+    f"{skew}({weight})" for skew in ("skew_kl", "skew_reverse_kl") for weight in (0.001, 0.9, 0.99, 0.999)
+]
 
 
-@pytest.mark.parametrize(("backend", "name"), [*itertools.product(DOUBLE_BACKENDS, SKEWS), ("triton", SKEWS[2]), ("triton", SKEWS[6])])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [*itertools.product(DOUBLE_BACKENDS, SKEWS), ("triton", SKEWS[2]), ("triton", SKEWS[6])],
+)
 def test_skews_of_little_weight(backend, name):
-    """D is as small as a weight's square: from rows that are nearly alike to rows that have little in common."""
+    """D is as small as a weight's square: from rows that are nearly alike to rows that have little in
+    common."""
     for T, kind in itertools.product((0.5, 2.0, 1e4), ("plain", "independent", "close", "peaked_teacher")):
         check_other(T, name, 1023, kind, backend)
 
@@ -145,7 +198,8 @@ def test_skews_of_little_weight(backend, name):
 @pytest.mark.parametrize("where", ["both", "teacher", "student"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_masks_of_the_others(name, where, backend):
-    """Classes at -inf: what is +inf is, with its gradient by the convention, and the rest is as exact as without masks."""
+    """Classes at -inf: what is +inf is, with its gradient by the convention, and the rest is as exact as
+    without masks."""
     for vocab, T in itertools.product((10, 5000), (1.0, 4.0)):
         z, v = with_masks(*make_rows("plain", 1, vocab), where)
         D, g = oracle.divergence_row(z[0].double().numpy(), v[0].double().numpy(), name, T)
@@ -156,8 +210,12 @@ def test_masks_of_the_others(name, where, backend):
             np.testing.assert_allclose(x.grad[0].numpy(), g.astype(float), atol=1e-6)
             assert float(loss) == math.inf
         else:
-            assert abs(float(loss) / T - float(D)) <= 2 * value_bound_of(name, vocab, T, spread_of(z[0], v[0], T), float(D))
-            assert float(np.linalg.norm(x.grad[0].numpy() - g)) <= gradient_bound_of(float(np.linalg.norm(g)), float(D))
+            assert abs(float(loss) / T - float(D)) <= 2 * value_bound_of(
+                name, vocab, T, spread_of(z[0], v[0], T), float(D)
+            )
+            assert float(np.linalg.norm(x.grad[0].numpy() - g)) <= gradient_bound_of(
+                float(np.linalg.norm(g)), float(D)
+            )
 
 
 @pytest.mark.slow
@@ -176,7 +234,9 @@ def test_bounds_everywhere(T, order, vocab, kind, backend):
     check(T, order, vocab, kind, backend)
 
 
-@pytest.mark.parametrize(("backend", "vocab"), [*itertools.product(DOUBLE_BACKENDS, (31, 1023, 50257)), ("triton", 1023)])
+@pytest.mark.parametrize(
+    ("backend", "vocab"), [*itertools.product(DOUBLE_BACKENDS, (31, 1023, 50257)), ("triton", 1023)]
+)
 @pytest.mark.parametrize("order", [0.0, 0.5, 1.0, 2.0, math.inf])
 @pytest.mark.parametrize(
     ("student", "teacher"),
@@ -189,18 +249,24 @@ def test_bounds_everywhere(T, order, vocab, kind, backend):
     ],
 )
 def test_sixteen_bit_inputs(student, teacher, order, vocab, backend):
-    """The inputs are exact, so the value is held to the bound of fp32, and the gradient to one rounding of its dtype."""
+    """The inputs are exact, so the value is held to the bound of fp32, and the gradient to one rounding of
+    its dtype."""
     if torch.float64 in (student, teacher) and backend not in DOUBLE_BACKENDS:
         pytest.skip("computes in fp32")
     for T in (1.0, 4.0):
         z, v, exact = expected("plain", vocab, T, order, student, teacher)
         loss, grad = measured(z, v, T, order, backend)
         for i, (D, g) in enumerate(exact):
-            assert abs(float(loss[i]) - float(D)) <= value_bound(order, vocab, T, spread_of(z[i], v[i], T), float(D))
+            assert abs(float(loss[i]) - float(D)) <= value_bound(
+                order, vocab, T, spread_of(z[i], v[i], T), float(D)
+            )
             assert grad.dtype == student
             g = torch.from_numpy(g.astype(np.float64))
-            slack = gradient_bound(order, float(g.norm()))  # before the rounding, the bound of fp32 on each class
-            allowed = cast_bound(student, g) + slack if student != torch.float32 else torch.full_like(g, slack)
+            # before the rounding, the bound of fp32 on each class
+            slack = gradient_bound(order, float(g.norm()))
+            allowed = (
+                cast_bound(student, g) + slack if student != torch.float32 else torch.full_like(g, slack)
+            )
             assert ((grad[i].double() - g).abs() <= allowed).all()
 
 
@@ -209,11 +275,15 @@ def test_fp64_is_fp64(backend):
     for T, order in itertools.product((0.5, 2.0, 1e4, 1e6, math.inf), (0.01, 0.5, 1.0, 1.0001, 5.0)):
         for kind in ("plain", "offset", "peaked_teacher"):
             z, v = make_rows(kind, 2, 257, torch.float64)
-            z = z + 1e-9 * torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            z = z + 1e-9 * torch.randn(
+                z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+            )
             loss, grad = measured(z, v, T, order, backend)
             assert loss.dtype == grad.dtype == torch.float64
             for i in range(2):
-                D, g = oracle.divergence_row(z[i].numpy(), v[i].numpy(), f"renyi({order!r})" if order != 1 else "kl", T)
+                D, g = oracle.divergence_row(
+                    z[i].numpy(), v[i].numpy(), f"renyi({order!r})" if order != 1 else "kl", T
+                )
                 assert float(loss[i]) == pytest.approx(float(D), rel=1e-9)
                 assert float(np.linalg.norm(grad[i].numpy() - g)) <= 1e-9 * float(np.linalg.norm(g))
 
@@ -222,7 +292,9 @@ def main() -> None:
     import sys
 
     backend, worst = (sys.argv[1:] or ["cpu"])[0], {}
-    for T, order, vocab, kind in cases(True) if "all" in sys.argv else [c for c in cases(True) if c[2] in (2, 31, 1023, 50257)][::7]:
+    for T, order, vocab, kind in (
+        cases(True) if "all" in sys.argv else [c for c in cases(True) if c[2] in (2, 31, 1023, 50257)][::7]
+    ):
         for what, (error, bound) in zip("vg", errors(T, order, vocab, kind, backend), strict=True):
             key = (what, order, vocab)
             if error / bound >= worst.get(key, (-1,))[0]:

@@ -1,4 +1,5 @@
-"""The Triton kernels compiled for GPUs that are not here: no spills, registers within the plan's residency, 16-byte accesses."""
+"""The Triton kernels compiled for GPUs that are not here: no spills, registers within the plan's residency,
+16-byte accesses."""
 
 import csv
 import importlib.metadata
@@ -18,20 +19,27 @@ SCRIPT = ROOT / "benchmarks" / "aot.py"
 def compile_for(*targets: str, more: tuple[str, ...] = ()) -> str:
     """In a process of its own: here the kernels belong to the interpreter."""
     command = [sys.executable, str(SCRIPT), "--check", "--targets", *targets, *more]
-    found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    found = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
 
 
 def differences(lines: list[str]) -> tuple[list[str], int]:
-    """(what is not as in results/triton_aot.csv, kernels compared) of the compiler's version that the table is of."""
+    """(what is not as in results/triton_aot.csv, kernels compared) of the compiler's version that the table
+    is of."""
     with open(ROOT / "benchmarks" / "results" / "triton_aot.csv", newline="") as file:
         head, *rows = csv.reader(file)
     known, found = {tuple(row[:3]): row for row in rows}, []
     compared = [cells for x in lines if tuple((cells := x.split(" | "))[:3]) in known]
     for cells in compared:
         row = known[tuple(cells[:3])]
-        found += [f"{cells[:3]}: {a} {c}, where it was {b}" for a, b, c in zip(head, row, cells, strict=False) if b != c]
+        found += [
+            f"{cells[:3]}: {a} {c}, where it was {b}"
+            for a, b, c in zip(head, row, cells, strict=False)
+            if b != c
+        ]
     return found, len(compared)
 
 

@@ -1,4 +1,5 @@
-"""`python -m kdkernels bench`: its reference is right, it refuses wrong results, and what it writes can be read back."""
+"""`python -m kdkernels bench`: its reference is right, it refuses wrong results, and what it writes can be
+read back."""
 
 import json
 import math
@@ -19,7 +20,17 @@ from kdkernels.bench.reference import reference
 @pytest.mark.parametrize("T", [0.5, 2.0, 100.0, 1e4, 1e6, math.inf])
 @pytest.mark.parametrize(
     "divergence",
-    ["kl", "cross_entropy", "renyi(0.5)", "renyi(0.9999)", "renyi(5)", "reverse_kl", "jsd(0.1)", "skew_kl(0.1)", "skew_reverse_kl(0.3)"]
+    [
+        "kl",
+        "cross_entropy",
+        "renyi(0.5)",
+        "renyi(0.9999)",
+        "renyi(5)",
+        "reverse_kl",
+        "jsd(0.1)",
+        "skew_kl(0.1)",
+        "skew_reverse_kl(0.3)",
+    ]
     + ["tvd", "alpha(-1)", "alpha(0.5)", "reverse_renyi(2)"],
 )
 def test_reference(divergence, T):
@@ -37,7 +48,8 @@ def test_reference(divergence, T):
 
 @pytest.mark.parametrize("T", [2.0, math.inf])
 @pytest.mark.parametrize(
-    "divergence", ["kl", "cross_entropy", "reverse_kl", "jsd(0.1)", "skew_kl(0.1)", "tvd", "alpha(2)", "reverse_renyi(2)"]
+    "divergence",
+    ["kl", "cross_entropy", "reverse_kl", "jsd(0.1)", "skew_kl(0.1)", "tvd", "alpha(2)", "reverse_renyi(2)"],
 )
 def test_spellings_are_the_loss(divergence, T):
     """What the fused loss is compared with is the same loss."""
@@ -54,7 +66,19 @@ SMALL = ["bench", "--shapes", "8x5000", "--repeats", "1", "--device", "cpu"]
 
 def test_table_json_and_plot(capsys, tmp_path):
     files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.svg")]
-    cases = ["--dtypes", "fp32", "bf16", "fp16", "--divergences", "kl", "renyi(2)", "--temperatures", "1", "4", "inf"]
+    cases = [
+        "--dtypes",
+        "fp32",
+        "bf16",
+        "fp16",
+        "--divergences",
+        "kl",
+        "renyi(2)",
+        "--temperatures",
+        "1",
+        "4",
+        "inf",
+    ]
     assert main([*SMALL, "--no-compile", *cases, *files]) == 0
     out = capsys.readouterr().out
     assert out.count("\nkdkernels ") == 18 and " x " in out and "kl_div(log_target=True)" in out
@@ -117,9 +141,13 @@ def test_what_is_missing_is_named(monkeypatch, missing):
 
 
 def test_memory_is_seen():
-    """One gradient for the fused loss, several for eager: the measure itself, on a size that malloc gives back."""
+    """One gradient for the fused loss, several for eager: the measure itself, on a size that malloc gives
+    back."""
     case = measure.Case(64, 40000, "fp32", "kl", 2.0)
-    memory = {name: x["memory_in_gradients"] for name, x in measure.Bench("cpu", 1, compiled=False).run(case)["contenders"].items()}
+    memory = {
+        name: x["memory_in_gradients"]
+        for name, x in measure.Bench("cpu", 1, compiled=False).run(case)["contenders"].items()
+    }
     if memory["kdkernels"] is None:
         pytest.skip("this system does not tell")
     assert 0.9 < memory["kdkernels"] < 1.3 and memory["kl_div(log_target=True)"] > 3.5
@@ -136,18 +164,24 @@ def test_libraries_are_those_installed(monkeypatch):
     assert contenders.libraries(parse("kl"), 2.0) == {} == linear.libraries(case, gpu)
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name)
     assert contenders.libraries(parse("renyi(2)"), 2.0) == contenders.libraries(parse("kl"), math.inf) == {}
-    assert list(contenders.libraries(parse("kl"), 2.0)) == ["log_softmax + Liger KLDiv", "log_softmax + Liger JSD"]
+    assert list(contenders.libraries(parse("kl"), 2.0)) == [
+        "log_softmax + Liger KLDiv",
+        "log_softmax + Liger JSD",
+    ]
     assert list(contenders.libraries(parse("jsd(0.3)"), 2.0)) == ["log_softmax + Liger JSD"]
     assert list(linear.libraries(case, cpu)) == ["Liger chunked JSD", "TRL chunked divergence"]
     assert list(linear.libraries(case, gpu))[1::2] == ["Liger Triton JSD", "flash-linear-attention KL"]
-    assert "flash-linear-attention KL" not in linear.libraries(linear.Case(4, 10, 8, "fp32", "reverse_kl", 2.0), gpu)
+    assert "flash-linear-attention KL" not in linear.libraries(
+        linear.Case(4, 10, 8, "fp32", "reverse_kl", 2.0), gpu
+    )
     assert linear.libraries(linear.Case(4, 10, 8, "fp32", "tvd", 2.0), gpu) == {}
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd(0.3)"])
 @pytest.mark.parametrize("package", LIBRARIES)
 def test_libraries_are_the_same_loss(package, divergence):
-    """Where they are installed: what runs here, Triton kernels under the interpreter, gives our loss and its gradient."""
+    """Where they are installed: what runs here, Triton kernels under the interpreter, gives our loss and its
+    gradient."""
     pytest.importorskip(package)
     which = parse(divergence)
     case = linear.Case(40, 60, 16, "fp32", divergence, 2.0)
@@ -178,16 +212,39 @@ def unable(*_):
 def test_a_library_that_cannot_run_is_left_out(monkeypatch, capsys):
     """With a line that says why; the others are measured."""
     monkeypatch.setattr(linear, "libraries", lambda case, device: {"another": unable})
-    assert main(["bench", "--linear", "96x500x16", "--dtypes", "fp32", "--divergences", "kl", "--device", "cpu", "--repeats", "1"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "--linear",
+                "96x500x16",
+                "--dtypes",
+                "fp32",
+                "--divergences",
+                "kl",
+                "--device",
+                "cpu",
+                "--repeats",
+                "1",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "left out: another: ModuleNotFoundError: No module named 'flux'" in out and "\nkdkernels " in out and "\nanother" not in out
+    assert (
+        "left out: another: ModuleNotFoundError: No module named 'flux'" in out
+        and "\nkdkernels " in out
+        and "\nanother" not in out
+    )
     monkeypatch.setattr(contenders, "libraries", lambda which, T: {"another": unable})
     bench = measure.Bench("cpu", 1, compiled=False)
     monkeypatch.setattr(bench, "device", types.SimpleNamespace(type="like a GPU"))
     monkeypatch.setattr(bench, "_peak_memory", lambda step: None)
     monkeypatch.setattr(bench, "_times", lambda steps, repeats: {name: (1.0, 1.0, 1.0) for name in steps})
     monkeypatch.setattr(
-        measure.Case, "logits", lambda case, device: [x.requires_grad_(i == 0) for i, x in enumerate(measure.logits(8, 50))]
+        measure.Case,
+        "logits",
+        lambda case, device: [x.requires_grad_(i == 0) for i, x in enumerate(measure.logits(8, 50))],
     )
     assert "another" not in bench.run(measure.Case(8, 50, "fp32", "kl", 2.0))["contenders"]
     assert "left out: another" in capsys.readouterr().out
@@ -204,20 +261,52 @@ def test_nothing_is_left_of_a_contender_that_raises():
 
 def test_backends_are_lines_of_their_own(capsys, tmp_path):
     """The first is what all are compared with; every one is checked."""
-    command = [*SMALL, "--no-compile", "--dtypes", "fp32", "--divergences", "kl", "--json", str(tmp_path / "b.json"), "--backends"]
+    command = [
+        *SMALL,
+        "--no-compile",
+        "--dtypes",
+        "fp32",
+        "--divergences",
+        "kl",
+        "--json",
+        str(tmp_path / "b.json"),
+        "--backends",
+    ]
     assert main([*command, "cpu", "eager"]) == 0
     out = capsys.readouterr().out
     (case,) = json.loads((tmp_path / "b.json").read_text())["cases"]
     cpu, eager = (case["contenders"][f"kdkernels ({x})"] for x in ("cpu", "eager"))
-    assert cpu["speed_up"] == 1 and eager["speed_up"] > 0 and case["device"].startswith("cpu: ") and f"{case['device']}, copy" in out
+    assert (
+        cpu["speed_up"] == 1
+        and eager["speed_up"] > 0
+        and case["device"].startswith("cpu: ")
+        and f"{case['device']}, copy" in out
+    )
     assert "kdkernels" not in case["contenders"] and f"{eager['speed_up']:.1f} x" in out
     assert (
-        main(["bench", "--linear", "96x500x16", "--dtypes", "fp32", "--divergences", "kl", "--device", "cpu", "--backends", "eager"]) == 0
+        main(
+            [
+                "bench",
+                "--linear",
+                "96x500x16",
+                "--dtypes",
+                "fp32",
+                "--divergences",
+                "kl",
+                "--device",
+                "cpu",
+                "--backends",
+                "eager",
+            ]
+        )
+        == 0
     )
     assert "\nkdkernels (eager) " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "says"), [("cpv", "must be one of auto, cpu"), ("cuda", "it takes CUDA tensors, not cpu")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("cpv", "must be one of auto, cpu"), ("cuda", "it takes CUDA tensors, not cpu")]
+)
 @pytest.mark.parametrize("more", [[], ["--linear", "96x500x16"]])
 def test_a_backend_that_cannot_run(name, says, more, monkeypatch):
     monkeypatch.setattr(measure.Bench, "run", lambda *_, **__: pytest.fail("ran"))
@@ -239,7 +328,20 @@ def test_what_was_measured_is_kept(more, monkeypatch, tmp_path):
 
     monkeypatch.setattr(*where, ends)
     with pytest.raises(KeyboardInterrupt):
-        main([*SMALL, *more, "--no-compile", "--dtypes", "fp32", "bf16", "--divergences", "kl", "--json", str(tmp_path / "b.json")])
+        main(
+            [
+                *SMALL,
+                *more,
+                "--no-compile",
+                "--dtypes",
+                "fp32",
+                "bf16",
+                "--divergences",
+                "kl",
+                "--json",
+                str(tmp_path / "b.json"),
+            ]
+        )
     (case,) = json.loads((tmp_path / "b.json").read_text())["cases"]
     assert case["dtype"] == "fp32" and case["contenders"]
 
@@ -247,12 +349,25 @@ def test_what_was_measured_is_kept(more, monkeypatch, tmp_path):
 def test_json_goes_where_a_link_leads(tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "b.json")
     report.write_json({"cases": []}, str(tmp_path / "link.json"))
-    assert [x.name for x in sorted(tmp_path.iterdir())] == ["b.json", "link.json"] and (tmp_path / "link.json").is_symlink()
+    assert [x.name for x in sorted(tmp_path.iterdir())] == ["b.json", "link.json"] and (
+        tmp_path / "link.json"
+    ).is_symlink()
 
 
 def test_linear(capsys, tmp_path):
     """Memory on paper, then what was measured; the loss is refused where it is wrong."""
-    small = ["bench", "--linear", "96x500x16", "--dtypes", "fp32", "bf16", "--repeats", "1", "--device", "cpu"]
+    small = [
+        "bench",
+        "--linear",
+        "96x500x16",
+        "--dtypes",
+        "fp32",
+        "bf16",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main([*small, "--divergences", "kl", "--json", str(tmp_path / "l.json")]) == 0
     out = capsys.readouterr().out
     assert "on paper" in out and out.count("\nkdkernels ") == 2 and "eager kl_div(log_target=True)" in out
@@ -264,6 +379,8 @@ def test_linear(capsys, tmp_path):
 
 def test_no_time_for_a_wrong_chunk(monkeypatch):
     right = linear.linear.fused_linear_kd_loss
-    monkeypatch.setattr(linear.linear, "fused_linear_kd_loss", lambda h, *rest, **options: right(h * 1.01, *rest, **options))
+    monkeypatch.setattr(
+        linear.linear, "fused_linear_kd_loss", lambda h, *rest, **options: right(h * 1.01, *rest, **options)
+    )
     with pytest.raises(SystemExit, match="wrong here"):
         main(["bench", "--linear", "96x500x16", "--dtypes", "fp32", "--divergences", "kl", "--device", "cpu"])

@@ -1,4 +1,5 @@
-"""The build: without a compiler, without OpenMP, at every instruction-set level, under sanitizers, and what loading it leaves alone."""
+"""The build: without a compiler, without OpenMP, at every instruction-set level, under sanitizers, and what
+loading it leaves alone."""
 
 import collections
 import os
@@ -21,7 +22,8 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 
 
 def run(*command, env=None, cwd=ROOT, check=True):
-    env = {**os.environ, "PYTHONPATH": str(cwd), **(env or {})}  # the package in cwd also for a script that lies elsewhere
+    # the package in cwd also for a script that lies elsewhere
+    env = {**os.environ, "PYTHONPATH": str(cwd), **(env or {})}
     done = subprocess.run([*map(str, command)], env=env, cwd=cwd, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -36,11 +38,16 @@ def compiler_without(path, *flags):
 
 
 def build(tmp_path, env=None):
-    """setup.py build in a copy of the sources, of one instruction-set level and quickly; the built package's folder."""
+    """setup.py build in a copy of the sources, of one instruction-set level and quickly; the built package's
+    folder."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("csrc", "kdkernels"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"))
+        shutil.copytree(
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"),
+        )
     quick = compiler_without(tmp_path / "c++-quick", "-march=x86-64-v3", "-march=x86-64-v4")
     env = {"KDKERNELS_CUDA": "", "CXX": str(quick), **(env or {})}
     run(sys.executable, "setup.py", "-q", "build", "--build-lib", "out", env=env, cwd=tmp_path)
@@ -52,15 +59,20 @@ def test_without_a_compiler(tmp_path):
     package = build(tmp_path, {"PATH": str(tmp_path), "CXX": ""})
     assert not (package / "_cpu.so").exists()
     assert "no C++ compiler was found" in (package / "_build.txt").read_text()
-    code = "import torch, kdkernels; print(kdkernels.fused_kd_loss(torch.ones(2, 3), torch.zeros(2, 3)).item())"
+    code = (
+        "import torch, kdkernels; print(kdkernels.fused_kd_loss(torch.ones(2, 3), torch.zeros(2, 3)).item())"
+    )
     assert run(sys.executable, "-c", code, cwd=package.parent).stdout.strip() == "0.0"
     info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
     assert 'backend="auto" is eager' in info and "no C++ compiler was found" in info
 
 
 def test_without_openmp(tmp_path):
-    """A compiler that does not know -fopenmp gives a library that is right, and says that it is single-threaded."""
-    compiler = compiler_without(tmp_path / "c++-without-openmp", "-fopenmp", "-march=x86-64-v3", "-march=x86-64-v4")
+    """A compiler that does not know -fopenmp gives a library that is right, and says that it is
+    single-threaded."""
+    compiler = compiler_without(
+        tmp_path / "c++-without-openmp", "-fopenmp", "-march=x86-64-v3", "-march=x86-64-v4"
+    )
     package = build(tmp_path, {"CXX": str(compiler)})
     assert "openmp: no" in (package / "_build.txt").read_text()
     if platform.machine() == "x86_64":
@@ -73,7 +85,8 @@ def test_without_openmp(tmp_path):
 
 
 def test_cuda_is_built_only_when_asked_for(tmp_path):
-    """An nvcc on PATH is not run unless KDKERNELS_CUDA=1 says so; then its failure, and its absence, are errors."""
+    """An nvcc on PATH is not run unless KDKERNELS_CUDA=1 says so; then its failure, and its absence, are
+    errors."""
     tools, called = tmp_path / "bin", tmp_path / "nvcc was called"
     tools.mkdir()
     (tools / "nvcc").write_text(f'#!/bin/sh\ntouch "{called}"\nexit 3\n')
@@ -81,10 +94,15 @@ def test_cuda_is_built_only_when_asked_for(tmp_path):
     package = build(tmp_path, {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"})
     assert (package / "_cpu.so").exists() and not (package / "_cuda.so").exists() and not called.exists()
     info = run(sys.executable, "-m", "kdkernels", "info", cwd=package.parent).stdout
-    assert "CUDA library: none: KDKERNELS_CUDA=1 was not set when kdkernels was built; reinstall kdkernels with KDKERNELS_CUDA=1" in info
+    assert (
+        "CUDA library: none: KDKERNELS_CUDA=1 was not set when kdkernels was built; reinstall "
+        "kdkernels with KDKERNELS_CUDA=1" in info
+    )
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "out"]
     asked = {"KDKERNELS_CPU": "0", "KDKERNELS_CUDA": "1"}
-    done = run(*command, env={"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", **asked}, cwd=tmp_path, check=False)
+    done = run(
+        *command, env={"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", **asked}, cwd=tmp_path, check=False
+    )
     assert done.returncode != 0 and called.exists()
     assert "compiling the CUDA library for sm_80, sm_90, sm_100, sm_120" in done.stdout
     (tools / "nvcc").unlink()
@@ -96,7 +114,8 @@ def test_cuda_is_built_only_when_asked_for(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_cuda_library(tmp_path):
-    """Compiled for one architecture: it loads without a GPU, speaks this package's language, and is not compiled again."""
+    """Compiled for one architecture: it loads without a GPU, speaks this package's language, and is not
+    compiled again."""
     env = {"KDKERNELS_CUDA": "1", "KDKERNELS_CUDA_ARCHS": "90"}
     package = build(tmp_path, env)
     library = abi.Library(package / "_cuda.so")
@@ -111,10 +130,16 @@ def test_cuda_library(tmp_path):
 
 
 def test_wheel(tmp_path):
-    """One wheel for every Python and torch: py3-none, the library inside, the sources not needed at run time."""
+    """One wheel for every Python and torch: py3-none, the library inside, the sources not needed at run
+    time."""
     build(tmp_path)
     command = "-m pip wheel -q --no-build-isolation --no-deps -w wheels ."
-    run(sys.executable, *command.split(), env={"KDKERNELS_CUDA": "", "CXX": str(tmp_path / "c++-quick")}, cwd=tmp_path)
+    run(
+        sys.executable,
+        *command.split(),
+        env={"KDKERNELS_CUDA": "", "CXX": str(tmp_path / "c++-quick")},
+        cwd=tmp_path,
+    )
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     assert re.fullmatch(r"kdkernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
@@ -124,7 +149,9 @@ def test_wheel(tmp_path):
 
 def test_a_library_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(kdkernels.divergence, "FAMILIES", (*kdkernels.divergence.FAMILIES, "new"))
-    with pytest.raises(OSError, match="families are kl,.*,logit_matching, this package's kl,.*,logit_matching,new; reinstall"):
+    with pytest.raises(
+        OSError, match="families are kl,.*,logit_matching, this package's kl,.*,logit_matching,new; reinstall"
+    ):
         abi.Library(native.LIBRARY)
     monkeypatch.undo()
     monkeypatch.setattr(abi, "Call", abi.LogSoftmaxCall)
@@ -145,13 +172,18 @@ def test_loading_leaves_denormals_alone():
 
 @x86
 def test_levels_share_no_code():
-    """The linker keeps one copy of an inline function: one that several levels define would run AVX-512 on a machine without it."""
+    """The linker keeps one copy of an inline function: one that several levels define would run AVX-512 on a
+    machine without it."""
     defined = collections.Counter()
     objects = list((ROOT / "build").rglob("cpu_v*.o"))
     if not objects:
         pytest.skip("no object files of a build beside the sources")
     for path in objects:
-        names = {line.split()[-1] for line in run("nm", "--defined-only", path).stdout.splitlines() if line.split()[-2] in "WVu"}
+        names = {
+            line.split()[-1]
+            for line in run("nm", "--defined-only", path).stdout.splitlines()
+            if line.split()[-2] in "WVu"
+        }
         defined.update(names)
     assert not [name for name, n in defined.items() if n > 1]
 
@@ -164,15 +196,23 @@ def test_every_level_is_right(level):
     env = {"KDKERNELS_CPU_ISA": level}
     assert f"x86-64-{level}" in run(sys.executable, "-m", "kdkernels", "info", env=env).stdout
     tests = [TESTS / "test_accuracy.py", TESTS / "test_functional.py"]
-    which = "cpu and not fp64 and not (independent or close or dominant or peaked) or bits or workspace or inplace"
+    which = (
+        "cpu and not fp64 and not (independent or close or dominant or peaked) or bits or "
+        "workspace or inplace"
+    )
     done = run(sys.executable, "-m", "pytest", "-q", *tests, "-k", which, env=env)
     assert " passed" in done.stdout
 
 
 def test_sanitizers(tmp_path):
-    """AddressSanitizer and UBSan over every path of the library: dtypes, layouts, masks, careful rows, odd lengths."""
+    """AddressSanitizer and UBSan over every path of the library: dtypes, layouts, masks, careful rows, odd
+    lengths."""
     compiler = shutil.which("g++")
-    runtime = [Path(run(compiler, f"-print-file-name=lib{x}.so").stdout.strip()) for x in ("asan", "ubsan")] if compiler else []
+    runtime = (
+        [Path(run(compiler, f"-print-file-name=lib{x}.so").stdout.strip()) for x in ("asan", "ubsan")]
+        if compiler
+        else []
+    )
     if not all(x.is_absolute() and x.exists() for x in runtime) or not runtime:
         pytest.skip("no g++ with sanitizers")
     flags = "-O1 -g1 -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math -fwrapv -fopenmp -Wno-psabi"
@@ -181,7 +221,15 @@ def test_sanitizers(tmp_path):
     isa, dispatch = ("v3", ["-DKD_X86_LEVELS", "-DKD_HAS_v3"]) if level else ("base", [])
     jobs = [[*level, f"-DKD_ISA={isa}"], dispatch]
     for i, extra in enumerate(jobs):
-        run(compiler, *[f for f in flags.split() if f != "-shared"], *extra, "-c", ROOT / "csrc/cpu.cpp", "-o", tmp_path / f"{i}.o")
+        run(
+            compiler,
+            *[f for f in flags.split() if f != "-shared"],
+            *extra,
+            "-c",
+            ROOT / "csrc/cpu.cpp",
+            "-o",
+            tmp_path / f"{i}.o",
+        )
     run(compiler, *flags.split(), tmp_path / "0.o", tmp_path / "1.o", "-o", tmp_path / "_cpu.so")
     env = {
         "LD_PRELOAD": " ".join(map(str, runtime)),
@@ -192,7 +240,9 @@ def test_sanitizers(tmp_path):
         "OMP_WAIT_POLICY": "passive",  # beside other tests
     }
     done = run(sys.executable, TESTS / "exercise.py", env=env, check=False)
-    assert done.returncode == 0 and "ERROR" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0 and "ERROR" not in done.stderr and "runtime error" not in done.stderr, (
+        done.stderr[-3000:]
+    )
 
 
 def test_fewer_threads_than_asked_for():
@@ -206,4 +256,15 @@ def test_aarch64_compiles(tmp_path):
     if compiler is None:
         pytest.skip("no aarch64-linux-gnu-g++")
     for extra in (["-DKD_ISA=base"], []):
-        run(compiler, "-O3", "-std=c++17", "-fPIC", "-Wno-psabi", *extra, "-c", ROOT / "csrc/cpu.cpp", "-o", tmp_path / "x.o")
+        run(
+            compiler,
+            "-O3",
+            "-std=c++17",
+            "-fPIC",
+            "-Wno-psabi",
+            *extra,
+            "-c",
+            ROOT / "csrc/cpu.cpp",
+            "-o",
+            tmp_path / "x.o",
+        )

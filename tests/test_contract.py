@@ -1,7 +1,9 @@
-"""Bad rows: what docs/numerics.md, "Bad rows", promises of each kind of row, on every backend, under every option that meets one.
+"""Bad rows: what docs/numerics.md, "Bad rows", promises of each kind of row, on every backend, under every
+option that meets one.
 
-What is expected comes from the oracle (60 digits) and from PyTorch in fp64, from the rows as given. One call has every kind of row in a
-batch, with plain rows between them, which must not notice. Where a backend is known to do otherwise is a table of its own, FAULTS.
+What is expected comes from the oracle (60 digits) and from PyTorch in fp64, from the rows as given. One call
+has every kind of row in a batch, with plain rows between them, which must not notice. Where a backend is
+known to do otherwise is a table of its own, FAULTS.
 """
 
 import ctypes
@@ -43,7 +45,11 @@ EDITS = {
     "finfo.min everywhere": (ALL, LOW),
 }
 SIDES = {"student": (True, False), "teacher": (False, True), "both": (True, True)}
-KINDS = {f"{what} in {side}": tuple(edit if has else None for has in SIDES[side]) for what, edit in EDITS.items() for side in SIDES}
+KINDS = {
+    f"{what} in {side}": tuple(edit if has else None for has in SIDES[side])
+    for what, edit in EDITS.items()
+    for side in SIDES
+}
 KINDS |= {
     "plain": (None, None),
     "no class in common": ((slice(0, 3), -INF), (slice(3, None), -INF)),
@@ -60,9 +66,28 @@ OPTIONS = {
     "smoothing": {"hard_weight": 0.5, "label_smoothing": 0.1, "z_loss": 1e-3},
     "T = inf": {"hard_weight": 0.5, "temperature": INF, "t_squared": True},
 }
-DIVERGENCES = ("kl", "cross_entropy", "reverse_kl", "jsd(0.3)", "skew_kl(0.2)", "tvd", "renyi(0)", "renyi(0.5)", "renyi(2)", "renyi(inf)")
-DIVERGENCES += ("reverse_renyi(0)", "reverse_renyi(3)", "reverse_renyi(inf)", "alpha(-0.5)", "alpha(0.5)", "alpha(2)")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the oracle, of what is beyond a long double
+DIVERGENCES = (
+    "kl",
+    "cross_entropy",
+    "reverse_kl",
+    "jsd(0.3)",
+    "skew_kl(0.2)",
+    "tvd",
+    "renyi(0)",
+    "renyi(0.5)",
+    "renyi(2)",
+    "renyi(inf)",
+)
+DIVERGENCES += (
+    "reverse_renyi(0)",
+    "reverse_renyi(3)",
+    "reverse_renyi(inf)",
+    "alpha(-0.5)",
+    "alpha(0.5)",
+    "alpha(2)",
+)
+# the oracle, of what is beyond a long double
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 needs_compiler = pytest.mark.skipif(build.COMPILER is None, reason="needs g++")
 
@@ -87,7 +112,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def lowered(x: np.ndarray) -> np.ndarray:
-    """A row of logits that are all alike as one of zeros, which is the same to a divergence; others as they are."""
+    """A row of logits that are all alike as one of zeros, which is the same to a divergence; others as they
+    are."""
     return x - x if np.isfinite(x).all() and (x == x[0]).all() else x
 
 
@@ -106,7 +132,8 @@ def soft(z: np.ndarray, v: np.ndarray, name: str, T: float):
         h = torch.where(p > 0, p * (terms.sum() - log_q), 0.0).numpy()
     else:
         _, h = divergence_row(v, z, mirror(name), T)
-    if D == INF and np.isfinite(z).all() and np.isfinite(v).all():  # beyond fp64: of a gradient beyond it no form is promised
+    # beyond fp64: of a gradient beyond it no form is promised
+    if D == INF and np.isfinite(z).all() and np.isfinite(v).all():
         g = h = np.full(VOCAB, INF)
     return np.float64(D), *(torch.from_numpy(np.asarray(x, np.float64) / scale) for x in (g, h))
 
@@ -139,12 +166,22 @@ def expected(kind: str, name: str, option: str, seed: int = 0):
     z, v = row_of(kind, seed)
     T, smooth, z_loss = o.get("temperature", 1.0), o.get("label_smoothing", 0.0), o.get("z_loss", 0.0)
     soft_weight, hard_weight = o.get("soft_weight", 1.0), o.get("hard_weight", 0.0)
-    (z, slope_z), (v, slope_v) = (transformed(x, o.get("student_transform", LogitTransform())) for x in (z, v))
+    (z, slope_z), (v, slope_v) = (
+        transformed(x, o.get("student_transform", LogitTransform())) for x in (z, v)
+    )
     D, own, other = soft(z, v, name, T)
-    value, grad, teacher_grad = 0.0, torch.zeros(VOCAB, dtype=torch.float64), torch.zeros(VOCAB, dtype=torch.float64)
+    value, grad, teacher_grad = (
+        0.0,
+        torch.zeros(VOCAB, dtype=torch.float64),
+        torch.zeros(VOCAB, dtype=torch.float64),
+    )
     nan = torch.full((VOCAB,), NAN, dtype=torch.float64)
     if soft_weight:
-        value, grad, teacher_grad = value + soft_weight * D, grad + soft_weight * own * slope_z, soft_weight * other * slope_v
+        value, grad, teacher_grad = (
+            value + soft_weight * D,
+            grad + soft_weight * own * slope_z,
+            soft_weight * other * slope_v,
+        )
     if hard_weight:
         CE, g = (NAN, nan) if broken(z) else hard(z, smooth, z_loss)
         value, grad = value + hard_weight * CE, grad + hard_weight * g * slope_z
@@ -167,7 +204,8 @@ def statistics(z: np.ndarray, v: np.ndarray, D, T: float, hard_weight: float) ->
 
 
 def agree(found: torch.Tensor, right: torch.Tensor, atol: float = 1e-5) -> None:
-    """nan where it is nan, infinite where it is beyond fp32, which a loss comes back in; the rest to fp32's digits."""
+    """nan where it is nan, infinite where it is beyond fp32, which a loss comes back in; the rest to fp32's
+    digits."""
     found, right = found.float().double(), right.float().double()
     assert torch.equal(found.isnan(), right.isnan()), (found, right)
     finite = right.isfinite()
@@ -190,7 +228,11 @@ def gradient_agrees(found: torch.Tensor, right: torch.Tensor) -> None:
 def factors(name: str, option: str) -> tuple:
     """The operator's arguments after the tensors, but for the backend."""
     o = OPTIONS[option]
-    T, soft_weight, hard_weight = o.get("temperature", 1.0), o.get("soft_weight", 1.0), o.get("hard_weight", 0.0)
+    T, soft_weight, hard_weight = (
+        o.get("temperature", 1.0),
+        o.get("soft_weight", 1.0),
+        o.get("hard_weight", 0.0),
+    )
     t = o.get("student_transform", LogitTransform())
     modifiers = Modifiers.of(t, t, o.get("label_smoothing", 0.0), o.get("z_loss", 0.0))
     return name, T, soft_weight, soft_weight, hard_weight, hard_weight, VOCAB, modifiers
@@ -198,14 +240,17 @@ def factors(name: str, option: str) -> tuple:
 
 @functools.cache
 def operator(backend: str, name: str, option: str, weight: float = 1.0):
-    """(values, both gradients, statistics) of the batch, the rows of KINDS with that weight, by the operator."""
+    """(values, both gradients, statistics) of the batch, the rows of KINDS with that weight, by the
+    operator."""
     z, v = batch()
     labels = torch.full(z.shape[:1], LABEL)
     weights = torch.ones(len(z), dtype=torch.float64)
     weights[::2] = weight
     grad, other = torch.full_like(z, 7.0), torch.full_like(v, 7.0)
     hard_labels = labels if OPTIONS[option].get("hard_weight") else None
-    value, columns = ops.loss_and_grads(z, v, hard_labels, weights, grad, other, *factors(name, option), backend, True)
+    value, columns = ops.loss_and_grads(
+        z, v, hard_labels, weights, grad, other, *factors(name, option), backend, True
+    )
     return value, grad, other, columns
 
 
@@ -253,7 +298,9 @@ def cross_entropy_of_a_broken_teacher(name, option, kind):
 
 
 def limit_of_a_broken_row(name, option, kind):
-    return option == "T = inf" and (kind.startswith(("nan", "+inf")) or kind in ("no class in common", "finfo.min everywhere in both"))
+    return option == "T = inf" and (
+        kind.startswith(("nan", "+inf")) or kind in ("no class in common", "finfo.min everywhere in both")
+    )
 
 
 def label_that_careful_rows_lose(name, option, kind):
@@ -264,15 +311,30 @@ def label_that_careful_rows_lose(name, option, kind):
 
 READ = "soft_weight=0 reads the teacher all the same, and 0 times nan is nan"
 FAR = "a row at finfo.min as a whole: z - v has no digit of v left, and what is lost is not carried that far"
-ORDER = "orders above 1, a class at finfo.min: the class that w consists of has gradient 0, as x is a difference of numbers near 1e38"
+ORDER = (
+    "orders above 1, a class at finfo.min: the class that w consists of has gradient 0, as x is a "
+    "difference of numbers near 1e38"
+)
 FAULTS = [
     *(((b, READ), teacher_is_read) for b in ("cpu", "cuda", "triton")),
     (("triton", FAR), all_far_away),
     (("triton", ORDER), order_far_away),
-    *(((b, "the cross entropy of a student with +inf is +inf, where it is nan"), infinite_student) for b in ("cpu", "cuda")),
-    (("cuda", "orders: of a teacher with one class the sums are what the student's leave, to 1e-4"), one_class_of_many),
-    (("triton", "the statistics' cross entropy is nan where the teacher alone is broken"), cross_entropy_of_a_broken_teacher),
-    (("triton", "T = inf passes over nan and +inf, and over rows without a class in common"), limit_of_a_broken_row),
+    *(
+        ((b, "the cross entropy of a student with +inf is +inf, where it is nan"), infinite_student)
+        for b in ("cpu", "cuda")
+    ),
+    (
+        ("cuda", "orders: of a teacher with one class the sums are what the student's leave, to 1e-4"),
+        one_class_of_many,
+    ),
+    (
+        ("triton", "the statistics' cross entropy is nan where the teacher alone is broken"),
+        cross_entropy_of_a_broken_teacher,
+    ),
+    (
+        ("triton", "T = inf passes over nan and +inf, and over rows without a class in common"),
+        limit_of_a_broken_row,
+    ),
     (("triton", "careful rows have no gradient at a label that is masked"), label_that_careful_rows_lose),
 ]
 
@@ -330,7 +392,8 @@ def check_others(backend: str, name: str, option: str, weight: float) -> None:
 
 @pytest.mark.parametrize(("backend", "name", "option"), CALLS, indirect=["backend"])
 def test_rows_that_count(backend, name, option):
-    """Values, both gradients and statistics: nan of a broken row, the conventions of a masked one; and the rows beside them."""
+    """Values, both gradients and statistics: nan of a broken row, the conventions of a masked one; and the
+    rows beside them."""
     for kind in KINDS:
         if not known(backend, name, option, kind):
             try:
@@ -342,7 +405,10 @@ def test_rows_that_count(backend, name, option):
 
 FAULT_CALLS = []
 for (b, reason), match in FAULTS:
-    mark = [pytest.mark.xfail(strict=True, reason=reason), {"triton": needs_triton, "cuda": needs_compiler}.get(b, [])]
+    mark = [
+        pytest.mark.xfail(strict=True, reason=reason),
+        {"triton": needs_triton, "cuda": needs_compiler}.get(b, []),
+    ]
     marks = [x for x in mark if x != []]
     FAULT_CALLS.append(pytest.param(b, match, id=f"{b}-{match.__name__}", marks=marks))
 
@@ -356,10 +422,16 @@ def test_rows_that_are_known_to_be_otherwise(backend, match):
 
 
 def takes_long(backend: str, name: str, option: str) -> bool:
-    return backend == "triton" and (name, option) not in (("kl", "softcap"), ("renyi(inf)", "soft and hard"), ("kl", "T = inf"))
+    return backend == "triton" and (name, option) not in (
+        ("kl", "softcap"),
+        ("renyi(inf)", "soft and hard"),
+        ("kl", "T = inf"),
+    )
 
 
-WEIGHTLESS = [x for x in CALLS if x.values[1] in ("kl", "renyi(inf)", "jsd(0.3)") and not takes_long(*x.values)]
+WEIGHTLESS = [
+    x for x in CALLS if x.values[1] in ("kl", "renyi(inf)", "jsd(0.3)") and not takes_long(*x.values)
+]
 
 
 @pytest.mark.parametrize(("backend", "name", "option"), WEIGHTLESS, indirect=["backend"])
@@ -389,7 +461,9 @@ def reduced(rows: list[float], reduction: str, count: int) -> torch.Tensor:
 
 
 PUBLIC = [
-    ("cpu", d, o) for d in ("kl", "reverse_kl", "renyi(2)", "jsd(0.3)", "alpha(-0.5)") for o in ("soft and hard", "hard alone", "softcap")
+    ("cpu", d, o)
+    for d in ("kl", "reverse_kl", "renyi(2)", "jsd(0.3)", "alpha(-0.5)")
+    for o in ("soft and hard", "hard alone", "softcap")
 ]
 PUBLIC += [("eager", d, o) for _, d, o in PUBLIC] + [("eager", d, "T = inf") for d in ("kl", "renyi(2)")]
 
@@ -397,14 +471,26 @@ PUBLIC += [("eager", d, o) for _, d, o in PUBLIC] + [("eager", d, "T = inf") for
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize(("backend", "name", "option"), PUBLIC)
 def test_reductions_of_rows_that_count(backend, name, option, reduction):
-    """A reduction is nan or +inf where a row is; the gradient of each row is its own. Of "eager", autograd's."""
+    """A reduction is nan or +inf where a row is; the gradient of each row is its own. Of "eager",
+    autograd's."""
     for kind in KINDS:
         if known(backend, name, option, kind):
             continue
         z, v = three_rows(kind)
-        loss = fused_kd_loss(z, v, torch.full((3,), LABEL), divergence=name, reduction=reduction, backend=backend, **options_of(option))
+        loss = fused_kd_loss(
+            z,
+            v,
+            torch.full((3,), LABEL),
+            divergence=name,
+            reduction=reduction,
+            backend=backend,
+            **options_of(option),
+        )
         loss.backward(torch.ones_like(loss))
-        right = [expected(*row) for row in (("plain", name, option, 1), (kind, name, option), ("plain", name, option, 2))]
+        right = [
+            expected(*row)
+            for row in (("plain", name, option, 1), (kind, name, option), ("plain", name, option, 2))
+        ]
         values = reduced([x[0] for x in right], reduction, 3)
         for found, wanted in zip(loss.detach().view(-1), values.view(-1), strict=True):
             agree(found[None], wanted[None])
@@ -426,7 +512,13 @@ def test_reductions_of_rows_that_do_not_count(backend, name, option, reduction, 
             labels[1] = -100
         else:
             weight = torch.tensor([1.0, 0.0, 1.0])
-        options = {**options_of(option), "divergence": name, "token_weight": weight, "reduction": reduction, "backend": backend}
+        options = {
+            **options_of(option),
+            "divergence": name,
+            "token_weight": weight,
+            "reduction": reduction,
+            "backend": backend,
+        }
         loss, stats = fused_kd_loss(z, v, labels, return_stats=True, **options)
         loss.backward(torch.ones_like(loss))
         plain = [expected("plain", name, option, i) for i in (1, 2)]
@@ -447,7 +539,9 @@ def test_second_derivatives_beside_a_row_that_does_not_count():
     def loss(row):
         rows = torch.cat([z[:1], row[None], z[2:]])
         options = {**OPTIONS["softcap"], "token_weight": weight, "backend": "eager", "z_loss": 1e-3}
-        return fused_kd_loss(rows.masked_fill(z == -INF, -INF), v, torch.full((3,), LABEL), divergence="jsd(0.3)", **options)
+        return fused_kd_loss(
+            rows.masked_fill(z == -INF, -INF), v, torch.full((3,), LABEL), divergence="jsd(0.3)", **options
+        )
 
     start = z[1].masked_fill(z[1] == -INF, 0.0).requires_grad_()
     assert torch.autograd.gradcheck(loss, start) and torch.autograd.gradgradcheck(loss, start)
@@ -458,12 +552,23 @@ def test_second_derivatives_beside_a_row_that_does_not_count():
 
 LOG_SOFTMAX = [kind for kind in KINDS if kind.endswith("student")]
 EVERYWHERE = "finfo.min everywhere in student"
-LOW_IS_NOTHING = pytest.mark.xfail(strict=True, reason="a row at finfo.min as a whole is taken for one without a class, and is nan")
-SOFTMAXES = ["cpu", "eager", pytest.param("cuda", marks=needs_compiler), pytest.param("triton", marks=needs_triton)]
-OF_BACKENDS = [pytest.param("triton", [EVERYWHERE], marks=[needs_triton, LOW_IS_NOTHING], id="triton-everywhere")]
+LOW_IS_NOTHING = pytest.mark.xfail(
+    strict=True, reason="a row at finfo.min as a whole is taken for one without a class, and is nan"
+)
+SOFTMAXES = [
+    "cpu",
+    "eager",
+    pytest.param("cuda", marks=needs_compiler),
+    pytest.param("triton", marks=needs_triton),
+]
+OF_BACKENDS = [
+    pytest.param("triton", [EVERYWHERE], marks=[needs_triton, LOW_IS_NOTHING], id="triton-everywhere")
+]
 OF_BACKENDS += [pytest.param(b, LOG_SOFTMAX, id=b) for b in ("cpu", "eager")]
 OF_BACKENDS += [pytest.param("cuda", LOG_SOFTMAX, marks=needs_compiler, id="cuda")]
-OF_BACKENDS += [pytest.param("triton", [x for x in LOG_SOFTMAX if x != EVERYWHERE], marks=needs_triton, id="triton")]
+OF_BACKENDS += [
+    pytest.param("triton", [x for x in LOG_SOFTMAX if x != EVERYWHERE], marks=needs_triton, id="triton")
+]
 
 
 @pytest.mark.parametrize(("backend", "kinds"), OF_BACKENDS, indirect=["backend"])
@@ -475,7 +580,10 @@ def test_log_softmax_of_bad_rows(backend, kinds):
         upstream = torch.linspace(-1, 2, VOCAB)[None]
         found, right = tempered_log_softmax(x, backend=backend), F.log_softmax(exact, -1)
         agree(found.detach()[0], right.detach()[0])
-        agree(torch.autograd.grad(found, x, upstream)[0][0], torch.autograd.grad(right, exact, upstream.double())[0][0])
+        agree(
+            torch.autograd.grad(found, x, upstream)[0][0],
+            torch.autograd.grad(right, exact, upstream.double())[0][0],
+        )
 
 
 @pytest.mark.parametrize("backend", SOFTMAXES, indirect=True)
@@ -487,5 +595,7 @@ def test_log_softmax_at_infinity_has_no_gradient(backend):
         (g,) = torch.autograd.grad(found, x, torch.linspace(-1, 2, VOCAB)[None])
         there = x.detach() > -INF
         right = torch.where(there, -there.sum().double().log(), -INF)
-        agree(found.detach()[0], torch.full_like(right, NAN)[0] if broken(x[0].detach().numpy()) else right[0])
+        agree(
+            found.detach()[0], torch.full_like(right, NAN)[0] if broken(x[0].detach().numpy()) else right[0]
+        )
         assert (g == 0).all(), kind

@@ -1,7 +1,9 @@
-"""The CUDA kernels on host threads (tests/simt): every geometry, family, dtype and layout against the oracle, and under sanitizers.
+"""The CUDA kernels on host threads (tests/simt): every geometry, family, dtype and layout against the oracle,
+and under sanitizers.
 
-The bodies are those of csrc/cuda, compiled by g++ with small blocks; the backend over them is the package's own, on CPU tensors. The
-device is what a test says it is, and its figures decide on the kernel. `make simt` runs every combination.
+The bodies are those of csrc/cuda, compiled by g++ with small blocks; the backend over them is the package's
+own, on CPU tensors. The device is what a test says it is, and its figures decide on the kernel. `make simt`
+runs every combination.
 """
 
 import ctypes
@@ -34,7 +36,8 @@ SHARED = 227 << 10  # bytes to a block
 ALL_SHARED = 228 << 10  # to a multiprocessor
 CAREFUL, WARPS, BLOCKS, CLUSTER, WIDE = range(5)
 # name -> (classes, rows, kind of kernel, blocks to a row, tiles to a block, tiles of logits in shared memory,
-#          (compute capability, multiprocessors, shared memory of a block and of all blocks, clusters that fit)); a tile is 512 classes
+#          (compute capability, multiprocessors, shared memory of a block and of all blocks, clusters that
+#          fit)); a tile is 512 classes
 GEOMETRIES = {
     "warps": (203, 5, WARPS, 1, 1, 1, (80, 2, SHARED, ALL_SHARED, 1)),
     "block": (500, 3, BLOCKS, 1, 1, 1, (80, 2, SHARED, ALL_SHARED, 1)),
@@ -80,7 +83,8 @@ def with_room(name: str) -> None:
 H100, B200 = (90, 132, SHARED, ALL_SHARED), (100, 148, SHARED, ALL_SHARED)
 A100, RTX_5090 = (80, 108, 163 << 10, 164 << 10), (120, 170, 99 << 10, 100 << 10)
 BF16, FP32 = torch.bfloat16, torch.float32
-# (device, rows, classes, dtype, divergence) -> (kind, blocks to a row, tiles to a block, tiles of logits in shared memory)
+# (device, rows, classes, dtype, divergence) -> (kind, blocks to a row, tiles to a block, tiles of logits in
+# shared memory)
 PLANS = [
     ((H100, 4096, 1000, BF16, "kl"), (WARPS, 1, 1, 1)),
     ((H100, 4096, 32768, BF16, "kl"), (CLUSTER, 4, 1, 3)),
@@ -92,7 +96,8 @@ PLANS = [
     ((RTX_5090, 4096, 262144, BF16, "tvd"), (BLOCKS, 32, 1, 1)),
     ((H100, 4096, 151936, BF16, "kl"), (WIDE, 16, 1, 3)),
     ((H100, 4096, 262144, BF16, "kl"), (WIDE, 16, 1, 3)),
-    ((H100, 4096, 262144, FP32, "kl"), (BLOCKS, 32, 1, 1)),  # a slice does not fit twice: blocks, from the second-level cache
+    # a slice does not fit twice: blocks, from the second-level cache
+    ((H100, 4096, 262144, FP32, "kl"), (BLOCKS, 32, 1, 1)),
     ((H100, 1, 32768, BF16, "kl"), (CLUSTER, 16, 1, 3)),  # few rows: more blocks to each
     ((A100, 4096, 4096, BF16, "kl"), (BLOCKS, 1, 1, 1)),
     ((A100, 4096, 128256, BF16, "kl"), (BLOCKS, 16, 1, 1)),
@@ -148,7 +153,8 @@ def test_a_measurement_may_choose(tuning, geometry, planner):
 def test_a_vocabulary_beyond_every_geometry(planner):
     z = torch.empty(1, 2**24, dtype=BF16, device="meta")
     c, _, alive = abi.loss_call(z, z, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 2**24)
-    assert planner.kd_plan(ctypes.byref(c), (ctypes.c_int32 * 4)(*A100), (ctypes.c_int32 * 10)()) == 2  # a refusal, not a launch
+    # a refusal, not a launch
+    assert planner.kd_plan(ctypes.byref(c), (ctypes.c_int32 * 4)(*A100), (ctypes.c_int32 * 10)()) == 2
 
 
 def run(z, v, y=None, **options):
@@ -191,12 +197,15 @@ ALL = [(g, n, d) for g in GEOMETRIES for n in OPTIONS for d in dtypes_of(g)]
 
 
 # every seventh, and each of the smallest devices
-QUICK = ALL[::7] + [(g, n, torch.bfloat16) for g in ("no room ahead", "ring of 2") for n in ("kl", "hard, order")]
+QUICK = ALL[::7] + [
+    (g, n, torch.bfloat16) for g in ("no room ahead", "ring of 2") for n in ("kl", "hard, order")
+]
 
 
 @pytest.mark.parametrize(("geometry", "name", "dtype"), QUICK, ids=str)
 def test_geometries(geometry, name, dtype):
-    """Value and gradient, through "none", whose backward has weights, and in place: geometry by family and dtype, a covering set."""
+    """Value and gradient, through "none", whose backward has weights, and in place: geometry by family and
+    dtype, a covering set."""
     check(geometry, name, dtype)
 
 
@@ -206,9 +215,19 @@ def test_all_geometries(geometry, name, dtype):
     check(geometry, name, dtype)
 
 
-# the families beside KL's and Renyi's, from both bases: mixtures with JSD's weights and skewed ones, without a mixture, TVD, orders below 0
+# the families beside KL's and Renyi's, from both bases: mixtures with JSD's weights and skewed ones, without
+# a mixture, TVD, orders below 0
 FAMILIES = (
-    *("jsd(0.5)", "tvd", "reverse_kl", "jsd(0.2)", "skew_kl(0.1)", "skew_kl(0.7)", "skew_reverse_kl(0.1)", "skew_reverse_kl(0.7)"),
+    *(
+        "jsd(0.5)",
+        "tvd",
+        "reverse_kl",
+        "jsd(0.2)",
+        "skew_kl(0.1)",
+        "skew_kl(0.7)",
+        "skew_reverse_kl(0.1)",
+        "skew_reverse_kl(0.7)",
+    ),
     *("alpha(-1)", "alpha(0.4)", "alpha(2.5)", "reverse_renyi(0.3)", "reverse_renyi(3)"),
 )
 
@@ -223,7 +242,12 @@ def eager(z, v, y=None, **options):
 
 def assert_close(z, found, exact, relative=3e-6, floor=1e-12) -> None:
     """(losses, gradients): relative to each, gradients of 16 bits within a rounding of theirs."""
-    torch.testing.assert_close(found[0].double(), exact[0], rtol=relative + (2**-8 if found[0].dtype.itemsize == 2 else 0), atol=1e-30)
+    torch.testing.assert_close(
+        found[0].double(),
+        exact[0],
+        rtol=relative + (2**-8 if found[0].dtype.itemsize == 2 else 0),
+        atol=1e-30,
+    )
     for g, exact_g in zip(found[1].double(), exact[1], strict=True):
         slack = relative * float(exact_g.norm()) + floor
         if z.dtype == torch.float32:
@@ -232,7 +256,9 @@ def assert_close(z, found, exact, relative=3e-6, floor=1e-12) -> None:
             assert ((g - exact_g).abs() <= cast_bound(z.dtype, exact_g) + slack).all()
 
 
-def check_family(geometry: str, divergence: str, dtype: torch.dtype, kind: str = "plain", T: float = 1.0) -> None:
+def check_family(
+    geometry: str, divergence: str, dtype: torch.dtype, kind: str = "plain", T: float = 1.0
+) -> None:
     vocab, rows, *_ = GEOMETRIES[geometry]
     z, v = make_rows(kind, rows, vocab, dtype)
     on(geometry, z, v, divergence, T)
@@ -272,7 +298,9 @@ def test_all_families(geometry, divergence, dtype, kind, T):
 
 
 @pytest.mark.parametrize("geometry", ["warps", "blocks, tiles", "cluster of 2"])
-@pytest.mark.parametrize("divergence", ["jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.3)", "reverse_kl", "tvd", "alpha(-1)"])
+@pytest.mark.parametrize(
+    "divergence", ["jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.3)", "reverse_kl", "tvd", "alpha(-1)"]
+)
 def test_a_student_that_is_the_teacher(geometry, divergence):
     z, _ = make_rows("plain", 2, GEOMETRIES[geometry][0])
     on(geometry, z, z, divergence)
@@ -280,7 +308,9 @@ def test_a_student_that_is_the_teacher(geometry, divergence):
     assert (loss == 0).all() and (grad == 0).all()
 
 
-@pytest.mark.parametrize("divergence", ["jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "alpha(3)", "reverse_renyi(3)", "logit_matching"])
+@pytest.mark.parametrize(
+    "divergence", ["jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "alpha(3)", "reverse_renyi(3)", "logit_matching"]
+)
 def test_limits_of_families(divergence):
     for geometry in ("block", "cluster of 2"):
         z, v = make_rows("plain", 2, GEOMETRIES[geometry][0])
@@ -295,8 +325,17 @@ def test_golden_numbers():
     z, v = (torch.tensor(golden[x]) for x in ("student_logits", "teacher_logits"))  # exact in bf16
     for name, values in golden["values"].items():
         for (T, exact), dtype in zip(values.items(), (FP32, BF16, BF16, FP32), strict=True):
-            loss = fused_kd_loss(z.to(dtype), v.to(dtype), divergence=name, temperature=float(T), reduction="none", backend="cuda")
-            torch.testing.assert_close(loss.double(), torch.tensor(exact, dtype=torch.float64), rtol=1e-6, atol=0)
+            loss = fused_kd_loss(
+                z.to(dtype),
+                v.to(dtype),
+                divergence=name,
+                temperature=float(T),
+                reduction="none",
+                backend="cuda",
+            )
+            torch.testing.assert_close(
+                loss.double(), torch.tensor(exact, dtype=torch.float64), rtol=1e-6, atol=0
+            )
 
 
 @pytest.mark.parametrize("divergence", ["jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "tvd"])
@@ -310,7 +349,12 @@ def test_rows_beyond_a_second_sweep(divergence):
         assert_close(z, run(z, v, reduction="none", **options), eager(z, v, **options))
 
 
-PAIRS = [(torch.float16, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)]
+PAIRS = [
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=str)
@@ -322,25 +366,39 @@ def test_mixed_dtypes(student, teacher, order):
         on(geometry, z, v, f"renyi({order})")
         loss, grad = run(z, v, divergence=f"renyi({order})", reduction="none")
         for i in range(2):
-            D, g = divergence_row(z[i].double().numpy(), v[i].double().numpy(), f"renyi({order})" if order != 1 else "kl", 1.0)
+            D, g = divergence_row(
+                z[i].double().numpy(), v[i].double().numpy(), f"renyi({order})" if order != 1 else "kl", 1.0
+            )
             g = torch.from_numpy(g.astype(float))
             slack = gradient_bound(order, float(g.norm()))
-            assert abs(float(loss[i]) - float(D)) <= value_bound(order, vocab, 1.0, spread_of(z[i], v[i], 1.0), float(D))
-            assert ((grad[i].double() - g).abs() <= (cast_bound(student, g) if student != torch.float32 else 0) + slack).all()
+            assert abs(float(loss[i]) - float(D)) <= value_bound(
+                order, vocab, 1.0, spread_of(z[i], v[i], 1.0), float(D)
+            )
+            assert (
+                (grad[i].double() - g).abs()
+                <= (cast_bound(student, g) if student != torch.float32 else 0) + slack
+            ).all()
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=str)
 def test_dtypes_of_mixtures(student, teacher):
-    for geometry, divergence in (("blocks", "jsd(0.2)"), ("cluster of 2", "jsd(0.5)"), ("cluster of 2", "tvd")):
+    for geometry, divergence in (
+        ("blocks", "jsd(0.2)"),
+        ("cluster of 2", "jsd(0.5)"),
+        ("cluster of 2", "tvd"),
+    ):
         z, v = make_rows("plain", 2, GEOMETRIES[geometry][0], student, teacher)
         on(geometry, z, v, divergence)
-        assert_close(z, run(z, v, divergence=divergence, reduction="none"), eager(z, v, divergence=divergence))
+        assert_close(
+            z, run(z, v, divergence=divergence, reduction="none"), eager(z, v, divergence=divergence)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("geometry", ["tiles", "cluster of 4"])
 def test_kinds_of_rows(kind, geometry):
-    """Offsets, outliers, peaked teachers, at low and high temperature: carried roundings, second sweeps, rows in fp64."""
+    """Offsets, outliers, peaked teachers, at low and high temperature: carried roundings, second sweeps, rows
+    in fp64."""
     vocab = GEOMETRIES[geometry][0]
     z, v = make_rows(kind, 2, vocab)
     on(geometry, z, v)
@@ -397,7 +455,8 @@ def test_masks_of_families(geometry, where):
 
 @pytest.mark.parametrize("geometry", ["warps", "blocks", "blocks, tiles", "cluster of 2"])
 def test_rows_that_are_their_own(geometry):
-    """nan, +inf, all masked, a label out of range, weight 0: each is one row's matter, and a row that does not count is not read."""
+    """nan, +inf, all masked, a label out of range, weight 0: each is one row's matter, and a row that does
+    not count is not read."""
     vocab, rows = GEOMETRIES[geometry][0], 7
     z, v = make_rows("plain", rows, vocab)
     z[1, vocab // 2], v[2, vocab - 1], z[3] = math.nan, math.inf, -math.inf
@@ -419,7 +478,8 @@ def test_rows_that_are_their_own(geometry):
 @pytest.mark.parametrize("geometry", ["warps", "blocks", "cluster of 2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(geometry, dtype):
-    """Shifted and strided rows of student, teacher and gradient, a vocabulary narrower than the logits: the same numbers, zeros beside."""
+    """Shifted and strided rows of student, teacher and gradient, a vocabulary narrower than the logits: the
+    same numbers, zeros beside."""
     vocab, rows = GEOMETRIES[geometry][0], 4
     z, v = make_rows("plain", rows, vocab, dtype)
     on(geometry, z, v)
@@ -437,7 +497,12 @@ def test_layouts(geometry, dtype):
         outside = spread[2].clone()
         again = cuda.loss(a, b, None, None, g, *options)
         torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
-        torch.testing.assert_close(g[..., :vocab].reshape(rows, vocab), grad, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            g[..., :vocab].reshape(rows, vocab),
+            grad,
+            rtol=2**-7 if dtype == torch.bfloat16 else 1e-5,
+            atol=1e-7,
+        )
         assert (g[..., vocab:] == 0).all()
         outside[:, :-1, shift_g : shift_g + vocab + 16] = g
         assert torch.equal(spread[2].isnan(), outside.isnan())  # nothing else was written
@@ -465,7 +530,8 @@ def test_clusters_that_do_not_fit():
 
 
 def test_values_that_cancel_are_swept_again():
-    """References that say nothing of the row's mean difference: one class has nearly everything, at another difference."""
+    """References that say nothing of the row's mean difference: one class has nearly everything, at another
+    difference."""
     for geometry, order in itertools.product(("tiles", "blocks", "cluster of 4"), (1.0, 0.3, 3.0)):
         vocab = GEOMETRIES[geometry][0]
         z, v = (x.clone() for x in make_rows("close", 2, vocab))
@@ -475,14 +541,18 @@ def test_values_that_cancel_are_swept_again():
         on(geometry, z, v, f"renyi({order})")
         loss, grad = run(z, v, divergence=f"renyi({order})", temperature=20.0, reduction="none")
         for i in range(2):
-            D, g = divergence_row(z[i].double().numpy(), v[i].double().numpy(), f"renyi({order})" if order != 1 else "kl", 20.0)
+            D, g = divergence_row(
+                z[i].double().numpy(), v[i].double().numpy(), f"renyi({order})" if order != 1 else "kl", 20.0
+            )
             assert abs(float(loss[i]) - float(D)) <= value_bound(order, vocab, 20.0, 3.0, float(D))
             g = torch.from_numpy(g.astype(float)) / 20
             assert float((grad[i].double() - g).norm()) <= gradient_bound(order, float(g.norm()))
 
 
 def test_log_softmax_and_scale():
-    for vocab, T, dtype in itertools.product((5, 9001), (0.5, 2.0, math.inf), (torch.float32, torch.bfloat16)):
+    for vocab, T, dtype in itertools.product(
+        (5, 9001), (0.5, 2.0, math.inf), (torch.float32, torch.bfloat16)
+    ):
         x = (3 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))).to(dtype)
         x[0, 1] = 60.0
         x[1, 2] = -math.inf
@@ -496,10 +566,15 @@ def test_log_softmax_and_scale():
             assert (cuda.log_softmax(x, u, T) == 0).all()
             continue
         torch.testing.assert_close(
-            cuda.log_softmax(x, u, T).double(), y.grad, rtol=room["rtol"], atol=4e-5 if dtype == torch.bfloat16 else 1e-6
+            cuda.log_softmax(x, u, T).double(),
+            y.grad,
+            rtol=room["rtol"],
+            atol=4e-5 if dtype == torch.bfloat16 else 1e-6,
         )
     x = torch.randn(3, 77, generator=torch.Generator().manual_seed(0))
-    for y, factor in itertools.product((x.clone(), x.bfloat16(), x.half(), x.flatten()[1:].clone()), (1.0, -3.0)):
+    for y, factor in itertools.product(
+        (x.clone(), x.bfloat16(), x.half(), x.flatten()[1:].clone()), (1.0, -3.0)
+    ):
         exact = (y.float() * factor).to(y.dtype)
         cuda.scale_(y, torch.tensor(factor))
         assert torch.equal(y, exact)
@@ -514,13 +589,27 @@ MODIFIED = [
 
 
 def check_modifiers(geometry: str, divergence: str, dtypes, modifiers: dict, T: float) -> None:
-    """A plain row, one with masks, one of a dominant class, one that does not count; "none", whose backward has weights, and in place."""
+    """A plain row, one with masks, one of a dominant class, one that does not count; "none", whose backward
+    has weights, and in place."""
     vocab = GEOMETRIES[geometry][0]
-    z, v = (torch.cat([make_rows(kind, 1, vocab)[side] for kind in ("plain", "close", "dominant", "plain")]) for side in (0, 1))
+    z, v = (
+        torch.cat([make_rows(kind, 1, vocab)[side] for kind in ("plain", "close", "dominant", "plain")])
+        for side in (0, 1)
+    )
     z[1, 1::3] = v[1, 1::3] = -math.inf
-    z, v, y = z.to(dtypes[0]), v.to(dtypes[1]), torch.tensor([3, vocab - 1 - (vocab % 3 == 2), vocab // 3, -100])
+    z, v, y = (
+        z.to(dtypes[0]),
+        v.to(dtypes[1]),
+        torch.tensor([3, vocab - 1 - (vocab % 3 == 2), vocab // 3, -100]),
+    )
     with_room(geometry)
-    options = {"divergence": divergence, "temperature": T, "t_squared": math.isinf(T), "hard_weight": 0.7, **modifiers}
+    options = {
+        "divergence": divergence,
+        "temperature": T,
+        "t_squared": math.isinf(T),
+        "hard_weight": 0.7,
+        **modifiers,
+    }
     exact = eager(z, v, y, **options)
     found = run(z, v, y, reduction="none", **options)
     total, in_place = run(z, v, y, reduction="sum", inplace=True, **options)
@@ -530,7 +619,13 @@ def check_modifiers(geometry: str, divergence: str, dtypes, modifiers: dict, T: 
     assert_close(z, (exact[0], in_place), exact, floor=floor)
 
 
-TRIPLES = itertools.product(GEOMETRIES, SIDES, ((FP32, FP32), (BF16, BF16), (FP32, torch.float16), (BF16, FP32)), MODIFIED, (0.5, math.inf))
+TRIPLES = itertools.product(
+    GEOMETRIES,
+    SIDES,
+    ((FP32, FP32), (BF16, BF16), (FP32, torch.float16), (BF16, FP32)),
+    MODIFIED,
+    (0.5, math.inf),
+)
 MODIFIER_GRID = [x for x in TRIPLES if x[-1] != math.inf or parse(x[1]).form.limit is not None]
 
 
@@ -547,7 +642,8 @@ def test_more_modifiers(call):
 
 
 def check_stats(geometry: str, divergence: str, dtype: torch.dtype, modifiers: dict, T: float) -> None:
-    """As the eager backend in fp64 has them: rows plain, masked, for fp64 alone, without weight, broken. The loss is what it was."""
+    """As the eager backend in fp64 has them: rows plain, masked, for fp64 alone, without weight, broken. The
+    loss is what it was."""
     vocab = GEOMETRIES[geometry][0]
     kinds = ("plain", "close", "outlier", "plain", "plain")
     z, v = (torch.cat([make_rows(kind, 1, vocab)[side] for kind in kinds]) for side in (0, 1))
@@ -557,7 +653,14 @@ def check_stats(geometry: str, divergence: str, dtype: torch.dtype, modifiers: d
     z[4, 0] = math.nan
     z, v, y = z.to(dtype), v.to(dtype), torch.tensor([3, 0, 1, -100, 2])
     with_room(geometry)
-    options = {"divergence": divergence, "temperature": T, "t_squared": math.isinf(T), "hard_weight": 0.7, "reduction": "none", **modifiers}
+    options = {
+        "divergence": divergence,
+        "temperature": T,
+        "t_squared": math.isinf(T),
+        "hard_weight": 0.7,
+        "reduction": "none",
+        **modifiers,
+    }
     x, w = z.clone().requires_grad_(), z.clone().requires_grad_()
     loss, stats = fused_kd_loss(x, v, y, backend="cuda", return_stats=True, **options)
     alone = fused_kd_loss(w, v, y, backend="cuda", **options)
@@ -565,11 +668,22 @@ def check_stats(geometry: str, divergence: str, dtype: torch.dtype, modifiers: d
     torch.testing.assert_close(loss, alone, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(x.grad, w.grad, rtol=0, atol=0, equal_nan=True)
     _, exact = fused_kd_loss(z.double(), v.double(), y, backend="eager", return_stats=True, **options)
-    for name in ("divergence", "cross_entropy", "student_logsumexp", "teacher_logsumexp", "student_entropy", "teacher_entropy"):
+    for name in (
+        "divergence",
+        "cross_entropy",
+        "student_logsumexp",
+        "teacher_logsumexp",
+        "student_entropy",
+        "teacher_entropy",
+    ):
         found, wanted = getattr(stats, name), getattr(exact, name).float()
-        torch.testing.assert_close(found[:3], wanted[:3], rtol=3e-6, atol=1e-6, msg=lambda x, name=name: f"{name}: {x}")
+        torch.testing.assert_close(
+            found[:3], wanted[:3], rtol=3e-6, atol=1e-6, msg=lambda x, name=name: f"{name}: {x}"
+        )
         assert found[3:].isnan().all(), name
-    assert torch.equal(stats.student_top1, exact.student_top1) and torch.equal(stats.teacher_top1, exact.teacher_top1)
+    assert torch.equal(stats.student_top1, exact.student_top1) and torch.equal(
+        stats.teacher_top1, exact.teacher_top1
+    )
 
 
 STATS_GRID = [
@@ -591,7 +705,8 @@ def test_more_stats(call):
 
 
 def check_mutual(geometry: str, divergence: str, dtypes: tuple, modifiers: list, student: bool) -> None:
-    """Both gradients from the same sweeps: rows with labels and weights, for fp64 alone, with masks, one of them measured twice."""
+    """Both gradients from the same sweeps: rows with labels and weights, for fp64 alone, with masks, one of
+    them measured twice."""
     vocab, rows = GEOMETRIES[geometry][:2]
     with_room(geometry)
     y, weight = torch.arange(rows) + 1, torch.linspace(0, 1, rows, dtype=torch.float64)
@@ -602,7 +717,12 @@ def check_mutual(geometry: str, divergence: str, dtypes: tuple, modifiers: list,
     for kind in ("peaked_teacher", "dominant", "close"):
         check_both("cuda", *make_rows(kind, rows, vocab), divergence, stats=not modifiers)
     outlier = make_rows("outlier", 1, vocab)
-    check_both("cuda", *(torch.cat([x, o.to(x.dtype)]) for x, o in zip((z, v), outlier, strict=True)), divergence, 0.5)
+    check_both(
+        "cuda",
+        *(torch.cat([x, o.to(x.dtype)]) for x, o in zip((z, v), outlier, strict=True)),
+        divergence,
+        0.5,
+    )
     for where in ("student", "teacher", "both"):
         check_both("cuda", *with_masks(*make_rows("plain", rows, vocab), where), divergence, 1.5)
     if parse(divergence).form.limit is not None:
@@ -639,12 +759,18 @@ def test_more_both_gradients(call):
 @pytest.mark.parametrize("divergence", ["kl", "renyi(0.3)", "jsd(0.3)", "reverse_kl", "tvd"])
 @pytest.mark.parametrize("geometry", ["block", "blocks, tiles", "cluster of 2"])
 def test_both_gradients_wherever_rows_lie(geometry, divergence):
-    """A student whose rows are off 16 bytes, its gradient and the teacher's, with a token that both models mask."""
+    """A student whose rows are off 16 bytes, its gradient and the teacher's, with a token that both models
+    mask."""
     vocab, rows = GEOMETRIES[geometry][:2]
     with_room(geometry)
     z, v = make_rows("plain", rows, vocab + 3, BF16)
     z[:, 20::50] = v[:, 20::50] = -math.inf
-    z, v, grad, other = z[:, 3:], v[:, 3:].clone(), torch.empty(rows, vocab + 1, dtype=BF16)[:, 1:], torch.empty(rows, vocab, dtype=BF16)
+    z, v, grad, other = (
+        z[:, 3:],
+        v[:, 3:].clone(),
+        torch.empty(rows, vocab + 1, dtype=BF16)[:, 1:],
+        torch.empty(rows, vocab, dtype=BF16),
+    )
     exact = [torch.empty(x.shape, dtype=torch.float64) for x in (z, v)]
     options = divergence, 1.5, 1.0, 1.0, 0.0, 0.0, vocab, []
     torch.ops.kdkernels.loss_and_grads(z.double(), v.double(), None, None, *exact, *options, "eager", False)
@@ -682,17 +808,23 @@ def walk(path, *fault):
 @pytest.mark.slow
 def test_no_access_out_of_bounds(walks):
     done = walk(walks["address"])
-    assert done.returncode == 0 and "walked" in done.stdout and "ERROR" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0 and "walked" in done.stdout and "ERROR" not in done.stderr, done.stderr[
+        -3000:
+    ]
 
 
 @pytest.mark.slow
 def test_no_race(walks):
     done = walk(walks["thread"])
-    assert done.returncode == 0 and "walked" in done.stdout and "WARNING" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0 and "walked" in done.stdout and "WARNING" not in done.stderr, done.stderr[
+        -3000:
+    ]
 
 
 @pytest.mark.slow
 def test_planted_faults_are_reported(walks):
     race, overrun = walk(walks["thread"], "race"), walk(walks["address"], "overrun")
     assert race.returncode != 0 and "data race" in race.stderr and "tile.h" in race.stderr
-    assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr and "copy_bulk" in overrun.stderr
+    assert (
+        overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr and "copy_bulk" in overrun.stderr
+    )

@@ -47,22 +47,33 @@ NUMBERS = (0, 0.5, 1, 2, 1 / 3, 1e-12, 0.9999)
 )
 def test_text_forms_round_trip(divergence):
     assert parse(str(divergence)) == divergence == parse(f"  {divergence.text} ")
-    assert pickle.loads(pickle.dumps(divergence)) == divergence and hash(divergence) == hash(parse(divergence.text))
+    assert pickle.loads(pickle.dumps(divergence)) == divergence and hash(divergence) == hash(
+        parse(divergence.text)
+    )
     assert fused_kd_loss(torch.ones(1, 3), torch.zeros(1, 3), divergence=divergence).item() >= 0
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [*itertools.product(BACKENDS, (torch.float32, torch.bfloat16)), *((b, torch.float64) for b in DOUBLE_BACKENDS)],
+    [
+        *itertools.product(BACKENDS, (torch.float32, torch.bfloat16)),
+        *((b, torch.float64) for b in DOUBLE_BACKENDS),
+    ],
 )
 def test_golden_numbers(backend, dtype):
     z, v = (torch.tensor(GOLDEN[x], dtype=dtype) for x in ("student_logits", "teacher_logits"))
-    assert {x.split("(")[0] for x in GOLDEN["values"]} == set(kdkernels.divergence.REGISTRY) - {"logit_matching"}
+    assert {x.split("(")[0] for x in GOLDEN["values"]} == set(kdkernels.divergence.REGISTRY) - {
+        "logit_matching"
+    }
     for name, by_temperature in GOLDEN["values"].items():
         for T, values in by_temperature.items():
-            loss = fused_kd_loss(z, v, divergence=name, temperature=float(T), reduction="none", backend=backend)
+            loss = fused_kd_loss(
+                z, v, divergence=name, temperature=float(T), reduction="none", backend=backend
+            )
             rel = 1e-12 if dtype == torch.float64 else 1e-6
-            torch.testing.assert_close(loss.double(), torch.tensor(values, dtype=torch.float64), rtol=rel, atol=0)
+            torch.testing.assert_close(
+                loss.double(), torch.tensor(values, dtype=torch.float64), rtol=rel, atol=0
+            )
 
 
 def test_layers_import_one_way():
@@ -76,7 +87,11 @@ def test_layers_import_one_way():
                 yield from (name.split(".")[0] for name in base)
 
     for i, layer in enumerate(layers):
-        files = sorted((PACKAGE / layer).glob("*.py")) if (PACKAGE / layer).is_dir() else [PACKAGE / f"{layer}.py"]
+        files = (
+            sorted((PACKAGE / layer).glob("*.py"))
+            if (PACKAGE / layer).is_dir()
+            else [PACKAGE / f"{layer}.py"]
+        )
         for path in files:
             for name in imported(path):
                 if layer == "backends" and path.stem == "__init__":
@@ -93,14 +108,17 @@ def test_importing_loads_no_library():
     """Neither the shared library nor triton nor the compiler of torch comes with `import kdkernels`."""
     code = (
         "import torch, sys; before = set(sys.modules); import kdkernels; new = set(sys.modules) - before;"
-        "assert not [m for m in new if m.split('.')[0] == 'triton' or m.startswith(('torch._dynamo', 'torch._inductor'))], new;"
-        "assert 'kdkernels.backends.native' not in new and 'kdkernels/_cpu.so' not in open('/proc/self/maps').read()"
+        "assert not [m for m in new if m.split('.')[0] == 'triton' or m.startswith(('torch._dynamo', "
+        "'torch._inductor'))], new;"
+        "assert 'kdkernels.backends.native' not in new and 'kdkernels/_cpu.so' not in "
+        "open('/proc/self/maps').read()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_parameters_that_vanish_beside_one():
-    """1 - lam rounds to 1: skew KL is KL, JSD is KL times beta; the other way round it would be another one."""
+    """1 - lam rounds to 1: skew KL is KL, JSD is KL times beta; the other way round it would be another
+    one."""
     assert parse("skew_kl(1e-17)").form == parse("kl").form
     with pytest.raises(ValueError, match="jsd: the other way round"):
         parse("jsd(1e-17)").reversed  # noqa: B018

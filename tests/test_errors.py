@@ -19,8 +19,16 @@ OPTION_ERRORS = [
     ({"temperature": "2"}, TypeError, "temperature"),
     ({"temperature": True}, TypeError, "temperature"),
     ({"temperature": math.inf}, ValueError, "temperature.*t_squared"),
-    ({"temperature": math.inf, "t_squared": True, "divergence": "cross_entropy"}, ValueError, "temperature.*cross_entropy"),
-    ({"temperature": math.inf, "t_squared": True, "divergence": "renyi(inf)"}, ValueError, r"temperature.*renyi\(inf\)"),
+    (
+        {"temperature": math.inf, "t_squared": True, "divergence": "cross_entropy"},
+        ValueError,
+        "temperature.*cross_entropy",
+    ),
+    (
+        {"temperature": math.inf, "t_squared": True, "divergence": "renyi(inf)"},
+        ValueError,
+        r"temperature.*renyi\(inf\)",
+    ),
     ({"divergence": "renyi(-1)"}, ValueError, "alpha"),
     ({"divergence": "renyi(nan)"}, ValueError, "alpha"),
     ({"divergence": "renyi"}, ValueError, "number of arguments"),
@@ -107,7 +115,8 @@ def test_calls(arguments, options, error, match, backend):
 
 def test_shapes_are_checked_before_the_operator(nothing_runs):
     for arguments, options, error, match in CALL_ERRORS:
-        if "row 0" not in match and r"\[0, 4" not in match:  # the values of labels are read by the operator itself, first thing
+        # the values of labels are read by the operator itself, first thing
+        if "row 0" not in match and r"\[0, 4" not in match:
             with pytest.raises(error, match=match):
                 fused_kd_loss(*arguments, **options)
 
@@ -150,7 +159,9 @@ def test_a_backend_that_is_not_there(monkeypatch, tmp_path):
     native.library.cache_clear()
     backends._resolve.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match="cpu: no C.. compiler was found; install a C.. compiler and reinstall"):
+        with pytest.raises(
+            RuntimeError, match="cpu: no C.. compiler was found; install a C.. compiler and reinstall"
+        ):
             fused_kd_loss(Z, V, backend="cpu")
         expected = fused_kd_loss(Z, V, backend="eager")
         torch.testing.assert_close(fused_kd_loss(Z, V), expected)  # auto falls back

@@ -24,7 +24,8 @@ def test_distillation_learns(distilled):
     assert set(students) == set(example.LOSSES)
     for name, x in students.items():
         first, last = x["curve"][0][1], x["curve"][-1][1]
-        assert last < (first if name == "hard labels" else 0.93 * first), name  # at first it knows the tokens' frequencies
+        # at first it knows the tokens' frequencies
+        assert last < (first if name == "hard labels" else 0.93 * first), name
     assert results["teacher"]["perplexity"] < min(x["perplexity"] for x in students.values())
     table = next(out.rglob("distill_text.md")).read_text()
     assert all(f"| {name} |" in table for name in students)
@@ -55,7 +56,9 @@ def test_interrupted_distillation_goes_on(distilled, tmp_path, monkeypatch):
     results = example.main(["--quick", "--out", str(tmp_path)])
     for name, x in results["students"].items():
         assert x["perplexity"] == whole["students"][name]["perplexity"], name
-        assert [tuple(point) for point in x["curve"]] == [tuple(point) for point in whole["students"][name]["curve"]]
+        assert [tuple(point) for point in x["curve"]] == [
+            tuple(point) for point in whole["students"][name]["curve"]
+        ]
 
 
 def benchmark(name: str):
@@ -90,6 +93,15 @@ def test_costs_of_divergences(tmp_path, monkeypatch, capsys):
 
 def test_benchmark_suite():
     """Its checks, on the small cases; times are for `make regress`."""
-    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-disable", "-k", "tiny or one-row or log_softmax"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "benchmarks",
+        "--benchmark-disable",
+        "-k",
+        "tiny or one-row or log_softmax",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr

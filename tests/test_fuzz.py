@@ -1,4 +1,5 @@
-"""Some hundred calls of the fuzzer, its table of known faults, and that it finds what is planted: `make fuzz` draws many more."""
+"""Some hundred calls of the fuzzer, its table of known faults, and that it finds what is planted: `make fuzz`
+draws many more."""
 
 import re
 
@@ -11,12 +12,16 @@ from expected import judge
 
 import kdkernels
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in conversion:RuntimeWarning")  # D beyond a long double
+# D beyond a long double
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in conversion:RuntimeWarning")
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_drawn_calls_are_right(seed):
-    wrong = [snippet(*fuzz.shrunk(case, failure, fuzz.is_known, tries=100)) for _, case, failure in fuzz.search(seed, 100)]
+    wrong = [
+        snippet(*fuzz.shrunk(case, failure, fuzz.is_known, tries=100))
+        for _, case, failure in fuzz.search(seed, 100)
+    ]
     assert not wrong, "\n\n".join(wrong)
 
 
@@ -34,9 +39,12 @@ def test_a_seed_draws_the_same_calls():
 
 
 def test_what_is_planted_is_found_and_shrunk(monkeypatch, capsys):
-    """A gradient that is 1e-4 too large in a class is found, and comes out as a program of two classes at most that runs."""
+    """A gradient that is 1e-4 too large in a class is found, and comes out as a program of two classes at
+    most that runs."""
     right = kdkernels.tempered_log_softmax
-    monkeypatch.setattr(kdkernels, "tempered_log_softmax", lambda z, *rest, **more: right(z, *rest, **more) * (1 + 1e-4))
+    monkeypatch.setattr(
+        kdkernels, "tempered_log_softmax", lambda z, *rest, **more: right(z, *rest, **more) * (1 + 1e-4)
+    )
     monkeypatch.setattr(fuzz, "CALLS", {"tempered_log_softmax": 1.0})
     threads = torch.get_num_threads()
     try:
@@ -45,10 +53,15 @@ def test_what_is_planted_is_found_and_shrunk(monkeypatch, capsys):
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
     program = out[: out.index("\n\n")] if "\n\n" in out else out
-    assert "tempered_log_softmax(z" in program and len(re.search(r"z = torch.tensor\((\[.*?\]+)", program)[1].split(",")) <= 2
+    assert (
+        "tempered_log_softmax(z" in program
+        and len(re.search(r"z = torch.tensor\((\[.*?\]+)", program)[1].split(",")) <= 2
+    )
     exec(program, {})
 
 
 def test_rows_of_an_expanded_teacher_are_one():
-    case = Case(tensors=dict(z=np.ones((3, 2)), v=np.array([[1.0, 2], [0, 0], [5, 5]])), layouts=("plain", "expanded"))
+    case = Case(
+        tensors=dict(z=np.ones((3, 2)), v=np.array([[1.0, 2], [0, 0], [5, 5]])), layouts=("plain", "expanded")
+    )
     assert judge(case) is None

@@ -1,7 +1,9 @@
-"""What only a GPU can show, of the Triton backend and of CUDA: TRITON_INTERPRET=0 python -m pytest -m gpu tests/test_gpu.py
+"""What only a GPU can show, of the Triton backend and of CUDA: TRITON_INTERPRET=0 python -m pytest -m gpu
+tests/test_gpu.py
 
-Streams, graphs, other devices, no waiting, no recompiling, determinism, offsets and memory. The kernels' numbers are compared with the
-eager backend in float64 on the same device, which the other tests hold to 60 digits.
+Streams, graphs, other devices, no waiting, no recompiling, determinism, offsets and memory. The kernels'
+numbers are compared with the eager backend in float64 on the same device, which the other tests hold to 60
+digits.
 """
 
 import itertools
@@ -18,10 +20,12 @@ from kdkernels.backends import triton
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a GPU, TRITON_INTERPRET=0"
+        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+        reason="needs a GPU, TRITON_INTERPRET=0",
     ),
 ]
-VOCABS = (1, 31, 1000, 4096, 8192, 32768, 50257, 128256, 262144)  # whole rows, two sweeps, windows, several programs to a row
+# whole rows, two sweeps, windows, several programs to a row
+VOCABS = (1, 31, 1000, 4096, 8192, 32768, 50257, 128256, 262144)
 CHOSEN = {"backend": "triton"}
 OPTIONS = [
     {},
@@ -74,7 +78,11 @@ def compare(z, v, y=None, **options):
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_against_float64(vocab, options):
-    for rows, dtype in ((3, torch.float32), (3, torch.bfloat16), (300 if vocab < 50000 else 40, torch.bfloat16)):
+    for rows, dtype in (
+        (3, torch.float32),
+        (3, torch.bfloat16),
+        (300 if vocab < 50000 else 40, torch.bfloat16),
+    ):
         z, v = on_gpu(rows=rows, vocab=vocab, dtype=dtype)
         y = torch.arange(rows, device="cuda") % vocab
         y[0] = -100
@@ -84,17 +92,23 @@ def test_against_float64(vocab, options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_rows(kind):
-    for vocab, T, divergence in itertools.product((31, 9000, 50257, 128256), (0.05, 1.0, 1e4), ("kl", "renyi(0.5)", "renyi(2)")):
+    for vocab, T, divergence in itertools.product(
+        (31, 9000, 50257, 128256), (0.05, 1.0, 1e4), ("kl", "renyi(0.5)", "renyi(2)")
+    ):
         z, v = on_gpu(kind, 3, vocab)
         compare(z, v, divergence=divergence, temperature=T, soft_weight=T, reduction="none")
 
 
 @pytest.mark.parametrize("where", ["student", "teacher", "both"])
 def test_masks(where):
-    for vocab, divergence in itertools.product((1000, 9000, 128256), ("kl", "renyi(0.3)", "renyi(3)", "renyi(inf)")):
+    for vocab, divergence in itertools.product(
+        (1000, 9000, 128256), ("kl", "renyi(0.3)", "renyi(3)", "renyi(inf)")
+    ):
         z, v = (x.cuda() for x in with_masks(*make_rows("plain", 3, vocab), where))
         loss, grad = value_and_grad(z, v, divergence=divergence, reduction="none")
-        expected, exact = value_and_grad(z.double(), v.double(), divergence=divergence, reduction="none", backend="eager")
+        expected, exact = value_and_grad(
+            z.double(), v.double(), divergence=divergence, reduction="none", backend="eager"
+        )
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-6)
 
@@ -134,7 +148,9 @@ def test_a_new_number_compiles_nothing(backend):
     def step(rows, T, alpha, weight):
         z, v = on_gpu(rows=rows, vocab=50257, dtype=torch.bfloat16)
         y = torch.arange(rows + rows % 2, device="cuda")[rows % 2 :]  # labels[1:] of an odd number of rows
-        value_and_grad(z, v, y, divergence=f"renyi({alpha})", temperature=T, soft_weight=weight, hard_weight=1 - weight)
+        value_and_grad(
+            z, v, y, divergence=f"renyi({alpha})", temperature=T, soft_weight=weight, hard_weight=1 - weight
+        )
 
     step(512, 2.0, 2.0, 0.9)
     before = compiled()
@@ -204,7 +220,9 @@ def test_a_tensor_beyond_two_to_the_31():
     v = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
     some = [x[-3:].clone() for x in (z, v)]
     expected, exact = value_and_grad(*some, reduction="none")
-    loss = torch.ops.kdkernels.loss_and_grad(z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, vocab, [], CHOSEN["backend"])
+    loss = torch.ops.kdkernels.loss_and_grad(
+        z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, vocab, [], CHOSEN["backend"]
+    )
     torch.testing.assert_close(loss[-3:].float(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(z[-3:], exact, rtol=1e-2, atol=1e-8)
 
@@ -249,13 +267,18 @@ def hidden_states(tokens, vocab, width, dtype):
     return [x.requires_grad_() for x in student], teacher, labels.cuda()
 
 
-@pytest.mark.parametrize("dtype, logits_dtype, bound", [(torch.float32, None, 1e-3), (torch.bfloat16, None, 0.1)])
+@pytest.mark.parametrize(
+    "dtype, logits_dtype, bound", [(torch.float32, None, 1e-3), (torch.bfloat16, None, 0.1)]
+)
 @pytest.mark.parametrize("dropped", [True, False])
 def test_from_hidden_states(dtype, logits_dtype, bound, dropped):
-    """Without waiting, also where tokens are dropped; the gradients are fp64's, of full logits. fp32 products may be TF32's."""
+    """Without waiting, also where tokens are dropped; the gradients are fp64's, of full logits. fp32 products
+    may be TF32's."""
     student, teacher, labels = hidden_states(1000, 5000, 256, dtype)
     counted = int((labels != -100).sum()) if dropped else None
-    options = CHOSEN | dict(hard_weight=0.2, num_counted=counted, logits_dtype=logits_dtype, memory_budget=300 * 5000 * 8)
+    options = CHOSEN | dict(
+        hard_weight=0.2, num_counted=counted, logits_dtype=logits_dtype, memory_budget=300 * 5000 * 8
+    )
     for reduction in ("mean", "none"):
         fused_linear_kd_loss(*student, *teacher, labels, reduction=reduction, **options).sum().backward()
         for x in student:
@@ -267,7 +290,9 @@ def test_from_hidden_states(dtype, logits_dtype, bound, dropped):
             torch.cuda.set_sync_debug_mode("default")
         leaves = [x.detach().double().requires_grad_() for x in student]
         v = teacher[0].double() @ teacher[1].double().t()
-        fused_kd_loss(leaves[0] @ leaves[1].t(), v, labels, hard_weight=0.2, reduction=reduction, backend="eager").sum().backward()
+        fused_kd_loss(
+            leaves[0] @ leaves[1].t(), v, labels, hard_weight=0.2, reduction=reduction, backend="eager"
+        ).sum().backward()
         for x, y in zip(student, leaves, strict=True):
             assert float((x.grad.double() - y.grad).norm() / y.grad.norm()) < bound
             x.grad = None
@@ -279,10 +304,19 @@ def test_fp32_logits_of_bf16_products():
     student, teacher, labels = hidden_states(1000, 5000, 256, torch.bfloat16)
     errors = []
     leaves = [x.detach().double().requires_grad_() for x in student]
-    fused_kd_loss(leaves[0] @ leaves[1].t(), teacher[0].double() @ teacher[1].double().t(), backend="eager").backward()
+    fused_kd_loss(
+        leaves[0] @ leaves[1].t(), teacher[0].double() @ teacher[1].double().t(), backend="eager"
+    ).backward()
     for logits_dtype in (None, torch.float32):
-        fused_linear_kd_loss(*student, *teacher, logits_dtype=logits_dtype, memory_budget=300 * 5000 * 8, **CHOSEN).backward()
-        errors.append([float((x.grad.double() - y.grad).norm() / y.grad.norm()) for x, y in zip(student, leaves, strict=True)])
+        fused_linear_kd_loss(
+            *student, *teacher, logits_dtype=logits_dtype, memory_budget=300 * 5000 * 8, **CHOSEN
+        ).backward()
+        errors.append(
+            [
+                float((x.grad.double() - y.grad).norm() / y.grad.norm())
+                for x, y in zip(student, leaves, strict=True)
+            ]
+        )
         for x in student:
             x.grad = None
     assert all(wide < 5e-3 and wide < half / 2 for half, wide in zip(*errors, strict=True))

@@ -1,4 +1,5 @@
-"""fused_linear_kd_loss: the loss of full logits and its gradient, without the logits. The reference projects all tokens in fp64."""
+"""fused_linear_kd_loss: the loss of full logits and its gradient, without the logits. The reference projects
+all tokens in fp64."""
 
 import math
 
@@ -14,16 +15,29 @@ from kdkernels.bench.measure import resident_peak
 
 T16 = (torch.bfloat16, torch.float16)
 # every divergence, and orders with a kernel of their own
-DIVERGENCES = ["kl", "reverse_kl", "cross_entropy", "renyi(0.5)", "reverse_renyi(0.3)", "alpha(2)", "jsd(0.3)", "skew_kl(0.1)"]
+DIVERGENCES = [
+    "kl",
+    "reverse_kl",
+    "cross_entropy",
+    "renyi(0.5)",
+    "reverse_renyi(0.3)",
+    "alpha(2)",
+    "jsd(0.3)",
+    "skew_kl(0.1)",
+]
 DIVERGENCES += ["skew_reverse_kl(0.1)", "tvd"]
 
 
 def models(tokens=(3, 30), vocab=97, width=12, teacher_width=20, dtype=torch.float64, seed=0):
-    """(hidden, weight, bias) of student and teacher, with logits of some size, and labels of which a third are ignored."""
+    """(hidden, weight, bias) of student and teacher, with logits of some size, and labels of which a third
+    are ignored."""
     g = torch.Generator().manual_seed(seed)
 
     def model(width):
-        hidden, weight = torch.randn(*tokens, width, generator=g), torch.randn(vocab, width, generator=g) * 2 * width**-0.5
+        hidden, weight = (
+            torch.randn(*tokens, width, generator=g),
+            torch.randn(vocab, width, generator=g) * 2 * width**-0.5,
+        )
         return [x.to(dtype) for x in (hidden, weight, torch.randn(vocab, generator=g))]
 
     labels = torch.randint(vocab, tokens, generator=g)
@@ -37,7 +51,9 @@ def chunked(student, teacher, labels=None, tokens=32, **options):
     width = max(4, itemsize) if options.get("logits_dtype", torch.float32) else itemsize
     budget = 2 * tokens * options.get("vocab_size", len(student[1])) * width
     (h, w, b), (th, tw, tb) = student, teacher
-    return fused_linear_kd_loss(h, w, th, tw, labels, student_bias=b, teacher_bias=tb, memory_budget=budget, **options)
+    return fused_linear_kd_loss(
+        h, w, th, tw, labels, student_bias=b, teacher_bias=tb, memory_budget=budget, **options
+    )
 
 
 def in_full(student, teacher, labels=None, **options):
@@ -54,7 +70,9 @@ def distance(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def assert_same(student, teacher, labels=None, value=1e-12, gradient=1e-12, tokens=32, upstream=None, **options):
+def assert_same(
+    student, teacher, labels=None, value=1e-12, gradient=1e-12, tokens=32, upstream=None, **options
+):
     for x in student:
         if x is not None:
             x.grad = None
@@ -74,16 +92,26 @@ def assert_same(student, teacher, labels=None, value=1e-12, gradient=1e-12, toke
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence(divergence):
-    """Loss and gradients in hidden states, weight and bias, with masks, weights, a partial chunk, and hidden sizes that differ."""
+    """Loss and gradients in hidden states, weight and bias, with masks, weights, a partial chunk, and hidden
+    sizes that differ."""
     student, teacher, labels = models()
-    assert_same(student, teacher, labels, divergence=divergence, temperature=2.0, t_squared=True, hard_weight=0.3)
+    assert_same(
+        student, teacher, labels, divergence=divergence, temperature=2.0, t_squared=True, hard_weight=0.3
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_gradcheck(reduction, backend):
     student, (th, tw, tb), labels = models((5,), 7, 3, 4)
-    options = dict(reduction=reduction, backend=backend, temperature=2.0, hard_weight=0.3, memory_budget=2 * 2 * 7 * 8, teacher_bias=tb)
+    options = dict(
+        reduction=reduction,
+        backend=backend,
+        temperature=2.0,
+        hard_weight=0.3,
+        memory_budget=2 * 2 * 7 * 8,
+        teacher_bias=tb,
+    )
 
     def loss(h, w, b):
         return fused_linear_kd_loss(h, w, th, tw, labels, student_bias=b, **options)
@@ -96,7 +124,9 @@ def test_chunks_make_no_difference(tokens):
     """One token, a divisor, a partial last chunk, all; the rows' losses bit for bit."""
     student, teacher, labels = models(dtype=torch.float32)
     whole = chunked(student, teacher, labels, 1000, hard_weight=0.2, reduction="none")
-    assert torch.allclose(chunked(student, teacher, labels, tokens, hard_weight=0.2, reduction="none"), whole, rtol=1e-6)
+    assert torch.allclose(
+        chunked(student, teacher, labels, tokens, hard_weight=0.2, reduction="none"), whole, rtol=1e-6
+    )
     assert_same(student, teacher, labels, 1e-6, 1e-6, tokens, hard_weight=0.2)
 
 
@@ -104,7 +134,11 @@ def test_chunk_size():
     """Within the budget, in 64s, evened out; a token at least."""
     size = linear.chunk_tokens
     assert size(8192, 262144, 4, 1 << 30) == 1024 and size(8192, 32768, 4, 1 << 30) == 8192
-    assert size(1025, 1000, 4, 4000 * 1024) == 576 and size(100, 1000, 4, 4000 * 70) == 64 and size(100, 1000, 4, 4000 * 30) == 30
+    assert (
+        size(1025, 1000, 4, 4000 * 1024) == 576
+        and size(100, 1000, 4, 4000 * 70) == 64
+        and size(100, 1000, 4, 4000 * 30) == 30
+    )
     assert size(10, 1000, 4, 1) == 1 and size(0, 1000, 4, 1 << 20) == 1
 
 
@@ -123,7 +157,17 @@ def test_chunk_size():
 def test_dtypes(dtype, logits_dtype, value, gradient, reduction):
     student, teacher, labels = models((200,), 500, 64, 64, dtype)
     value *= 4 if reduction == "none" else 1
-    assert_same(student, teacher, labels, value, gradient, 64, logits_dtype=logits_dtype, reduction=reduction, hard_weight=0.1)
+    assert_same(
+        student,
+        teacher,
+        labels,
+        value,
+        gradient,
+        64,
+        logits_dtype=logits_dtype,
+        reduction=reduction,
+        hard_weight=0.1,
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -136,9 +180,14 @@ def test_logits_of_a_single_teacher_row_lay_apart(backend):
 
 @pytest.mark.parametrize("dtype, gradient", [(torch.bfloat16, 4e-3), (torch.float16, 6e-4)])
 def test_logits_are_not_rounded_by_default(dtype, gradient):
-    """A student near its teacher, of whose gradient the rounding of bf16 logits is 5 %: by the function and by the module."""
+    """A student near its teacher, of whose gradient the rounding of bf16 logits is 5 %: by the function and
+    by the module."""
     (h, w, b), _, labels = models((200,), 500, 64, 64, dtype)
-    near = (h.detach() + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).to(dtype), w.detach(), b.detach())
+    near = (
+        h.detach() + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).to(dtype),
+        w.detach(),
+        b.detach(),
+    )
     assert_same((h, w, b), near, labels, 2e-5, gradient, 64)
     with pytest.raises(AssertionError):
         assert_same((h, w, b), near, labels, 2e-5, gradient, 64, logits_dtype=None)
@@ -152,17 +201,23 @@ def test_logits_are_not_rounded_by_default(dtype, gradient):
 
 @pytest.mark.parametrize("dtype", T16)
 def test_weight_gradient_is_summed_in_fp32(dtype):
-    """512 chunks whose gradients all point one way: a 16-bit sum would stop growing, at 2^8 or 2^11 addends."""
+    """512 chunks whose gradients all point one way: a 16-bit sum would stop growing, at 2^8 or 2^11
+    addends."""
     h, w = torch.ones(4096, 8, dtype=dtype), torch.zeros(32, 8, dtype=dtype, requires_grad=True)
     v = torch.full((4096, 32), -20.0)
     v[:, 0] = 0
-    fused_linear_kd_loss(h, w, teacher_logits=v, reduction="sum", memory_budget=32 * dtype.itemsize * 8).backward()
-    torch.testing.assert_close(w.grad[1:].double(), torch.full((31, 8), 4096 / 32).double(), rtol=2e-3, atol=0)
+    fused_linear_kd_loss(
+        h, w, teacher_logits=v, reduction="sum", memory_budget=32 * dtype.itemsize * 8
+    ).backward()
+    torch.testing.assert_close(
+        w.grad[1:].double(), torch.full((31, 8), 4096 / 32).double(), rtol=2e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fp16_gradients_survive(reduction):
-    """Divided by the number of tokens before the loss scale multiplies it, an fp16 gradient would underflow; scaled first, overflow."""
+    """Divided by the number of tokens before the loss scale multiplies it, an fp16 gradient would underflow;
+    scaled first, overflow."""
     student, teacher, _ = models((3000,), 50, 8, 8, torch.float16)
     loss = chunked(student, teacher, reduction=reduction, tokens=256)
     if reduction == "none":
@@ -176,7 +231,10 @@ def test_fp16_gradients_survive(reduction):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(student_transform=LogitTransform(scale=0.5, softcap=5.0), teacher_transform=LogitTransform(softcap=8.0)),
+        dict(
+            student_transform=LogitTransform(scale=0.5, softcap=5.0),
+            teacher_transform=LogitTransform(softcap=8.0),
+        ),
         dict(hard_weight=0.5, label_smoothing=0.1, z_loss=1e-3),
         dict(temperature=math.inf, t_squared=True),
         dict(soft_weight=0.0, hard_weight=1.0),
@@ -210,12 +268,17 @@ def test_statistics():
 
 
 def test_missing_parts_of_a_head():
-    """Without biases; without labels; hidden states of one token and of none; a view that is not contiguous."""
+    """Without biases; without labels; hidden states of one token and of none; a view that is not
+    contiguous."""
     (h, w, b), (th, tw, tb), _ = models()
     assert_same([h, w, None], [th, tw, None])
     assert_same([h, w, b], [th, tw, None])
     assert_same([h.detach()[0, 0].requires_grad_(), w, b], [th[0, 0], tw, tb])
-    transposed = [h.detach().transpose(0, 1).requires_grad_(), w.detach().t().contiguous().t().requires_grad_(), b]
+    transposed = [
+        h.detach().transpose(0, 1).requires_grad_(),
+        w.detach().t().contiguous().t().requires_grad_(),
+        b,
+    ]
     assert_same(transposed, [th.transpose(0, 1), tw, tb])
     for reduction in ("mean", "none"):
         loss = chunked([h[:0], w, b], [th[:0], tw, tb], reduction=reduction)
@@ -259,7 +322,9 @@ def test_teacher_as_logits_and_as_a_callable():
                 for x in student:
                     x.grad = None
                 h, w, b = student
-                options = dict(hard_weight=0.2, teacher_logits=logits, memory_budget=2 * 32 * 97 * 8, reduction=reduction)
+                options = dict(
+                    hard_weight=0.2, teacher_logits=logits, memory_budget=2 * 32 * 97 * 8, reduction=reduction
+                )
                 loss = fused_linear_kd_loss(h, w, labels=y, student_bias=b, **options)
                 if callable(logits):
                     ends = [0, *(stop for _, stop in asked)]
@@ -276,7 +341,11 @@ def test_teacher_as_logits_and_as_a_callable():
 def test_a_callable_is_checked():
     h, w = torch.randn(4, 3), torch.randn(7, 3)
     for wrong, error, says in (
-        (lambda a, b: torch.randn(b - a, 6), ValueError, r"must return \(4, 7 or more\) logits, got \(4, 6\)"),
+        (
+            lambda a, b: torch.randn(b - a, 6),
+            ValueError,
+            r"must return \(4, 7 or more\) logits, got \(4, 6\)",
+        ),
         (lambda a, b: torch.randn(b - a + 1, 7), ValueError, "must return"),
         (lambda a, b: torch.ones(b - a, 7, dtype=torch.int64), TypeError, "int64"),
         (lambda a, b: None, TypeError, "NoneType"),
@@ -290,17 +359,23 @@ def test_a_callable_is_checked():
 def test_teacher_grad(divergence, reduction):
     """Of both models, or of the teacher alone, from one projection of each."""
     student, teacher, labels = models()
-    options = dict(divergence=divergence, temperature=2.0, hard_weight=0.3, teacher_grad=True, reduction=reduction)
+    options = dict(
+        divergence=divergence, temperature=2.0, hard_weight=0.3, teacher_grad=True, reduction=reduction
+    )
     leaves = [*student, *(x.requires_grad_() for x in teacher)]
     with Watch() as watch:
         grads = torch.autograd.grad(chunked(student, teacher, labels, **options).sum(), leaves)
-    expected = torch.autograd.grad(fused_kd_loss(F.linear(*student), F.linear(*teacher), labels, **options).sum(), leaves)
+    expected = torch.autograd.grad(
+        fused_kd_loss(F.linear(*student), F.linear(*teacher), labels, **options).sum(), leaves
+    )
     if reduction == "mean":
         projections = sum(shape[-1] == len(student[1]) for shape in watch.products)
         assert projections > 2 and len(watch.products) == 3 * projections
     for a, b in zip(grads, expected, strict=True):
         assert distance(a, b) < 1e-12
-    alone = torch.autograd.grad(chunked([x.detach() for x in student], teacher, labels, **options).sum(), teacher)
+    alone = torch.autograd.grad(
+        chunked([x.detach() for x in student], teacher, labels, **options).sum(), teacher
+    )
     assert all(distance(a, b) < 1e-12 for a, b in zip(alone, expected[3:], strict=True))
 
 
@@ -407,7 +482,10 @@ def test_ignored_tokens_are_dropped(reduction):
         chunked(student, [dirty[0 + 1], *teacher[1:]], labels, reduction=reduction).sum().backward()
     assert student[0].grad.isfinite().all() and not student[0].grad[::3].any()
     passes = 1 if reduction == "mean" else 1.5
-    assert len(watch.products) == 3 * 4 * passes and max(shape[0] for shape in watch.products if shape[1] == 97) == 32
+    assert (
+        len(watch.products) == 3 * 4 * passes
+        and max(shape[0] for shape in watch.products if shape[1] == 97) == 32
+    )
 
 
 def test_num_counted_beyond_the_cpu():
@@ -415,7 +493,9 @@ def test_num_counted_beyond_the_cpu():
     weight, device = torch.tensor([0.0, 2.0, 0.0, 1.0]).double(), torch.device("cuda")
     index, total = linear._counted(weight, None, 2, device, in_place=False)
     assert index.tolist() == [1, 3] and total.tolist() == weight.tolist()
-    index, total = linear._counted(weight, torch.tensor([1.0, 0.0, 1.0, 3.0]).double(), 2, device, in_place=False)
+    index, total = linear._counted(
+        weight, torch.tensor([1.0, 0.0, 1.0, 3.0]).double(), 2, device, in_place=False
+    )
     assert index.tolist() == [1, 3] and total.tolist() == [0, 0, 0, 3]
     for wrong in (1, 3):
         assert linear._counted(weight, None, wrong, device, in_place=False)[1].isnan().all()
@@ -428,10 +508,18 @@ def test_num_counted_beyond_the_cpu():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile(reduction):
     """One node in a full graph, for any number of tokens."""
-    options = dict(temperature=2.0, hard_weight=0.3, reduction=reduction, return_stats=True, memory_budget=2 * 64 * 97 * 8)
+    options = dict(
+        temperature=2.0,
+        hard_weight=0.3,
+        reduction=reduction,
+        return_stats=True,
+        memory_budget=2 * 64 * 97 * 8,
+    )
 
     def step(h, w, b, th, tw, tb, y, counted):
-        loss, stats = fused_linear_kd_loss(h * 1, w, th, tw, y, student_bias=b, teacher_bias=tb, num_counted=counted, **options)
+        loss, stats = fused_linear_kd_loss(
+            h * 1, w, th, tw, y, student_bias=b, teacher_bias=tb, num_counted=counted, **options
+        )
         return loss.sum() * 2, stats.student_entropy
 
     torch._dynamo.reset()
@@ -448,7 +536,9 @@ def test_compile(reduction):
             torch.testing.assert_close(a, b, equal_nan=True)
     assert counter.frame_count == compilations
     with pytest.raises(torch._dynamo.exc.Unsupported, match="callable"):
-        torch.compile(lambda h, w: fused_linear_kd_loss(h, w, teacher_logits=lambda a, b: h), fullgraph=True)(*student[:2])
+        torch.compile(lambda h, w: fused_linear_kd_loss(h, w, teacher_logits=lambda a, b: h), fullgraph=True)(
+            *student[:2]
+        )
 
 
 def test_operator():
@@ -474,9 +564,16 @@ def test_autocast(reduction):
     half = [x.detach().bfloat16().requires_grad_() for x in student]
     expected, grads = in_full(half, [x.bfloat16() for x in teacher], labels, reduction=reduction)
     assert loss.dtype == torch.float32 and distance(loss, expected) < 1e-2
-    assert all(x.grad.dtype == torch.float32 and distance(x.grad, g) < 1.5e-2 for x, g in zip(student, grads, strict=True))
+    assert all(
+        x.grad.dtype == torch.float32 and distance(x.grad, g) < 1.5e-2
+        for x, g in zip(student, grads, strict=True)
+    )
     with pytest.raises(
-        TypeError, match="student_weight: must be torch.bfloat16, as student_hidden is, or under autocast; got torch.float32"
+        TypeError,
+        match=(
+            "student_weight: must be torch.bfloat16, as student_hidden is, or under autocast; got "
+            "torch.float32"
+        ),
     ):
         fused_linear_kd_loss(h.bfloat16(), w, th, tw)
 
@@ -487,28 +584,39 @@ class Tiny(torch.nn.Module):
     def __init__(self, checkpointed=False):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.body, self.checkpointed = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8), checkpointed
+        self.embedding, self.body, self.checkpointed = (
+            torch.nn.Embedding(50, 8),
+            torch.nn.Linear(8, 8),
+            checkpointed,
+        )
 
     def forward(self, tokens):
         return self.body(self.embedding(tokens)).tanh()
 
     def loss(self, tokens, loss):
         if self.checkpointed:
-            return checkpoint(lambda t: loss(self(t), self.embedding.weight), tokens, use_reentrant=self.checkpointed == "reentrant")
+            return checkpoint(
+                lambda t: loss(self(t), self.embedding.weight),
+                tokens,
+                use_reentrant=self.checkpointed == "reentrant",
+            )
         return loss(self(tokens), self.embedding.weight)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tied_embeddings_checkpoints_and_accumulation(checkpointed, reduction):
-    """Two steps' gradients into the same parameters, the head's among the embedding's, are the full logits'."""
+    """Two steps' gradients into the same parameters, the head's among the embedding's, are the full
+    logits'."""
     tokens = torch.randint(50, (4, 20), generator=torch.Generator().manual_seed(1))
     teacher = torch.randn(4, 20, 50, generator=torch.Generator().manual_seed(2)) * 2
     model, plain = Tiny(checkpointed).double(), Tiny().double()
     options = dict(temperature=2.0, reduction=reduction) | (dict(num_items=60) if reduction == "mean" else {})
 
     def fused(v):
-        return lambda h, w: fused_linear_kd_loss(h, w, teacher_logits=v, memory_budget=8 * 50 * 16, **options).sum()
+        return lambda h, w: fused_linear_kd_loss(
+            h, w, teacher_logits=v, memory_budget=8 * 50 * 16, **options
+        ).sum()
 
     def full(v):
         return lambda h, w: fused_kd_loss(h @ w.t(), v, **options).sum()
@@ -542,14 +650,25 @@ def test_backwards_of_every_kind(dtype, reduction):
 
 # ---------------------------------------------------------------- bad input
 
-H, W, TH, TW, B = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
+H, W, TH, TW, B = (
+    torch.randn(2, 3, 4),
+    torch.randn(7, 4),
+    torch.randn(2, 3, 5),
+    torch.randn(7, 5),
+    torch.randn(7),
+)
 Y = torch.zeros(2, 3, dtype=torch.int64)
 ERRORS = [
     ((H.tolist(), W, TH, TW), {}, TypeError, "student_hidden: must be a tensor, got list"),
     ((H.long(), W, TH, TW), {}, TypeError, "student_hidden.*int64"),
     ((H, W.double(), TH, TW), {}, TypeError, "student_weight: must be torch.float32"),
     ((H, W, TH, TW.half()), {}, TypeError, "teacher_weight: must be torch.float32"),
-    ((H, W.t(), TH, TW), {}, ValueError, r"student_hidden and student_weight: must be \(..., H\) and \(V, H\)"),
+    (
+        (H, W.t(), TH, TW),
+        {},
+        ValueError,
+        r"student_hidden and student_weight: must be \(..., H\) and \(V, H\)",
+    ),
     ((H, W, TH, TW[:, :4]), {}, ValueError, "teacher_hidden and teacher_weight: must be"),
     ((H, W, TH[:1], TW), {}, ValueError, "teacher_hidden: must have the leading shape of student_hidden"),
     ((H, W, TH.to("meta"), TW.to("meta")), {}, ValueError, "teacher_hidden: must be on the student's device"),
@@ -562,19 +681,44 @@ ERRORS = [
     ((H, W, TH), {}, ValueError, "teacher_hidden and teacher_weight: both, or teacher_logits"),
     ((H, W), {}, ValueError, "both, or teacher_logits"),
     ((H, W, TH, TW), {"teacher_logits": torch.randn(2, 3, 7)}, ValueError, "takes the place of"),
-    ((H, W), {"teacher_logits": torch.randn(6, 7)}, ValueError, "teacher_logits: must have the leading shape"),
+    (
+        (H, W),
+        {"teacher_logits": torch.randn(6, 7)},
+        ValueError,
+        "teacher_logits: must have the leading shape",
+    ),
     ((H, W), {"teacher_logits": torch.ones(2, 3, 7).long()}, TypeError, "teacher_logits.*int64"),
     ((H, W), {"teacher_logits": 3}, TypeError, "tensor or a callable"),
-    ((H, W), {"teacher_logits": torch.randn(2, 3, 7), "teacher_grad": True}, ValueError, "teacher_grad: goes to teacher_hidden"),
-    ((H, W, TH.clone().requires_grad_(), TW), {}, ValueError, "teacher_hidden: receives a gradient only with teacher_grad"),
+    (
+        (H, W),
+        {"teacher_logits": torch.randn(2, 3, 7), "teacher_grad": True},
+        ValueError,
+        "teacher_grad: goes to teacher_hidden",
+    ),
+    (
+        (H, W, TH.clone().requires_grad_(), TW),
+        {},
+        ValueError,
+        "teacher_hidden: receives a gradient only with teacher_grad",
+    ),
     ((H, W, TH, TW.clone().requires_grad_()), {}, ValueError, "teacher_weight: receives a gradient only"),
     ((H, W, TH, TW), {"hard_weight": 0.5}, ValueError, "hard_weight.*labels"),
     ((H, W, TH, TW, Y.int()), {}, TypeError, "labels.*int32"),
     ((H, W, TH, TW, Y[0]), {}, ValueError, r"labels: must be \(2, 3\), the hidden states' leading shape"),
-    ((H, W, TH, TW, Y + 7), {"hard_weight": 0.5}, ValueError, r"labels: row 0 has label 7; labels are in \[0, 7\)"),
+    (
+        (H, W, TH, TW, Y + 7),
+        {"hard_weight": 0.5},
+        ValueError,
+        r"labels: row 0 has label 7; labels are in \[0, 7\)",
+    ),
     ((H, W, TH, TW), {"token_weight": torch.ones(2, 3).to(torch.complex64)}, TypeError, "token_weight"),
     ((H, W, TH, TW), {"num_items": -1}, ValueError, "num_items"),
-    ((H, W, TH, TW, Y), {"num_counted": 7}, ValueError, "num_counted: must be between 0 and the number of tokens, 6"),
+    (
+        (H, W, TH, TW, Y),
+        {"num_counted": 7},
+        ValueError,
+        "num_counted: must be between 0 and the number of tokens, 6",
+    ),
     ((H, W, TH, TW, Y), {"num_counted": torch.tensor(3)}, TypeError, "num_counted"),
     ((H, W, TH, TW, Y), {"num_counted": 5}, ValueError, "num_counted: 5 tokens are said to count, and 6 do"),
     ((H, W, TH, TW), {"num_counted": 5}, ValueError, "num_counted: all 6 tokens count"),
@@ -603,15 +747,25 @@ def test_module_is_the_function():
     module = LinearKDLoss(**options)
     (h, w, b), (th, tw, tb) = student, teacher
     more = dict(student_bias=b, teacher_bias=tb, num_items=50)
-    assert torch.equal(module(h, w, th, tw, labels, **more), fused_linear_kd_loss(h, w, th, tw, labels, **more, **options))
+    assert torch.equal(
+        module(h, w, th, tw, labels, **more), fused_linear_kd_loss(h, w, th, tw, labels, **more, **options)
+    )
     assert "jsd(0.3)" in repr(module) and "memory_budget=100000" in repr(module)
-    for wrong, error in ((dict(temperature=0.0), ValueError), (dict(memory_budget=-1), ValueError), (dict(inplace=True), TypeError)):
+    for wrong, error in (
+        (dict(temperature=0.0), ValueError),
+        (dict(memory_budget=-1), ValueError),
+        (dict(inplace=True), TypeError),
+    ):
         with pytest.raises(error, match=next(iter(wrong))):
             LinearKDLoss(**wrong)
 
 
 def test_docstring_example():
-    lines = [line.strip()[4:] for line in fused_linear_kd_loss.__doc__.splitlines() if line.strip().startswith(">>> ")]
+    lines = [
+        line.strip()[4:]
+        for line in fused_linear_kd_loss.__doc__.splitlines()
+        if line.strip().startswith(">>> ")
+    ]
     scope: dict = {}
     exec("\n".join(lines), scope)
     assert scope["weight"].grad.isfinite().all()

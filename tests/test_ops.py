@@ -20,12 +20,16 @@ def test_opcheck(backend, full):
     y, w = (torch.tensor([1, 2, 3, 4]), torch.rand(4).double()) if full else (None, None)
     factors = (*FACTORS, backend)
     torch.library.opcheck(torch.ops.kdkernels.loss.default, (z, v, y, w, *factors))
-    torch.library.opcheck(torch.ops.kdkernels.loss_and_grad.default, (z, v, y, w, torch.empty_like(z), *factors))
+    torch.library.opcheck(
+        torch.ops.kdkernels.loss_and_grad.default, (z, v, y, w, torch.empty_like(z), *factors)
+    )
     torch.library.opcheck(torch.ops.kdkernels.log_softmax.default, (z, v if full else None, 2.0, backend))
     grad = torch.empty_like(z) if full else None
     if full:  # without labels one of the statistics is nan, which does not equal itself
         torch.library.opcheck(torch.ops.kdkernels.loss_and_stats.default, (z, v, y, w, grad, *factors))
-    torch.library.opcheck(torch.ops.kdkernels.loss_and_grads.default, (z, v, y, w, grad, torch.empty_like(v), *factors, full))
+    torch.library.opcheck(
+        torch.ops.kdkernels.loss_and_grads.default, (z, v, y, w, grad, torch.empty_like(v), *factors, full)
+    )
     torch.library.opcheck(torch.ops.kdkernels.loss_and_new_grads.default, (z, v, y, w, *factors, full, full))
 
 
@@ -63,7 +67,9 @@ def test_compile(name, dynamic):
         la.backward()
         lb.backward()
         torch.testing.assert_close(la, lb, rtol=1e-6, atol=0)
-        torch.testing.assert_close(a.grad, b.grad, rtol=2e-3 if name == "fp16" else 1e-5, atol=1e-4 if name == "fp16" else 1e-8)
+        torch.testing.assert_close(
+            a.grad, b.grad, rtol=2e-3 if name == "fp16" else 1e-5, atol=1e-4 if name == "fp16" else 1e-8
+        )
 
 
 def test_compile_other_functions():
@@ -82,7 +88,9 @@ def test_compile_other_functions():
 def test_export():
     z, v = make_rows("plain", 4, 100)
     n = torch.export.Dim("n")
-    exported = torch.export.export(KDLoss(temperature=2.0, t_squared=True), (z, v), dynamic_shapes=({0: n}, {0: n}))
+    exported = torch.export.export(
+        KDLoss(temperature=2.0, t_squared=True), (z, v), dynamic_shapes=({0: n}, {0: n})
+    )
     other = make_rows("independent", 3, 100)
     torch.testing.assert_close(exported.module()(*other), KDLoss(temperature=2.0, t_squared=True)(*other))
 

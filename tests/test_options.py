@@ -1,4 +1,5 @@
-"""Teacher gradients, logit transforms, label smoothing and the z-loss: against PyTorch in fp64, on every backend."""
+"""Teacher gradients, logit transforms, label smoothing and the z-loss: against PyTorch in fp64, on every
+backend."""
 
 import itertools
 import math
@@ -8,10 +9,29 @@ import torch
 import torch.nn.functional as F
 from rows import BACKENDS, DOUBLE_BACKENDS, KINDS, make_rows, with_masks
 
-from kdkernels import KDLoss, LogitTransform, decoupled_kd_loss, fused_kd_loss, logit_matching_loss, ops, parse, standardize_logits
+from kdkernels import (
+    KDLoss,
+    LogitTransform,
+    decoupled_kd_loss,
+    fused_kd_loss,
+    logit_matching_loss,
+    ops,
+    parse,
+    standardize_logits,
+)
 from kdkernels.transforms import Modifiers
 
-SIDES = ["kl", "cross_entropy", "reverse_kl", "renyi(0.5)", "renyi(inf)", "reverse_renyi(3)", "alpha(-0.5)", "jsd(0.3)", "skew_kl(0.2)"]
+SIDES = [
+    "kl",
+    "cross_entropy",
+    "reverse_kl",
+    "renyi(0.5)",
+    "renyi(inf)",
+    "reverse_renyi(3)",
+    "alpha(-0.5)",
+    "jsd(0.3)",
+    "skew_kl(0.2)",
+]
 SIDES += ["skew_reverse_kl(0.2)", "tvd", "renyi(0)"]
 
 
@@ -43,11 +63,14 @@ def by_definition(z, v, name, T):
 @pytest.mark.parametrize("name", SIDES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_teacher_gradient(backend, name, reduction):
-    """Both sides' gradients, with weights, ignored rows and a vocabulary that is cut; the hard term has none in the teacher."""
+    """Both sides' gradients, with weights, ignored rows and a vocabulary that is cut; the hard term has none
+    in the teacher."""
     dtype = torch.float32 if backend == "triton" else torch.float64
     z, v = (x.to(dtype).view(2, 3, 40) for x in make_rows("plain", 6, 40))
     labels, weight = torch.tensor([[1, -100, 3], [4, 5, 6]]), torch.tensor([[1.0, 1.0, 0.5], [0.0, 2.0, 1.0]])
-    options = dict(divergence=name, temperature=2.0, t_squared=True, hard_weight=0.3, token_weight=weight, vocab_size=37)
+    options = dict(
+        divergence=name, temperature=2.0, t_squared=True, hard_weight=0.3, token_weight=weight, vocab_size=37
+    )
     a, b = z.clone().requires_grad_(), v.clone().requires_grad_()
     loss = fused_kd_loss(a, b, labels, teacher_grad=True, reduction=reduction, backend=backend, **options)
     upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
@@ -55,34 +78,56 @@ def test_teacher_gradient(backend, name, reduction):
     c, d = z.double().requires_grad_(), v.double().requires_grad_()
     counted = (weight * (labels != -100)).double()
     rows = 4 * by_definition(c[..., :37], d[..., :37], name, 2.0)
-    rows = rows + 0.3 * F.cross_entropy(c[..., :37].flatten(0, 1), labels.flatten(), reduction="none").view(2, 3)
+    rows = rows + 0.3 * F.cross_entropy(c[..., :37].flatten(0, 1), labels.flatten(), reduction="none").view(
+        2, 3
+    )
     expected = counted * torch.where(counted > 0, rows, 0.0)
-    expected = expected if reduction == "none" else expected.sum() / (counted.sum() if reduction == "mean" else 1)
+    expected = (
+        expected if reduction == "none" else expected.sum() / (counted.sum() if reduction == "mean" else 1)
+    )
     expected.backward(upstream.double())
     rtol = 1e-9 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=1e-12)
     for mine, right in ((a.grad, c.grad), (b.grad, d.grad)):
-        assert float((mine - right).norm()) <= rtol * float(right.norm()) + (1e-12 if dtype == torch.float64 else 1e-6)
+        assert float((mine - right).norm()) <= rtol * float(right.norm()) + (
+            1e-12 if dtype == torch.float64 else 1e-6
+        )
 
 
 @pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
 def test_teacher_gradient_at_infinity(backend):
     z, v = (x.double().requires_grad_() for x in make_rows("plain", 3, 50))
     for f in (
-        lambda: fused_kd_loss(z, v, divergence="renyi(2)", temperature=math.inf, t_squared=True, teacher_grad=True, backend=backend),
+        lambda: fused_kd_loss(
+            z,
+            v,
+            divergence="renyi(2)",
+            temperature=math.inf,
+            t_squared=True,
+            teacher_grad=True,
+            backend=backend,
+        ),
         lambda: logit_matching_loss(z, v, teacher_grad=True, backend=backend),
     ):
         a, b = torch.autograd.grad(f(), (z, v))
         torch.testing.assert_close(a, -b)
 
 
-@pytest.mark.parametrize("divergence", [*SIDES, "jsd(0.5)", "reverse_renyi(0.4)", "alpha(0.5)", "alpha(1e-17)"])
+@pytest.mark.parametrize(
+    "divergence", [*SIDES, "jsd(0.5)", "reverse_renyi(0.4)", "alpha(0.5)", "alpha(1e-17)"]
+)
 def test_teacher_gradient_shares_sweeps(divergence):
-    """One call's gradients are those of two calls: rows with masks, outliers, offsets; few and many classes and rows; any dtype."""
+    """One call's gradients are those of two calls: rows with masks, outliers, offsets; few and many classes
+    and rows; any dtype."""
     cases = [(kind, 3, 5, "") for kind in KINDS]
     cases += [(kind, 3, 300, where) for kind in KINDS for where in ("", "student", "teacher", "both")]
     # several blocks; a workspace that runs out; a row for all threads
-    cases += [("peaked_teacher", 2, 4100, ""), ("plain", 10, 9000, ""), ("plain", 1, 33000, ""), ("plain", 1, 33000, "teacher")]
+    cases += [
+        ("peaked_teacher", 2, 4100, ""),
+        ("plain", 10, 9000, ""),
+        ("plain", 1, 33000, ""),
+        ("plain", 1, 33000, "teacher"),
+    ]
     for kind, rows, vocab, where in cases:
         z, v = make_rows(kind, rows, vocab)
         z, v = with_masks(z, v, where) if where else (z, v)
@@ -117,19 +162,24 @@ def check_both_gradients(divergence, z, v, T, labels=None, weight=None, modifier
 
 @pytest.mark.parametrize("divergence", ["kl", "cross_entropy", "jsd(0.3)", "renyi(0.5)"])
 def test_teacher_gradient_bits_do_not_depend_on_threads_or_batch(divergence):
-    """What was kept and what was swept again, in place or for want of room, are the same; and what the threads of a split row make."""
+    """What was kept and what was swept again, in place or for want of room, are the same; and what the
+    threads of a split row make."""
     z, v = make_rows("plain", 5, 20000)
     options = divergence, 2.0, 1.0, 1.0, 0.0, 0.0, 20000, []
     threads = torch.get_num_threads()
 
     def gradients(rows, inplace):
         grad, other = (z[rows].clone() if inplace else torch.empty_like(z[rows])), torch.empty_like(v[rows])
-        ops.loss_and_grads(grad if inplace else z[rows], v[rows], None, None, grad, other, *options, "cpu", False)
+        ops.loss_and_grads(
+            grad if inplace else z[rows], v[rows], None, None, grad, other, *options, "cpu", False
+        )
         return grad, other
 
     expected = gradients(slice(0, 5), False)
     try:
-        for n, rows, inplace in itertools.product((1, 3), (slice(0, 1), slice(2, 4), slice(0, 5)), (False, True)):
+        for n, rows, inplace in itertools.product(
+            (1, 3), (slice(0, 1), slice(2, 4), slice(0, 5)), (False, True)
+        ):
             torch.set_num_threads(n)
             for mine, right in zip(gradients(rows, inplace), expected, strict=True):
                 assert torch.equal(mine, right[rows]), (n, rows, inplace)
@@ -157,27 +207,36 @@ def test_teacher_gradient_is_asked_for():
     for backend in DOUBLE_BACKENDS:
         loss = fused_kd_loss(z * 1, v, teacher_grad=True, inplace=True, backend=backend)
         expected = fused_kd_loss(z, v, teacher_grad=True, backend=backend)
-        for a, b in zip(torch.autograd.grad(loss, (z, v)), torch.autograd.grad(expected, (z, v)), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(loss, (z, v)), torch.autograd.grad(expected, (z, v)), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     with torch.no_grad():
         assert float(fused_kd_loss(z, v, teacher_grad=True)) == pytest.approx(float(expected), rel=1e-6)
-    assert parse("alpha(0.3)").reversed == parse("alpha(0.7)") and parse("jsd(0.25)").reversed == parse("jsd(0.75)")
+    assert parse("alpha(0.3)").reversed == parse("alpha(0.7)") and parse("jsd(0.25)").reversed == parse(
+        "jsd(0.75)"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transforms(backend, dtype):
-    """Scale, then softcap, then / T; the hard term takes the transformed logits too; the gradient has their derivative."""
+    """Scale, then softcap, then / T; the hard term takes the transformed logits too; the gradient has their
+    derivative."""
     z, v = make_rows("plain", 3, 60, dtype)
     z[0, 5] = v[0, 5] = -math.inf
     labels = torch.tensor([1, 2, 3])
     student, teacher = LogitTransform(scale=0.5, softcap=4.0), LogitTransform(scale=2.0)
     x = z.clone().requires_grad_()
     options = dict(divergence="renyi(0.5)", temperature=2.0, t_squared=True, hard_weight=0.5)
-    loss = fused_kd_loss(x, v, labels, student_transform=student, teacher_transform=teacher, backend=backend, **options)
+    loss = fused_kd_loss(
+        x, v, labels, student_transform=student, teacher_transform=teacher, backend=backend, **options
+    )
     loss.backward()
     y = z.double().requires_grad_()
-    masked = torch.where(z == -math.inf, -math.inf, 4 * torch.tanh(torch.where(z == -math.inf, 0.0, y) * 0.5 / 4))
+    masked = torch.where(
+        z == -math.inf, -math.inf, 4 * torch.tanh(torch.where(z == -math.inf, 0.0, y) * 0.5 / 4)
+    )
     expected = fused_kd_loss(masked, 2 * v.double(), labels, backend="eager", **options)
     expected.backward()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -194,12 +253,16 @@ def test_transforms(backend, dtype):
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("name", SIDES)
 def test_modifiers_of_every_family(backend, name):
-    """Transforms and what joins the cross entropy, against the eager backend in fp64: masks, a label that has nearly everything, logits
-    far beyond a softcap, what one exponent's range does not hold, a broken row, and one that does not count."""
+    """Transforms and what joins the cross entropy, against the eager backend in fp64: masks, a label that has
+    nearly everything, logits far beyond a softcap, what one exponent's range does not hold, a broken row, and
+    one that does not count."""
     z, v = make_rows("plain", 6, 40)
     z[0, 5] = v[0, 5] = z[0, 9] = -math.inf
     z[1, 7], z[2, 11], z[3, 3], z[4, 0] = 60, 300, -700, math.inf
-    labels, weight = torch.tensor([2, 7, 11, 3, 1, 9]), torch.tensor([1, 2, 0.5, 1, 1, 0], dtype=torch.float64)
+    labels, weight = (
+        torch.tensor([2, 7, 11, 3, 1, 9]),
+        torch.tensor([1, 2, 0.5, 1, 1, 0], dtype=torch.float64),
+    )
     capped, scaled = Modifiers(0.5, 4.0, 2.0, 0.0, 0.1, 1e-2), Modifiers(0.7, 0.0, 1.3, 0.0, 0.0, 0.1)
     others = (scaled, 0.5), (Modifiers(0.5, 0.0, 1.0, 5.0), 1.0)
     for modifiers, T in ((capped, 2.0), others[SIDES.index(name) % 2]):
@@ -211,7 +274,8 @@ def test_modifiers_of_every_family(backend, name):
             torch.testing.assert_close(x, exact, rtol=2e-6 * (1 + 40 / T), atol=1e-9, equal_nan=True)
         assert torch.equal(grad.isnan(), right.isnan())
         for g, e, D in zip(grad, right, exact, strict=True):
-            gain = max(1.0, float(D)) if name.startswith("alpha") else 1.0  # it is in the gradient of this family
+            # it is in the gradient of this family
+            gain = max(1.0, float(D)) if name.startswith("alpha") else 1.0
             assert e.isnan().any() or float((g - e).norm()) <= max(3e-6 * float(e.norm()), 2e-6 * gain)
 
 
@@ -222,7 +286,9 @@ def test_label_smoothing_and_z_loss(backend, reduction):
     z, v = (x.to(dtype) for x in make_rows("plain", 5, 30))
     labels, weight = torch.tensor([0, 29, -100, 4, 5]), torch.tensor([1.0, 2.0, 1.0, 0.0, 0.5])
     x, y = z.clone().requires_grad_(), z.double().requires_grad_()
-    options = dict(soft_weight=0.7, hard_weight=0.3, token_weight=weight, reduction=reduction, backend=backend)
+    options = dict(
+        soft_weight=0.7, hard_weight=0.3, token_weight=weight, reduction=reduction, backend=backend
+    )
     loss = fused_kd_loss(x, v, labels, label_smoothing=0.1, z_loss=1e-2, **options)
     loss.sum().backward()
     counted = weight.double() * (labels != -100)
@@ -230,9 +296,16 @@ def test_label_smoothing_and_z_loss(backend, reduction):
     rows = counted * (0.7 * by_definition(y, v.double(), "kl", 1.0) + 0.3 * hard)
     expected = rows if reduction == "none" else rows.sum() / counted.sum()
     expected.sum().backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-12)
-    assert float((x.grad - y.grad).norm()) <= (1e-6 if dtype == torch.float32 else 1e-12) * float(y.grad.norm())
-    for wrong, text in ((dict(label_smoothing=1.0), "label_smoothing: must be"), (dict(z_loss=0.1, hard_weight=0.0), "hard_weight is 0")):
+    torch.testing.assert_close(
+        loss.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-12
+    )
+    assert float((x.grad - y.grad).norm()) <= (1e-6 if dtype == torch.float32 else 1e-12) * float(
+        y.grad.norm()
+    )
+    for wrong, text in (
+        (dict(label_smoothing=1.0), "label_smoothing: must be"),
+        (dict(z_loss=0.1, hard_weight=0.0), "hard_weight is 0"),
+    ):
         with pytest.raises(ValueError, match=text):
             fused_kd_loss(z, v, labels, **(dict(hard_weight=0.3) | wrong))
     w = z.detach().clone().requires_grad_()
@@ -242,32 +315,65 @@ def test_label_smoothing_and_z_loss(backend, reduction):
 
 
 MODIFIERS = [
-    dict(student_transform=LogitTransform(0.5, 5.0), teacher_transform=LogitTransform(2.0), label_smoothing=0.1),
-    dict(student_transform=LogitTransform(1.5), teacher_transform=LogitTransform(1.0, 30.0), label_smoothing=0.1, z_loss=1e-2),
+    dict(
+        student_transform=LogitTransform(0.5, 5.0), teacher_transform=LogitTransform(2.0), label_smoothing=0.1
+    ),
+    dict(
+        student_transform=LogitTransform(1.5),
+        teacher_transform=LogitTransform(1.0, 30.0),
+        label_smoothing=0.1,
+        z_loss=1e-2,
+    ),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_modifiers_of_every_divergence(backend, dtype):
-    """Several blocks of a row, masks, dominant classes, rows for fp64 alone, T = inf: against the eager backend in fp64."""
-    z, v = (torch.cat([make_rows(kind, 1, 5003)[side] for kind in ("plain", "dominant", "close")]) for side in (0, 1))
+    """Several blocks of a row, masks, dominant classes, rows for fp64 alone, T = inf: against the eager
+    backend in fp64."""
+    z, v = (
+        torch.cat([make_rows(kind, 1, 5003)[side] for kind in ("plain", "dominant", "close")])
+        for side in (0, 1)
+    )
     z[0, 1::3] = v[0, 1::3] = -math.inf
     z[2] *= 2
     z, v, labels = z.to(dtype), v.to(dtype), torch.tensor([3, 5003 // 3, 0])
-    room = dict(zip((torch.float32, torch.bfloat16, torch.float64), (3e-6, 0.75 * torch.finfo(torch.bfloat16).eps, 1e-11), strict=True))
+    room = dict(
+        zip(
+            (torch.float32, torch.bfloat16, torch.float64),
+            (3e-6, 0.75 * torch.finfo(torch.bfloat16).eps, 1e-11),
+            strict=True,
+        )
+    )
     floor = 1e-15 if dtype == torch.float64 else 3e-7  # transformed logits are rounded to fp32
     for (i, divergence), T in itertools.product(enumerate(SIDES), (0.5, math.inf)):
         modifiers = MODIFIERS[i % 2]
         if T == math.inf and parse(divergence).form.limit is None:
             continue
-        options = dict(divergence=divergence, temperature=T, t_squared=True, hard_weight=0.7, reduction="none", **modifiers)
+        options = dict(
+            divergence=divergence,
+            temperature=T,
+            t_squared=True,
+            hard_weight=0.7,
+            reduction="none",
+            **modifiers,
+        )
         x, y = z.clone().requires_grad_(), z.double().clone().requires_grad_()
-        loss, expected = (fused_kd_loss(a, b, labels, backend=c, **options) for a, b, c in ((x, v, backend), (y, v.double(), "eager")))
+        loss, expected = (
+            fused_kd_loss(a, b, labels, backend=c, **options)
+            for a, b, c in ((x, v, backend), (y, v.double(), "eager"))
+        )
         loss.sum().backward()
         expected.sum().backward()
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
-        assert ((x.grad - y.grad).norm(dim=-1) <= room[dtype] * y.grad.norm(dim=-1) + floor).all(), (divergence, T, modifiers)
+        torch.testing.assert_close(
+            loss.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0
+        )
+        assert ((x.grad - y.grad).norm(dim=-1) <= room[dtype] * y.grad.norm(dim=-1) + floor).all(), (
+            divergence,
+            T,
+            modifiers,
+        )
 
 
 def test_standardized_logits():
@@ -275,11 +381,14 @@ def test_standardized_logits():
     x[1, 7] = -math.inf
     y = standardize_logits(x)
     rest = y[1][torch.arange(50) != 7]
-    torch.testing.assert_close(torch.stack([y[0].std(correction=0), rest.std(correction=0), rest.mean() + 1]), torch.ones(3))
+    torch.testing.assert_close(
+        torch.stack([y[0].std(correction=0), rest.std(correction=0), rest.mean() + 1]), torch.ones(3)
+    )
     assert y[1, 7] == -math.inf and not standardize_logits(torch.full((2, 5), 3.0)).any()
     z = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(standardize_logits, (z,))
-    torch.testing.assert_close(standardize_logits(z), standardize_logits(7 * z + 3), rtol=1e-6, atol=1e-6)  # eps is a part of 1e-7 of std
+    # eps is a part of 1e-7 of std
+    torch.testing.assert_close(standardize_logits(z), standardize_logits(7 * z + 3), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float32).min])
@@ -290,14 +399,23 @@ def test_standardized_logits_of_large_finite_masks_were_zeros(mask):
     a, b = standardize_logits(x), standardize_logits(y)
     torch.testing.assert_close(a.double(), b)
     assert float(a.detach().std(correction=0)) > 0.5
-    (ga,), (gb,) = (torch.autograd.grad((out * torch.arange(5)).sum(), leaf) for out, leaf in ((a, x), (b, y)))
+    (ga,), (gb,) = (
+        torch.autograd.grad((out * torch.arange(5)).sum(), leaf) for out, leaf in ((a, x), (b, y))
+    )
     torch.testing.assert_close(ga.double(), gb)
 
 
 def test_options_in_a_module_and_compiled():
     z, v = make_rows("plain", 4, 33)
     labels = torch.tensor([1, 2, 3, 4])
-    options = dict(divergence="jsd(0.3)", temperature=2.0, hard_weight=0.5, label_smoothing=0.1, z_loss=1e-4, teacher_grad=True)
+    options = dict(
+        divergence="jsd(0.3)",
+        temperature=2.0,
+        hard_weight=0.5,
+        label_smoothing=0.1,
+        z_loss=1e-4,
+        teacher_grad=True,
+    )
     criterion = KDLoss(student_transform=LogitTransform(softcap=20.0), **options)
     assert "softcap=20.0" in repr(criterion)
     a, b, c, d = (x.clone().requires_grad_() for x in (z, v, z, v))
@@ -339,41 +457,66 @@ def test_decoupled(backend, reduction):
 
 
 # the eager backend has its own from PyTorch, whatever the divergence
-STATS_OF = [(b, d) for b in DOUBLE_BACKENDS for d in ("kl", "cross_entropy", "renyi(0.3)", "renyi(3)", "renyi(0)", "jsd(0.3)", "tvd")]
+STATS_OF = [
+    (b, d)
+    for b in DOUBLE_BACKENDS
+    for d in ("kl", "cross_entropy", "renyi(0.3)", "renyi(3)", "renyi(0)", "jsd(0.3)", "tvd")
+]
 
 
 @pytest.mark.parametrize("where", ["", "student", "teacher", "both"])
 @pytest.mark.parametrize(("backend", "divergence"), [*STATS_OF, *(("triton", d) for d in ("kl", "renyi(0)"))])
 def test_stats(backend, divergence, where):
-    """Every figure against its definition in fp64; ignored rows are nan and -1, broken rows too, and alone."""
+    """Every figure against its definition in fp64; ignored rows are nan and -1, broken rows too, and
+    alone."""
     for vocab, T in ((40, 2.0), (700 if backend == "triton" else 9000, 1.0)):
         z, v = make_rows("plain", 4, vocab)
         z, v = with_masks(z, v, where) if where else (z, v)
         z[3, 0] = math.nan
         labels = torch.tensor([3, int(z[1].argmax()), -100, 0])
         options = dict(divergence=divergence, temperature=T, backend=backend, reduction="none")
-        loss, stats = fused_kd_loss(z, v, labels, return_stats=True, hard_weight=0.5, t_squared=True, **options)
+        loss, stats = fused_kd_loss(
+            z, v, labels, return_stats=True, hard_weight=0.5, t_squared=True, **options
+        )
         expected = fused_kd_loss(z, v, labels, hard_weight=0.5, t_squared=True, **options)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
-        D = fused_kd_loss(z.double(), v.double(), divergence=divergence, temperature=T, backend="eager", reduction="none")
+        D = fused_kd_loss(
+            z.double(), v.double(), divergence=divergence, temperature=T, backend="eager", reduction="none"
+        )
         torch.testing.assert_close(stats.divergence[:2].double(), D[:2], rtol=1e-5, atol=1e-7)
         x, y = z[:2].double(), v[:2].double()
-        torch.testing.assert_close(stats.cross_entropy[:2].double(), F.cross_entropy(x, labels[:2], reduction="none"), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            stats.cross_entropy[:2].double(),
+            F.cross_entropy(x, labels[:2], reduction="none"),
+            rtol=1e-5,
+            atol=1e-7,
+        )
         sides = (x, stats.student_logsumexp, stats.student_entropy, stats.student_top1)
-        for logits, log_sum, entropy, top in (sides, (y, stats.teacher_logsumexp, stats.teacher_entropy, stats.teacher_top1)):
+        for logits, log_sum, entropy, top in (
+            sides,
+            (y, stats.teacher_logsumexp, stats.teacher_entropy, stats.teacher_top1),
+        ):
             torch.testing.assert_close(log_sum[:2].double(), (logits / T).logsumexp(-1), rtol=1e-5, atol=1e-6)
             log_p = (logits / T).log_softmax(-1)
             exact = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(-1)
             torch.testing.assert_close(entropy[:2].double(), exact, rtol=3e-5, atol=1e-5)
-            assert torch.equal(top[:2], logits.argmax(-1)) and (top[2:] == -1).all() and log_sum[2:].isnan().all()
+            assert (
+                torch.equal(top[:2], logits.argmax(-1))
+                and (top[2:] == -1).all()
+                and log_sum[2:].isnan().all()
+            )
         assert torch.equal(stats.agree[:2], x.argmax(-1) == y.argmax(-1)) and not stats.agree[2:].any()
-        assert stats.correct.tolist() == [bool(x[0].argmax() == 3), True, False, False] and int(stats.counted) == 3
+        assert (
+            stats.correct.tolist() == [bool(x[0].argmax() == 3), True, False, False]
+            and int(stats.counted) == 3
+        )
         assert stats.divergence[2].isnan() and not stats.divergence.requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mean_of_stats(backend):
-    """Over the rows that count: neither the ignored ones nor those without weight are in it, and nothing is nan because of them."""
+    """Over the rows that count: neither the ignored ones nor those without weight are in it, and nothing is
+    nan because of them."""
     z, v = (x.view(2, 3, 40) for x in make_rows("plain", 6, 40))
     labels = torch.tensor([[3, -1, 2], [-1, 0, 5]])
     labels[0, 0] = z[0, 0].argmax()
@@ -402,19 +545,26 @@ def test_mean_of_stats(backend):
     _, broken = fused_kd_loss(z, v, labels, token_weight=weight, **options)
     assert math.isnan(broken.mean()["divergence"]) and broken.mean()["counted"] == 3
     _, none = fused_kd_loss(z, v, torch.full_like(labels, -1), **options)
-    assert all(math.isnan(x) for name, x in none.mean().items() if name != "counted") and none.mean()["counted"] == 0
+    assert (
+        all(math.isnan(x) for name, x in none.mean().items() if name != "counted")
+        and none.mean()["counted"] == 0
+    )
 
 
 @pytest.mark.parametrize("divergence", ["kl", "jsd(0.3)", "renyi(0.3)", "renyi(3)"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_entropies_of_difficult_rows(backend, divergence):
-    """Where nearly all of one distribution lies where the other has nearly nothing, or is masked, sums for the two must not cancel."""
+    """Where nearly all of one distribution lies where the other has nearly nothing, or is masked, sums for
+    the two must not cancel."""
     masks = ("",) if backend == "triton" else ("", "student", "teacher")
     for kind, vocab, where in itertools.product(KINDS, (5, 300), masks):
         z, v = make_rows(kind, 2, vocab)
         z, v = with_masks(z, v, where) if where else (z, v)
         _, stats = fused_kd_loss(z, v, divergence=divergence, return_stats=True, backend=backend)
-        for logits, entropy, top in ((z, stats.student_entropy, stats.student_top1), (v, stats.teacher_entropy, stats.teacher_top1)):
+        for logits, entropy, top in (
+            (z, stats.student_entropy, stats.student_top1),
+            (v, stats.teacher_entropy, stats.teacher_top1),
+        ):
             p = logits.double().softmax(-1)
             torch.testing.assert_close(entropy.double(), -torch.xlogy(p, p).sum(-1), rtol=3e-5, atol=1e-5)
             assert torch.equal(top, logits.argmax(-1))
@@ -422,7 +572,8 @@ def test_entropies_of_difficult_rows(backend, divergence):
 
 @pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
 def test_stats_of_other_calls(backend):
-    """Through the gradient, in place, without labels, at T = inf, orders in fp64 rows, one long row; the loss is what it was."""
+    """Through the gradient, in place, without labels, at T = inf, orders in fp64 rows, one long row; the loss
+    is what it was."""
     z, v = (x.double() for x in make_rows("plain", 3, 4100))
     for options in (
         dict(),
@@ -450,9 +601,15 @@ def test_stats_of_other_calls(backend):
     assert torch.equal(stats.teacher_top1, v.argmax(-1)) and x.grad.abs().sum() > 0
     long, other = (x.repeat(1, 20)[:1] for x in (z, v))  # a row that threads share
     _, stats = fused_kd_loss(long, other, return_stats=True, backend=backend)
-    assert stats.student_top1.item() == z[0].argmax() and torch.allclose(stats.student_logsumexp, long.logsumexp(-1))
-    compiled = torch.compile(lambda a, b: fused_kd_loss(a, b, return_stats=True, backend=backend), fullgraph=True)
+    assert stats.student_top1.item() == z[0].argmax() and torch.allclose(
+        stats.student_logsumexp, long.logsumexp(-1)
+    )
+    compiled = torch.compile(
+        lambda a, b: fused_kd_loss(a, b, return_stats=True, backend=backend), fullgraph=True
+    )
     x = z.clone().requires_grad_()
     loss, stats = compiled(x, v)
     loss.backward()
-    torch.testing.assert_close(stats.student_entropy, fused_kd_loss(z, v, return_stats=True, backend=backend)[1].student_entropy)
+    torch.testing.assert_close(
+        stats.student_entropy, fused_kd_loss(z, v, return_stats=True, backend=backend)[1].student_entropy
+    )

@@ -13,7 +13,16 @@ from rows import make_rows, with_masks
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 NAMES = [
-    *("kl", "cross_entropy", "reverse_kl", "tvd", "renyi(0)", "renyi(inf)", "reverse_renyi(0)", "reverse_renyi(inf)"),
+    *(
+        "kl",
+        "cross_entropy",
+        "reverse_kl",
+        "tvd",
+        "renyi(0)",
+        "renyi(inf)",
+        "reverse_renyi(0)",
+        "reverse_renyi(inf)",
+    ),
     *(f"renyi({a})" for a in (0.01, 0.5, 0.9999, 1.0001, 2, 20)),
     *(f"reverse_renyi({a})" for a in (0.01, 0.5, 1, 1.0001, 2, 5)),
     *(f"alpha({a})" for a in (-1, 0, 0.01, 0.5, 0.9999, 1, 2)),
@@ -38,7 +47,8 @@ def test_engines_agree(name, T):
         z, v = (x[0].numpy() for x in (with_masks(z, v, where) if where else (z, v)))
         D, g = oracle.divergence_row(z, v, name, T, "mpmath")
         E, h = oracle.divergence_row(z, v, name, T, "longdouble")
-        # the rounding of one difference of logits of this size over T, in a sum of squares: what 80 bits can give
+        # the rounding of one difference of logits of this size over T, in a sum of squares: what 80 bits can
+        # give
         room = 1e-12 if kind == "offset" else 1e-13
         if not np.isfinite(D):
             assert E == D
@@ -46,7 +56,8 @@ def test_engines_agree(name, T):
             continue
         # TVD is a sum of differences of probabilities
         assert abs(D - E) <= room * (1 + 300 / T * 1e-3) * abs(D) + (1e-18 if name == "tvd" else 1e-33)
-        near_one = 100 if name == "reverse_renyi(1.0001)" else 1  # alpha / (alpha - 1) times a difference of two numbers that are alike
+        # alpha / (alpha - 1) times a difference of two numbers that are alike
+        near_one = 100 if name == "reverse_renyi(1.0001)" else 1
         assert np.linalg.norm(g - h) <= near_one * (1e-12 * np.linalg.norm(g) + 1e-18 * (1 + float(D)))
 
 
@@ -68,9 +79,10 @@ def test_gradient_is_the_derivative(name):
         up, down = z.clone(), z.clone()
         up[k] += eps
         down[k] -= eps
-        slope = (oracle.divergence_row(up.numpy(), v.numpy(), name, T)[0] - oracle.divergence_row(down.numpy(), v.numpy(), name, T)[0]) / (
-            2 * eps
-        )
+        slope = (
+            oracle.divergence_row(up.numpy(), v.numpy(), name, T)[0]
+            - oracle.divergence_row(down.numpy(), v.numpy(), name, T)[0]
+        ) / (2 * eps)
         assert float(slope * T) == pytest.approx(float(g[k]), abs=1e-8)
 
 
@@ -96,5 +108,7 @@ def test_hard_and_log_softmax():
     assert float(D) == pytest.approx(loss.item(), rel=1e-14)
     np.testing.assert_allclose(h.astype(float), g.numpy(), atol=1e-16)
     np.testing.assert_allclose(
-        oracle.log_softmax_row(z.detach().numpy(), 3.0).astype(float), (z.detach() / 3).log_softmax(-1).numpy(), rtol=1e-14
+        oracle.log_softmax_row(z.detach().numpy(), 3.0).astype(float),
+        (z.detach() / 3).log_softmax(-1).numpy(),
+        rtol=1e-14,
     )

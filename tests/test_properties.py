@@ -60,7 +60,8 @@ def test_nonnegative_and_zero_sum(backend, divergence, g, vocab, T, scale, dtype
     norm = grad.double().norm(dim=-1)
     room = 3e-6 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(dtype).eps
     subnormal = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * vocab
-    # where q - w is a difference of numbers near 1: the rounding of an exponent in fp64 or, in the fp32 path, of fp32
+    # where q - w is a difference of numbers near 1: the rounding of an exponent in fp64 or, in the fp32 path,
+    # of fp32
     absolute = 2e-7 if dtype == torch.float32 else 2e-16 * (1 + 60 / T)
     if parse(divergence).form.family == "mixture":  # of two numbers as large as log q / p
         absolute *= 1 + loss.double()
@@ -98,7 +99,8 @@ def test_shift_and_permutation(backend, divergence, g, vocab, T, shift):
 @profile
 @given(g=rows, vocab=vocabs, T=temperatures, scale=scales)
 def test_orders(backend, g, vocab, T, scale):
-    """D_alpha grows with alpha, meets KL at 1, and (1 - a) D_a(p, q) = a D_(1-a)(q, p) (van Erven and Harremoës, prop. 2, th. 3)."""
+    """D_alpha grows with alpha, meets KL at 1, and (1 - a) D_a(p, q) = a D_(1-a)(q, p) (van Erven and
+    Harremoës, prop. 2, th. 3)."""
     assume(backend != "triton" or vocab < 100)
     z, v = draw(g, vocab, scale)
     D = {
@@ -111,26 +113,48 @@ def test_orders(backend, g, vocab, T, scale):
     kl = fused_kd_loss(z, v, temperature=T, reduction="none", backend=backend).double()
     torch.testing.assert_close(D[1], kl, rtol=1e-12, atol=0)
     for a in (1 - 1e-9, 1 + 1e-9):
-        near = fused_kd_loss(z, v, divergence=Renyi(a), temperature=T, reduction="none", backend=backend).double()
+        near = fused_kd_loss(
+            z, v, divergence=Renyi(a), temperature=T, reduction="none", backend=backend
+        ).double()
         torch.testing.assert_close(near, kl, rtol=1e-6 * (1 + 30 / T), atol=1e-30)
-    mirrored = fused_kd_loss(v, z, divergence=Renyi(0.7), temperature=T, reduction="none", backend=backend).double()
+    mirrored = fused_kd_loss(
+        v, z, divergence=Renyi(0.7), temperature=T, reduction="none", backend=backend
+    ).double()
     torch.testing.assert_close(0.7 * D[0.3], 0.3 * mirrored, rtol=room, atol=1e-30)
 
 
 def values(z, v, *names, T=1.0, backend="cpu"):
-    return [fused_kd_loss(z, v, divergence=x, temperature=T, reduction="none", backend=backend).double() for x in names]
+    return [
+        fused_kd_loss(z, v, divergence=x, temperature=T, reduction="none", backend=backend).double()
+        for x in names
+    ]
 
 
 # D(p, q) on the left, factor D(q, p) on the right
 MIRRORED = [
-    *(("kl", 1, "reverse_kl"), ("tvd", 1, "tvd"), ("jsd(0.2)", 1, "jsd(0.8)"), ("skew_kl(0.3)", 1, "skew_reverse_kl(0.3)")),
-    *(("renyi(0.3)", 1, "reverse_renyi(0.3)"), ("renyi(3)", 1, "reverse_renyi(3)"), ("renyi(inf)", 1, "reverse_renyi(inf)")),
-    *(("alpha(0.2)", 1, "alpha(0.8)"), ("alpha(-1)", 1, "alpha(2)"), ("renyi(0.5)", 1, "renyi(0.5)"), ("renyi(0.7)", 7 / 3, "renyi(0.3)")),
+    *(
+        ("kl", 1, "reverse_kl"),
+        ("tvd", 1, "tvd"),
+        ("jsd(0.2)", 1, "jsd(0.8)"),
+        ("skew_kl(0.3)", 1, "skew_reverse_kl(0.3)"),
+    ),
+    *(
+        ("renyi(0.3)", 1, "reverse_renyi(0.3)"),
+        ("renyi(3)", 1, "reverse_renyi(3)"),
+        ("renyi(inf)", 1, "reverse_renyi(inf)"),
+    ),
+    *(
+        ("alpha(0.2)", 1, "alpha(0.8)"),
+        ("alpha(-1)", 1, "alpha(2)"),
+        ("renyi(0.5)", 1, "renyi(0.5)"),
+        ("renyi(0.7)", 7 / 3, "renyi(0.3)"),
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("backend", "name", "factor", "mirror"), [(b, *m) for b in BACKENDS for m in MIRRORED[:: 4 if b == "triton" else 1]]
+    ("backend", "name", "factor", "mirror"),
+    [(b, *m) for b in BACKENDS for m in MIRRORED[:: 4 if b == "triton" else 1]],
 )
 @settings(profile, max_examples=8)
 @given(g=rows, vocab=vocabs, T=temperatures, scale=scales)
@@ -140,7 +164,9 @@ def test_mirrors(backend, name, factor, mirror, g, vocab, T, scale):
     z, v = draw(g, vocab, scale)
     (a,), (b,) = values(z, v, name, T=T, backend=backend), values(v, z, mirror, T=T, backend=backend)
     assume(float(b.max()) < 1e30)
-    torch.testing.assert_close(a, factor * b, rtol=1e-5 * (1 + 30 / T), atol=1e-15 if name == "tvd" else 1e-29)
+    torch.testing.assert_close(
+        a, factor * b, rtol=1e-5 * (1 + 30 / T), atol=1e-15 if name == "tvd" else 1e-29
+    )
 
 
 @pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
@@ -150,7 +176,9 @@ def test_limits_between_members(backend, g, vocab, T, scale):
     """Members of the families meet where theory says, in fp64; and known inequalities hold."""
     assume(scale <= 1 and T >= 0.5)  # the nearness of 1e-9 has to be much smaller than q / p
     z, v = (x.double() for x in draw(g, vocab, scale))
-    kl, reverse, half, tvd, jsd = values(z, v, "kl", "reverse_kl", "alpha(0.5)", "tvd", "jsd(0.5)", T=T, backend=backend)
+    kl, reverse, half, tvd, jsd = values(
+        z, v, "kl", "reverse_kl", "alpha(0.5)", "tvd", "jsd(0.5)", T=T, backend=backend
+    )
     room = dict(rtol=2e-6 * (1 + 30 / T), atol=1e-25)
     for name, factor, expected in [
         *(
@@ -160,36 +188,58 @@ def test_limits_between_members(backend, g, vocab, T, scale):
             ("jsd(0)", 1, kl),
             ("jsd(1)", 1, reverse),
         ),
-        *(("jsd(0.000000001)", 1e9, kl), ("jsd(0.999999999)", 1 / (1 - 0.999999999), reverse), ("skew_kl(0.000000001)", 1, kl)),
-        *(("skew_reverse_kl(0.000000001)", 1, reverse), ("reverse_renyi(1)", 1, reverse), ("reverse_renyi(1.000000001)", 1, reverse)),
+        *(
+            ("jsd(0.000000001)", 1e9, kl),
+            ("jsd(0.999999999)", 1 / (1 - 0.999999999), reverse),
+            ("skew_kl(0.000000001)", 1, kl),
+        ),
+        *(
+            ("skew_reverse_kl(0.000000001)", 1, reverse),
+            ("reverse_renyi(1)", 1, reverse),
+            ("reverse_renyi(1.000000001)", 1, reverse),
+        ),
         ("reverse_renyi(1e-17)", 1e17, kl),
     ]:
         (found,) = values(z, v, name, T=T, backend=backend)
-        torch.testing.assert_close(factor * found, expected, msg=lambda text, name=name: f"{name}: {text}", **room)
+        torch.testing.assert_close(
+            factor * found, expected, msg=lambda text, name=name: f"{name}: {text}", **room
+        )
     (renyi,) = values(z, v, "renyi(0.5)", T=T, backend=backend)
-    torch.testing.assert_close(half, -4 * torch.expm1(-renyi / 2), **room)  # four times the squared Hellinger distance
+    # four times the squared Hellinger distance
+    torch.testing.assert_close(half, -4 * torch.expm1(-renyi / 2), **room)
     assert (tvd <= 1 + 1e-12).all() and (2 * tvd**2 <= kl * (1 + 1e-9) + 1e-25).all()  # Pinsker
-    assert (jsd <= math.log(2) * torch.minimum(torch.ones_like(tvd), tvd) * (1 + 1e-9) + 1e-15).all()  # Lin (1991), theorem 3
-    assert (half / 8 <= tvd * (1 + 1e-9) + 1e-15).all()  # squared Hellinger distance: H^2 <= TVD, with half = 8 H^2 / 2
+    # Lin (1991), theorem 3
+    assert (jsd <= math.log(2) * torch.minimum(torch.ones_like(tvd), tvd) * (1 + 1e-9) + 1e-15).all()
+    # squared Hellinger distance: H^2 <= TVD, with half = 8 H^2 / 2
+    assert (half / 8 <= tvd * (1 + 1e-9) + 1e-15).all()
 
 
 @pytest.mark.parametrize("backend", DOUBLE_BACKENDS)
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, "cross_entropy", "renyi(0)", "reverse_renyi(0)"])
 def test_gradients_by_differences(backend, divergence):
-    """gradcheck in fp64, also with masked classes where D is finite; away from ties, where TVD and order inf have a kink."""
+    """gradcheck in fp64, also with masked classes where D is finite; away from ties, where TVD and order inf
+    have a kink."""
     g = torch.Generator().manual_seed(3)
-    z, v = torch.randn(3, 7, generator=g, dtype=torch.float64), torch.randn(3, 7, generator=g, dtype=torch.float64)
+    z, v = (torch.randn(3, 7, generator=g, dtype=torch.float64) for _ in range(2))
     v[0, 2] = z[0, 2] = -math.inf
-    f = lambda x: fused_kd_loss(x, v, divergence=divergence, temperature=1.5, reduction="none", backend=backend)  # noqa: E731
+
+    def f(x):
+        return fused_kd_loss(x, v, divergence=divergence, temperature=1.5, reduction="none", backend=backend)
+
     if math.isfinite(float(f(torch.where(torch.arange(7) == 4, -math.inf, z))[1])):
         z[1, 4] = -math.inf
     w = v.clone()
     w[2, 5] = -math.inf
-    if math.isfinite(float(fused_kd_loss(z, w, divergence=divergence, temperature=1.5, reduction="none", backend=backend)[2])):
+    if math.isfinite(
+        float(
+            fused_kd_loss(z, w, divergence=divergence, temperature=1.5, reduction="none", backend=backend)[2]
+        )
+    ):
         v = w
     free = torch.isfinite(z)
     x = z[free].clone().requires_grad_()
-    room = 1e-5 if "(0.9999)" in divergence or "(1.0001)" in divergence else 1e-7  # a difference of values that were divided by 1e-4
+    # a difference of values that were divided by 1e-4
+    room = 1e-5 if "(0.9999)" in divergence or "(1.0001)" in divergence else 1e-7
     assert torch.autograd.gradcheck(lambda y: f(z.masked_scatter(free, y)), (x,), atol=room, rtol=1e-6)
 
 
@@ -219,5 +269,10 @@ def test_backends_agree(g, vocab, T, scale, divergence, dtype):
     subnormal = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     for loss, a in found.values():
         large = 10 if divergence.startswith("alpha") else 1  # R is the exponential of what has that error
-        torch.testing.assert_close(loss, expected, rtol=large * 2e-6 * (1 + 30 / T), atol=1e-15 if kinks else 1e-30)
-        assert kinks or ((a - b).norm() <= room * b.norm() + 1e-6 * (dtype != torch.float64) + subnormal * vocab).all()
+        torch.testing.assert_close(
+            loss, expected, rtol=large * 2e-6 * (1 + 30 / T), atol=1e-15 if kinks else 1e-30
+        )
+        assert (
+            kinks
+            or ((a - b).norm() <= room * b.norm() + 1e-6 * (dtype != torch.float64) + subnormal * vocab).all()
+        )

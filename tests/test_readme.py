@@ -1,4 +1,5 @@
-"""Every Python snippet of the README, and the docstring's example, runs; its table of times is that of the committed results."""
+"""Every Python snippet of the README, and the docstring's example, runs; its table of times is that of the
+committed results."""
 
 import itertools
 import json
@@ -37,8 +38,13 @@ def test_times_are_the_measured_ones():
         fused, compiled = x.pop("kdkernels"), x.pop("torch.compile")
         eager = min(x.values(), key=lambda contender: contender["ms"])
         name = {"kl": "KL", "renyi(0.5)": "Renyi(0.5)"}[case["divergence"]]
-        times = " | ".join(f"{contender['ms']:.0f} ({contender['speed_up']:.1f} x)" for contender in (eager, compiled))
-        assert f"| {name}, {case['rows']} x {case['vocab']} {case['dtype']} | **{fused['ms']:.1f}** | {times} |" in README
+        times = " | ".join(
+            f"{contender['ms']:.0f} ({contender['speed_up']:.1f} x)" for contender in (eager, compiled)
+        )
+        assert (
+            f"| {name}, {case['rows']} x {case['vocab']} {case['dtype']} | **{fused['ms']:.1f}** | {times} |"
+            in README
+        )
 
 
 def test_the_first_screen_names_its_machine():
@@ -46,11 +52,21 @@ def test_the_first_screen_names_its_machine():
     top = " ".join(README.split("## Install")[0].split())
     fp32 = re.search(r"\| KL, 256 x 128256 fp32 \|[^|]*\| \d+ \(([\d.]+) x\) \| \d+ \(([\d.]+) x\)", README)
     eager, compiled = (round(float(x)) for x in fp32.groups())
-    said = f"On a CPU {eager} times as fast as the best eager spelling of the KL loss and {compiled} times as fast as `torch.compile`"
+    said = (
+        f"On a CPU {eager} times as fast as the best eager spelling of the KL loss and {compiled} "
+        "times as fast as `torch.compile`"
+    )
     assert said in top
-    gpu = re.search(r"\| KL, 4096 x 128256 bf16, NVIDIA (\w+), triton \|[^|]*\| [\d.]+ \(([\d.]+) x\) \| [\d.]+ \(([\d.]+) x\)", README)
+    gpu = re.search(
+        r"\| KL, 4096 x 128256 bf16, NVIDIA (\w+), triton \|[^|]*\| [\d.]+ \(([\d.]+) x\) \| [\d.]+ "
+        r"\(([\d.]+) x\)",
+        README,
+    )
     card, eager, compiled = gpu.groups()
-    said = f"On an {card} {eager} times as fast as the best eager spelling of the KL loss and {compiled} times as fast as `torch.compile`"
+    said = (
+        f"On an {card} {eager} times as fast as the best eager spelling of the KL loss and "
+        f"{compiled} times as fast as `torch.compile`"
+    )
     assert said in top
 
 
@@ -60,7 +76,10 @@ def test_memory_is_the_models():
     for vocab, width in itertools.product(linear.PAPER_VOCABS, linear.PAPER_WIDTHS):
         found = linear.memory(linear.PAPER_TOKENS, vocab, width)
         sizes = " | ".join(f"{found[x] / 2**30:.2f}" for x in names)
-        assert f"| {vocab} x {width} | {found['chunk']} | **{found['kdkernels'] / 2**30:.2f}** | {sizes} |" in README
+        assert (
+            f"| {vocab} x {width} | {found['chunk']} | **{found['kdkernels'] / 2**30:.2f}** | {sizes} |"
+            in README
+        )
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,5 @@
-"""Gradients in recycled memory: never shared while alive, found again when not, and given up under pressure."""
+"""Gradients in recycled memory: never shared while alive, found again when not, and given up under
+pressure."""
 
 import gc
 import mmap
@@ -53,7 +54,8 @@ def test_sizes():
     assert recycle.empty(like[: ROWS - 1]).data_ptr() == pointer  # a little smaller: reused
     assert recycle.empty(torch.empty(4 * ROWS, VOCAB)).data_ptr() != pointer
     first, second = [recycle.empty(like).data_ptr() for _ in range(2)]
-    assert first == second  # the larger block serves what is much smaller too, or that would never be recycled again
+    # the larger block serves what is much smaller too, or that would never be recycled again
+    assert first == second
     assert recycle.empty(torch.empty(3, 5)).shape == (3, 5)
     assert recycle.empty(like.bfloat16()).dtype == torch.bfloat16
 
@@ -99,14 +101,16 @@ def run(code):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system for the pages back as Linux does")
 def test_a_gradient_that_is_alive_at_the_interpreters_exit_keeps_its_values():
-    """Whoever registered with atexit before us runs after us; then the system takes all memory that it may (MADV_PAGEOUT = 21)."""
+    """Whoever registered with atexit before us runs after us; then the system takes all memory that it may
+    (MADV_PAGEOUT = 21)."""
     done = run(
         "import atexit, ctypes\n"
         "kept = []\n"
         "@atexit.register\n"
         "def look():\n"
         "    grad, before = kept\n"
-        "    ctypes.CDLL(None).madvise(ctypes.c_void_p(grad.data_ptr()), ctypes.c_size_t(4 * grad.numel()), 21)\n"
+        "    ctypes.CDLL(None).madvise(ctypes.c_void_p(grad.data_ptr()), ctypes.c_size_t(4 * "
+        "grad.numel()), 21)\n"
         "    print(torch.equal(grad, before))\n"
         "import torch\n"
         "from kdkernels import fused_kd_loss, recycle\n"
@@ -117,7 +121,8 @@ def test_a_gradient_that_is_alive_at_the_interpreters_exit_keeps_its_values():
     assert done == ["True"]
 
 
-@pytest.mark.parametrize("classes", [1 << 46, 1 << 62])  # more than there are addresses, more than a size can say
+# more than there are addresses, more than a size can say
+@pytest.mark.parametrize("classes", [1 << 46, 1 << 62])
 def test_no_memory_is_torchs_error(classes):
     recycle.empty(torch.empty(ROWS, VOCAB))
     assert recycle._kept
@@ -151,7 +156,8 @@ def test_memory_that_cannot_be_marked_is_not_kept():
 
 
 def test_what_a_recycled_gradient_can_do():
-    """All but a resized storage, which is torch's own error; it is plain memory where recycling is turned off."""
+    """All but a resized storage, which is torch's own error; it is plain memory where recycling is turned
+    off."""
     z, v = make_rows("plain", ROWS, VOCAB)
     grad = gradient(z, v)
     expected = grad.clone()
@@ -167,4 +173,6 @@ def test_what_a_recycled_gradient_can_do():
         "print(x.untyped_storage().size())\n"
     )
     env = {**os.environ, "KDKERNELS_RECYCLE": "0"}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "0\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "0\n"
+    )

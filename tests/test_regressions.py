@@ -21,9 +21,13 @@ def losses(what: str, dtype: torch.dtype, rows: int = 6, vocab: int = 300):
         head = torch.randn(vocab, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
         teacher = torch.randn(rows, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
         options = dict(memory_budget=2 * vocab * 8)
-        return lambda h: fused_linear_kd_loss(h, head, teacher, head, **options), teacher.roll(1).requires_grad_()
+        return lambda h: fused_linear_kd_loss(h, head, teacher, head, **options), teacher.roll(
+            1
+        ).requires_grad_()
     if what == "both models":
-        return lambda x: fused_kd_loss(x, x.detach().roll(1, 0).requires_grad_(), teacher_grad=True), z.requires_grad_()
+        return lambda x: fused_kd_loss(
+            x, x.detach().roll(1, 0).requires_grad_(), teacher_grad=True
+        ), z.requires_grad_()
     return lambda x: fused_kd_loss(x * 1, v, inplace=what == "logits in place"), z.requires_grad_()
 
 
@@ -60,11 +64,13 @@ def test_second_backward_through_saved_tensor_hooks_lost_its_factor(what, dtype)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "small", "large"), [(torch.float16, 1.0, 65536.0), (torch.float32, 1e-38, 1.0), (torch.float32, 0.0, 1.0)]
+    ("dtype", "small", "large"),
+    [(torch.float16, 1.0, 65536.0), (torch.float32, 1e-38, 1.0), (torch.float32, 0.0, 1.0)],
 )
 @pytest.mark.parametrize("what", BACKWARDS)
 def test_a_backward_with_a_small_upstream_took_the_digits_of_the_next(what, dtype, small, large):
-    """As logging the gradient's norm without the loss scale, before the scaled backward; after 0 everything was nan."""
+    """As logging the gradient's norm without the loss scale, before the scaled backward; after 0 everything
+    was nan."""
     loss, x = losses(what, dtype, rows=64)
     (right,) = torch.autograd.grad(loss(x), x, torch.tensor(large))
     whole = loss(x)
@@ -87,7 +93,9 @@ def test_threads_through_one_graph_disturbed_each_other(what):
     for _ in range(30):
         whole = loss(x)
         ready = threading.Barrier(4)
-        threads = [threading.Thread(target=backward, args=(whole, scale, ready)) for scale in (0.5, 2.0, 3.0, 7.0)]
+        threads = [
+            threading.Thread(target=backward, args=(whole, scale, ready)) for scale in (0.5, 2.0, 3.0, 7.0)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -95,10 +103,15 @@ def test_threads_through_one_graph_disturbed_each_other(what):
     assert not wrong
 
 
-# (options, student, teacher) whose gradients go beyond 1 in units of their factors; the first two are [4.13, -4.13] and [-10, 10] or so
+# (options, student, teacher) whose gradients go beyond 1 in units of their factors; the first two are [4.13,
+# -4.13] and [-10, 10] or so
 STEEP = {
     "reverse KL": ({"divergence": "reverse_kl"}, [1, 0], [0, 20]),
-    "a scale": ({"student_transform": LogitTransform(10.0), "teacher_transform": LogitTransform(10.0)}, [1, 0], [0, 1]),
+    "a scale": (
+        {"student_transform": LogitTransform(10.0), "teacher_transform": LogitTransform(10.0)},
+        [1, 0],
+        [0, 1],
+    ),
     "a large scale": ({"student_transform": LogitTransform(200.0)}, [0.01, 0], [0, 1]),
     "a scale and a softcap": ({"student_transform": LogitTransform(16.0, 30.0)}, [1, 0, 3], [0, 1, 1]),
     "alpha(3)": ({"divergence": "alpha(3)"}, [0, 3, 1], [3, 0, 1]),
@@ -124,7 +137,9 @@ def test_fp16_gradients_were_infinite_where_the_right_ones_are_not(name, way, ba
         pytest.skip("no such call")
     if way == "compiled" and (backend == "eager" or reduction != "mean"):
         pytest.skip("the same operators")
-    rows = [torch.tensor([x, [float(y) for y in reversed(x)]], dtype=torch.float16) for x in (student, teacher)]
+    rows = [
+        torch.tensor([x, [float(y) for y in reversed(x)]], dtype=torch.float16) for x in (student, teacher)
+    ]
     y = torch.tensor([0, 1])
     head = HEADS[: rows[0].shape[1], : rows[0].shape[1]]
 
@@ -133,7 +148,9 @@ def test_fp16_gradients_were_infinite_where_the_right_ones_are_not(name, way, ba
         v.requires_grad_(options.get("teacher_grad", False))
         call = options | dict(reduction=reduction) | chosen
         if way == "hidden states":
-            loss = fused_linear_kd_loss(z, head.to(dtype), v, head.to(dtype), y, memory_budget=8 * len(head), **call)
+            loss = fused_linear_kd_loss(
+                z, head.to(dtype), v, head.to(dtype), y, memory_budget=8 * len(head), **call
+            )
         else:
             f = torch.compile(fused_kd_loss, backend="aot_eager") if way == "compiled" else fused_kd_loss
             loss = f(z * 1, v, y, inplace="in place" in way and backend != "eager", **call)
@@ -141,16 +158,38 @@ def test_fp16_gradients_were_infinite_where_the_right_ones_are_not(name, way, ba
         return [x.grad.double() for x in (z, v) if x.grad is not None]
 
     for scale in (1.0, 16.0):
-        exact = gradients(torch.float64, scale, backend="eager") if way != "hidden states" else gradients(torch.float64, scale)
+        exact = (
+            gradients(torch.float64, scale, backend="eager")
+            if way != "hidden states"
+            else gradients(torch.float64, scale)
+        )
         found = gradients(torch.float16, scale, **({} if way == "hidden states" else {"backend": backend}))
         for g, right in zip(found, exact, strict=True):
             room = right.abs() * 2**-10 * (4 if way == "hidden states" else 1) + 1e-6 * scale
             assert right.abs().max() > 1e-4 and ((g - right).abs() <= room).all(), (g, right)
 
 
-TRAINED = [{"divergence": x} for x in ("kl", "cross_entropy", "reverse_kl", "renyi(0.3)", "renyi(3)", "reverse_renyi(0.9)", "alpha(0.3)")]
-TRAINED += [{"divergence": x} for x in ("alpha(2)", "alpha(-0.5)", "jsd(0.3)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd")]
-TRAINED += [{"temperature": math.inf, "t_squared": True}, {"temperature": 20.0, "t_squared": True}, {"hard_weight": 0.5, "z_loss": 0.1}]
+TRAINED = [
+    {"divergence": x}
+    for x in (
+        "kl",
+        "cross_entropy",
+        "reverse_kl",
+        "renyi(0.3)",
+        "renyi(3)",
+        "reverse_renyi(0.9)",
+        "alpha(0.3)",
+    )
+]
+TRAINED += [
+    {"divergence": x}
+    for x in ("alpha(2)", "alpha(-0.5)", "jsd(0.3)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd")
+]
+TRAINED += [
+    {"temperature": math.inf, "t_squared": True},
+    {"temperature": 20.0, "t_squared": True},
+    {"hard_weight": 0.5, "z_loss": 0.1},
+]
 TRAINED += [{"divergence": x, "student_transform": LogitTransform(16.0, 30.0)} for x in ("kl", "reverse_kl")]
 
 
@@ -171,7 +210,9 @@ def test_a_grad_scaler_could_not_train_in_fp16(options, way):
         for _ in range(20):
             with torch.autocast("cpu", dtype=torch.float16, enabled=half):
                 if way == "hidden states":
-                    loss = fused_linear_kd_loss(inputs, weight, inputs, teacher, labels, memory_budget=300 * 8 * 20, **options)
+                    loss = fused_linear_kd_loss(
+                        inputs, weight, inputs, teacher, labels, memory_budget=300 * 8 * 20, **options
+                    )
                 else:
                     loss = fused_kd_loss(inputs @ weight.t(), inputs @ teacher.t(), labels, **options)
             scaler.scale(loss).backward()
@@ -223,7 +264,9 @@ def test_a_schedule_of_numbers_compiles_again_and_again(what):
 
     torch._dynamo.reset()
     step = torch.compile(loss, backend=graphs, fullgraph=True)
-    assert [float(step(z, v, x)) for x in numbers] == [float(loss(z, v, x)) for x in numbers] and graphs.frame_count <= 2
+    assert [float(step(z, v, x)) for x in numbers] == [
+        float(loss(z, v, x)) for x in numbers
+    ] and graphs.frame_count <= 2
 
 
 @pytest.mark.xfail(strict=True, reason="the number of programs to a row is compiled into Triton's kernels")

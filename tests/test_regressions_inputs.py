@@ -1,4 +1,5 @@
-"""What people pass: numbers of numpy and tensors, masks, wrong labels, memory that is shared, modes of torch. Each was wrong or unclear."""
+"""What people pass: numbers of numpy and tensors, masks, wrong labels, memory that is shared, modes of torch.
+Each was wrong or unclear."""
 
 import contextlib
 import functools
@@ -33,7 +34,9 @@ H, W, TH, TW = (torch.randn(n, 5, generator=g) for n in (ROWS, VOCAB, ROWS, VOCA
 
 def linear(z, v, labels=None, **options):
     """The loss from hidden states whose logits are z: the head is an identity."""
-    return fused_linear_kd_loss(z, torch.eye(VOCAB, dtype=z.dtype), labels=labels, teacher_logits=v, **options)
+    return fused_linear_kd_loss(
+        z, torch.eye(VOCAB, dtype=z.dtype), labels=labels, teacher_logits=v, **options
+    )
 
 
 def matching(z, v, labels=None, **options):
@@ -55,7 +58,9 @@ def linear_module(z, v, labels=None, token_weight=None, num_items=None, **option
 
 def compiled(z, v, labels=None, **options):
     torch._dynamo.reset()
-    return torch.compile(lambda z, v, labels: fused_kd_loss(z, v, labels, **options), backend="aot_eager")(z, v, labels)
+    return torch.compile(lambda z, v, labels: fused_kd_loss(z, v, labels, **options), backend="aot_eager")(
+        z, v, labels
+    )
 
 
 PLAIN = {"fused": fused_kd_loss, "linear": linear, "matching": matching, "decoupled": decoupled}
@@ -84,14 +89,23 @@ def assert_same(first, second):
 @everywhere
 @pytest.mark.parametrize("zero", [0, 0.0, np.int64(0), torch.tensor(0), torch.tensor([0.0])], ids=repr)
 def test_num_items_of_zero_is_a_loss_of_zero(loss, zero):
-    """A rank without a counted token adds nothing; what is counted all the same is divided by 1, whatever makes the 0."""
+    """A rank without a counted token adds nothing; what is counted all the same is divided by 1, whatever
+    makes the 0."""
     labels = torch.full((ROWS,), -100)
     value, grad = with_gradient(loss, Z, V, labels, num_items=zero)
     assert float(value) == 0 and not grad.any()
     assert_same(with_gradient(loss, Z, V, Y, num_items=zero), with_gradient(loss, Z, V, Y, num_items=1))
 
 
-SEVENS = [np.int64(7), np.int32(7), np.float32(7), np.float64(7), torch.tensor(7), torch.tensor([7.0]), torch.tensor(7, dtype=torch.int32)]
+SEVENS = [
+    np.int64(7),
+    np.int32(7),
+    np.float32(7),
+    np.float64(7),
+    torch.tensor(7),
+    torch.tensor([7.0]),
+    torch.tensor(7, dtype=torch.int32),
+]
 
 
 @everywhere
@@ -101,14 +115,22 @@ def test_num_items_of_any_make(loss, seven):
 
 
 @losses
-@pytest.mark.parametrize("wrong", [-1, -0.5, np.int64(-1), torch.tensor(-1), torch.tensor([-2.0]), math.nan, math.inf, 10**400], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [-1, -0.5, np.int64(-1), torch.tensor(-1), torch.tensor([-2.0]), math.nan, math.inf, 10**400],
+    ids=str,
+)
 def test_num_items_that_are_negative_or_no_number_pass(loss, wrong):
     with pytest.raises(ValueError, match="num_items: must be finite and not negative, got"):
         loss(Z, V, num_items=wrong)
 
 
 @losses
-@pytest.mark.parametrize("wrong", [True, 1j, "7", np.bool_(True), np.complex64(1), torch.tensor(True), torch.tensor(1j), [7]], ids=repr)
+@pytest.mark.parametrize(
+    "wrong",
+    [True, 1j, "7", np.bool_(True), np.complex64(1), torch.tensor(True), torch.tensor(1j), [7]],
+    ids=repr,
+)
 def test_num_items_of_another_kind_meet_a_foreign_error(loss, wrong):
     with pytest.raises(TypeError, match="num_items: must be a number"):
         loss(Z, V, num_items=wrong)
@@ -127,33 +149,62 @@ def test_numbers_of_numpy_and_tensors_are_refused(loss, make):
         options = dict(temperature=2.0, target_weight=0.5, non_target_weight=2.0, hard_weight=0.25)
     mine = {name: make(x) for name, x in options.items()}
     assert_same(
-        with_gradient(loss, Z, V, Y, t_squared=True, **mine) if loss is not matching else with_gradient(loss, Z, V, Y, **mine),
-        with_gradient(loss, Z, V, Y, t_squared=True, **options) if loss is not matching else with_gradient(loss, Z, V, Y, **options),
+        with_gradient(loss, Z, V, Y, t_squared=True, **mine)
+        if loss is not matching
+        else with_gradient(loss, Z, V, Y, **mine),
+        with_gradient(loss, Z, V, Y, t_squared=True, **options)
+        if loss is not matching
+        else with_gradient(loss, Z, V, Y, **options),
     )
 
 
 def test_numbers_of_numpy_where_integers_and_transforms_take_them():
     labels = torch.tensor([1, 0, -7, 3])
-    mine = dict(ignore_index=np.int64(-7), vocab_size=np.int32(6), student_transform=LogitTransform(np.float32(0.5), torch.tensor(4.0)))
+    mine = dict(
+        ignore_index=np.int64(-7),
+        vocab_size=np.int32(6),
+        student_transform=LogitTransform(np.float32(0.5), torch.tensor(4.0)),
+    )
     plain = dict(ignore_index=-7, vocab_size=6, student_transform=LogitTransform(0.5, 4.0))
     for loss in (fused_kd_loss, linear, module, linear_module):
         assert_same(with_gradient(loss, Z, V, labels, **mine), with_gradient(loss, Z, V, labels, **plain))
     assert float(tempered_log_softmax(Z, np.float32(2.0))[0, 0]) == float(tempered_log_softmax(Z, 2.0)[0, 0])
-    assert repr(KDLoss(**mine)) == repr(KDLoss(**plain)) and hash(mine["student_transform"]) == hash(plain["student_transform"])
+    assert repr(KDLoss(**mine)) == repr(KDLoss(**plain)) and hash(mine["student_transform"]) == hash(
+        plain["student_transform"]
+    )
     budget = np.int64(1 << 20)
-    assert fused_linear_kd_loss(H, W, TH, TW, memory_budget=budget, num_counted=np.int64(ROWS)) == fused_linear_kd_loss(H, W, TH, TW)
+    assert fused_linear_kd_loss(
+        H, W, TH, TW, memory_budget=budget, num_counted=np.int64(ROWS)
+    ) == fused_linear_kd_loss(H, W, TH, TW)
 
 
 @losses
-@pytest.mark.parametrize("name", ["temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss", "target_weight"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss", "target_weight"]
+)
 def test_numbers_that_are_none_or_too_large_meet_a_foreign_error(loss, name):
-    takes = {matching: ("soft_weight", "hard_weight"), decoupled: ("temperature", "hard_weight", "target_weight")}
-    if name not in takes.get(loss, ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss")):
+    takes = {
+        matching: ("soft_weight", "hard_weight"),
+        decoupled: ("temperature", "hard_weight", "target_weight"),
+    }
+    if name not in takes.get(
+        loss, ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss")
+    ):
         pytest.skip("no such option")
     for wrong in (10**400, 10**10000, math.nan, torch.tensor(math.nan), np.float64("nan")):
         with pytest.raises(ValueError, match=f"{name}: must be"):
             loss(Z, V, Y, **{name: wrong})
-    for wrong in (1j, True, "2", None, np.bool_(True), torch.ones(2), torch.tensor(True), torch.tensor(1.0, device="meta"), [2.0]):
+    for wrong in (
+        1j,
+        True,
+        "2",
+        None,
+        np.bool_(True),
+        torch.ones(2),
+        torch.tensor(True),
+        torch.tensor(1.0, device="meta"),
+        [2.0],
+    ):
         with pytest.raises(TypeError, match=f"{name}: must be a number"):
             loss(Z, V, Y, **{name: wrong})
     with pytest.raises(ValueError, match=f"{name}: receives no gradient"):
@@ -165,7 +216,9 @@ def test_a_weight_that_is_infinite_times_t_squared():
         fused_kd_loss(Z, V, soft_weight=1e300, temperature=1e10, t_squared=True)
 
 
-@pytest.mark.parametrize("T", [0.0, -1.0, 1e-39, 1e-20, 9e-5, 1.1e12, 1e30, 1e200, 10**400, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    "T", [0.0, -1.0, 1e-39, 1e-20, 9e-5, 1.1e12, 1e30, 1e200, 10**400, -math.inf, math.nan]
+)
 def test_temperatures_beyond_a_floats_range_give_zero_and_nan(T):
     for call in (fused_kd_loss, linear, decoupled, module, linear_module):
         with pytest.raises(ValueError, match=r"temperature: must be in \[0.0001, 1e\+12\], or inf"):
@@ -174,16 +227,33 @@ def test_temperatures_beyond_a_floats_range_give_zero_and_nan(T):
         tempered_log_softmax(Z, T)
 
 
-DIVERGENCES = ("kl", "cross_entropy", "reverse_kl", "renyi(0.5)", "reverse_renyi(3)", "alpha(0.5)", "jsd(0.3)", "skew_kl(0.2)", "tvd")
+DIVERGENCES = (
+    "kl",
+    "cross_entropy",
+    "reverse_kl",
+    "renyi(0.5)",
+    "reverse_renyi(3)",
+    "alpha(0.5)",
+    "jsd(0.3)",
+    "skew_kl(0.2)",
+    "tvd",
+)
 
 
 @backends
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("T", [1e-4, 1e12])
 def test_the_ends_of_the_temperatures_are_held(backend, divergence, T):
-    """Against fp64, with logits as large as T where T is small, so that no row is one-hot. Gradients are T dD/dz."""
+    """Against fp64, with logits as large as T where T is small, so that no row is one-hot. Gradients are T
+    dD/dz."""
     z, v = (x * min(T, 1.0) for x in make_rows("plain", 2, 60))
-    options = dict(divergence=divergence, temperature=T, soft_weight=min(T, T**2) if T < 1 else 1.0, t_squared=T > 1, reduction="sum")
+    options = dict(
+        divergence=divergence,
+        temperature=T,
+        soft_weight=min(T, T**2) if T < 1 else 1.0,
+        t_squared=T > 1,
+        reduction="sum",
+    )
     if divergence in ("cross_entropy", "tvd") and T > 1:
         options |= dict(t_squared=False, soft_weight=T)
     value, grad = with_gradient(fused_kd_loss, z, v, backend=backend, **options)
@@ -210,7 +280,9 @@ def test_a_token_weight_that_is_a_mask_is_refused(loss, dtype):
 
 @losses
 def test_a_token_weight_that_is_no_number_is_refused(loss):
-    with pytest.raises(TypeError, match="token_weight: must be a floating-point, integer or bool tensor, got torch.complex64"):
+    with pytest.raises(
+        TypeError, match="token_weight: must be a floating-point, integer or bool tensor, got torch.complex64"
+    ):
         loss(Z, V, Y, token_weight=MASK.to(torch.complex64))
 
 
@@ -223,16 +295,30 @@ def test_a_wrong_label_without_a_hard_term_counts_as_a_token(loss, reduction, ba
         pytest.skip("the interpreter has no graph")
     for wrong, hard_weight in itertools.product((-1, VOCAB), (0.0, 0.5)):
         labels = torch.tensor([1, wrong, -100, 2])
-        with pytest.raises(ValueError, match=rf"labels: row 1 has label {wrong}; labels are in \[0, {VOCAB}\) or ignore_index"):
+        with pytest.raises(
+            ValueError,
+            match=rf"labels: row 1 has label {wrong}; labels are in \[0, {VOCAB}\) or ignore_index",
+        ):
             loss(Z, V, labels, hard_weight=hard_weight, backend=backend, reduction=reduction)
-        loss(Z, V, labels, hard_weight=hard_weight, backend=backend, token_weight=torch.tensor([1.0, 0.0, 1.0, 1.0]))
-    with pytest.raises(ValueError, match=rf"labels: row 0 has label {VOCAB - 1}; labels are in \[0, {VOCAB - 1}\)"):
+        loss(
+            Z,
+            V,
+            labels,
+            hard_weight=hard_weight,
+            backend=backend,
+            token_weight=torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        )
+    with pytest.raises(
+        ValueError, match=rf"labels: row 0 has label {VOCAB - 1}; labels are in \[0, {VOCAB - 1}\)"
+    ):
         loss(Z, V, Y + (VOCAB - 1 - Y[0]), vocab_size=VOCAB - 1, backend=backend, reduction=reduction)
 
 
 def test_a_wrong_label_on_a_device_is_a_row_of_nan():
     """What a hard term makes of it where nobody waits to see: that row's weight is nan, and no other's."""
-    weight = functional._nan_at_wrong(torch.tensor([1, -1, -100, 7, 9]), torch.tensor([1.0, 2.0, 0.0, 1.0, 0.0]).double(), 7)
+    weight = functional._nan_at_wrong(
+        torch.tensor([1, -1, -100, 7, 9]), torch.tensor([1.0, 2.0, 0.0, 1.0, 0.0]).double(), 7
+    )
     assert weight.isnan().tolist() == [False, True, False, True, False] and weight[0] == 1 and weight[2] == 0
     z, v = make_rows("plain", 5, 7)
     for backend in ("cpu", "eager"):
@@ -253,8 +339,12 @@ def test_decoupled_with_an_ignore_index_beyond_the_vocabulary_is_out_of_bounds(i
     """Segmentation ignores 255."""
     labels, counted = Y.clone(), Y != 6
     labels[2] = ignore_index
-    value, grad = with_gradient(decoupled_kd_loss, Z, V, labels, ignore_index=ignore_index, reduction=reduction)
-    expected, right = with_gradient(decoupled_kd_loss, Z[counted], V[counted], Y[counted], reduction=reduction)
+    value, grad = with_gradient(
+        decoupled_kd_loss, Z, V, labels, ignore_index=ignore_index, reduction=reduction
+    )
+    expected, right = with_gradient(
+        decoupled_kd_loss, Z[counted], V[counted], Y[counted], reduction=reduction
+    )
     torch.testing.assert_close(value[counted] if reduction == "none" else value, expected)
     torch.testing.assert_close(grad[counted], right)
     assert not grad[2].any()
@@ -294,7 +384,9 @@ def test_a_teacher_of_inference_mode_cannot_be_saved(loss, dtype, reduction):
     mine = inferred(v, Y, weight)
     results = []
     for teacher, labels, w in ((v, Y, weight), mine):
-        results.append(with_gradient(loss, z, teacher, labels, hard_weight=0.3, token_weight=w, reduction=reduction))
+        results.append(
+            with_gradient(loss, z, teacher, labels, hard_weight=0.3, token_weight=w, reduction=reduction)
+        )
     assert_same(*results)
 
 
@@ -303,7 +395,9 @@ def test_heads_and_hidden_states_of_inference_mode_cannot_be_saved(reduction):
     hidden, head = inferred(TH, TW)
     h = H.clone().requires_grad_()
     for teacher in ((TH, TW), (hidden, head)):
-        fused_linear_kd_loss(h, W, *teacher, student_bias=inferred(torch.ones(VOCAB))[0], reduction=reduction).sum().backward()
+        fused_linear_kd_loss(
+            h, W, *teacher, student_bias=inferred(torch.ones(VOCAB))[0], reduction=reduction
+        ).sum().backward()
     mine, h.grad = h.grad, None
     fused_linear_kd_loss(h, W, TH, TW, student_bias=torch.ones(VOCAB), reduction=reduction).sum().backward()
     torch.testing.assert_close(mine, 2 * h.grad)
@@ -316,7 +410,9 @@ def test_other_callers_of_inference_tensors(backend, reduction):
     teacher = V.double().requires_grad_()  # the one that learns
     fused_kd_loss(student, teacher, teacher_grad=True, reduction=reduction, backend=backend).sum().backward()
     mine, teacher.grad = teacher.grad, None
-    fused_kd_loss(Z.double(), teacher, teacher_grad=True, reduction=reduction, backend=backend).sum().backward()
+    fused_kd_loss(
+        Z.double(), teacher, teacher_grad=True, reduction=reduction, backend=backend
+    ).sum().backward()
     torch.testing.assert_close(mine, teacher.grad)
     x = Z.clone().requires_grad_()
     loss = fused_kd_loss(x * 1, v, inplace=True, reduction=reduction, backend=backend)
@@ -324,7 +420,11 @@ def test_other_callers_of_inference_tensors(backend, reduction):
     assert x.grad.any()
     assert tempered_log_softmax(v, 2.0, backend=backend).isfinite().all()
     with torch.inference_mode():
-        assert fused_kd_loss(student, v, Y, hard_weight=0.1, reduction=reduction, backend=backend).isfinite().all()
+        assert (
+            fused_kd_loss(student, v, Y, hard_weight=0.1, reduction=reduction, backend=backend)
+            .isfinite()
+            .all()
+        )
 
 
 @pytest.mark.parametrize("loss", [fused_kd_loss, matching, module])
@@ -332,7 +432,12 @@ def test_other_callers_of_inference_tensors(backend, reduction):
 def test_in_place_with_a_teacher_in_the_same_memory_is_wrong(loss, reduction):
     buffer = torch.randn(ROWS + 1, VOCAB)
     labels = torch.zeros(ROWS, dtype=torch.int64)
-    for teacher in (buffer[:-1], buffer[1:], buffer[1:2].expand(ROWS, VOCAB), torch.from_numpy(buffer.numpy())[:-1]):
+    for teacher in (
+        buffer[:-1],
+        buffer[1:],
+        buffer[1:2].expand(ROWS, VOCAB),
+        torch.from_numpy(buffer.numpy())[:-1],
+    ):
         with pytest.raises(ValueError, match="inplace: teacher_logits shares memory with student_logits"):
             loss(buffer[1:], teacher, inplace=True, reduction=reduction)
     storage = torch.randn(8 * ROWS * VOCAB)
@@ -350,7 +455,11 @@ def test_in_place_beside_a_teacher_in_the_same_storage(backend):
     """Models whose rows take turns in one buffer share no element."""
     both = torch.stack([Z, V], 1)
     wide = torch.cat([V, Z, V], 1)
-    pairs = [(both[:, 0], both[:, 1]), (wide[:, VOCAB:-VOCAB], wide[:, -VOCAB:]), (wide[:, VOCAB:-VOCAB], wide[:, :VOCAB])]
+    pairs = [
+        (both[:, 0], both[:, 1]),
+        (wide[:, VOCAB:-VOCAB], wide[:, -VOCAB:]),
+        (wide[:, VOCAB:-VOCAB], wide[:, :VOCAB]),
+    ]
     pairs.append((torch.cat([Z, V])[:ROWS], torch.cat([Z, V])[ROWS:]))
     expected = fused_kd_loss(Z, V, backend=backend)
     for z, v in pairs:
@@ -360,18 +469,40 @@ def test_in_place_beside_a_teacher_in_the_same_storage(backend):
 def test_whose_memory_overlaps():
     x = torch.randn(4, 6)
     flat = x.view(-1)
-    assert inputs.overlap(x, x) and inputs.overlap(x[1:], x[:-1]) and inputs.overlap(x[:, :4], x[:, 3:]) and inputs.overlap(x[1:3], flat)
-    assert inputs.overlap(flat[3:9].view(1, 6), x[0].view(torch.int64)) and inputs.overlap(x[2], x[:, :1].expand(4, 9))
-    assert not inputs.overlap(x[::2], x[1::2]) and not inputs.overlap(x[:, :3], x[:, 3:]) and not inputs.overlap(x, x.clone())
+    assert (
+        inputs.overlap(x, x)
+        and inputs.overlap(x[1:], x[:-1])
+        and inputs.overlap(x[:, :4], x[:, 3:])
+        and inputs.overlap(x[1:3], flat)
+    )
+    assert inputs.overlap(flat[3:9].view(1, 6), x[0].view(torch.int64)) and inputs.overlap(
+        x[2], x[:, :1].expand(4, 9)
+    )
+    assert (
+        not inputs.overlap(x[::2], x[1::2])
+        and not inputs.overlap(x[:, :3], x[:, 3:])
+        and not inputs.overlap(x, x.clone())
+    )
     assert not inputs.overlap(x[:0], x) and not inputs.overlap(x.to("meta"), x.to("meta"))
-    assert inputs.rows_overlap(x.unfold(1, 3, 1)) and inputs.rows_overlap(x[:1].expand(3, 6)) and not inputs.rows_overlap(x.t())
+    assert (
+        inputs.rows_overlap(x.unfold(1, 3, 1))
+        and inputs.rows_overlap(x[:1].expand(3, 6))
+        and not inputs.rows_overlap(x.t())
+    )
 
 
 def test_in_place_on_nothing_is_not_expanded():
-    for student in (torch.empty(0, VOCAB), torch.empty(1, VOCAB).expand(3, VOCAB)[:, None][:, :0], torch.empty(2, 1, VOCAB)[:, :0]):
+    for student in (
+        torch.empty(0, VOCAB),
+        torch.empty(1, VOCAB).expand(3, VOCAB)[:, None][:, :0],
+        torch.empty(2, 1, VOCAB)[:, :0],
+    ):
         x = student.expand(*student.shape)
         loss = fused_kd_loss(x, torch.empty(*x.shape), inplace=True)
-        assert float(loss) == 0 and fused_kd_loss(x, torch.empty(*x.shape), inplace=True, reduction="none").shape == x.shape[:-1]
+        assert (
+            float(loss) == 0
+            and fused_kd_loss(x, torch.empty(*x.shape), inplace=True, reduction="none").shape == x.shape[:-1]
+        )
 
 
 # ---------------------------------------------------------------- tensors that no backend reads
@@ -388,7 +519,10 @@ def nested(x):
         (torch.Tensor.to_sparse_csr, "must be dense, got the layout torch.sparse_csr"),
         (torch.Tensor.to_mkldnn, "must be dense, got the layout torch._mkldnn"),
         (nested, "must not be a nested tensor"),
-        (lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), "must not be a nested tensor"),
+        (
+            lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+            "must not be a nested tensor",
+        ),
     ],
     ids=["coo", "csr", "mkldnn", "nested", "jagged"],
 )
@@ -464,13 +598,27 @@ def test_distributed_tensors_train_with_a_wrong_gradient(mesh):
 
 @pytest.mark.parametrize(
     ("function", "name"),
-    [(f, f.__name__) for f in (fused_kd_loss, fused_linear_kd_loss, decoupled_kd_loss, logit_matching_loss, tempered_log_softmax)]
+    [
+        (f, f.__name__)
+        for f in (
+            fused_kd_loss,
+            fused_linear_kd_loss,
+            decoupled_kd_loss,
+            logit_matching_loss,
+            tempered_log_softmax,
+        )
+    ]
     + [(lambda *_, f=f, **options: f(**options), f.__name__) for f in (KDLoss, LinearKDLoss)],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_an_unknown_option_is_said_of_another_function(function, name):
-    wrong, right = ("hard_wieght", "hard_weight") if name == "logit_matching_loss" else ("temprature", "temperature")
-    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument '{wrong}'; did you mean '{right}'\?$"):
+    wrong, right = (
+        ("hard_wieght", "hard_weight") if name == "logit_matching_loss" else ("temprature", "temperature")
+    )
+    with pytest.raises(
+        TypeError,
+        match=rf"^{name}\(\) got an unexpected keyword argument '{wrong}'; did you mean '{right}'\?$",
+    ):
         function(Z, V, **{wrong: 2.0})
     with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'qqqq'$"):
         function(Z, V, qqqq=2.0)
@@ -491,7 +639,11 @@ def test_names_are_checked_in_a_graph_too():
         ({"ignore_index": [1]}, TypeError, "ignore_index: must be an integer"),
         ({"ignore_index": 2**63}, ValueError, "ignore_index: must be an int64"),
         ({"ignore_index": 10**10000}, ValueError, "ignore_index: must be an int64"),
-        ({"divergence": ["kl"]}, TypeError, r"divergence: must be a Divergence or its text form, got \['kl'\]"),
+        (
+            {"divergence": ["kl"]},
+            TypeError,
+            r"divergence: must be a Divergence or its text form, got \['kl'\]",
+        ),
         ({"divergence": {"kl"}}, TypeError, "divergence: must be"),
         ({"reduction": ["mean"]}, ValueError, "reduction: must be one of"),
         ({"backend": ["cpu"]}, ValueError, "backend: must be one of"),
@@ -538,18 +690,28 @@ def test_forward_mode_loses_the_derivative(reduction, trained):
             with pytest.raises(ValueError, match="teacher_logits: receives? a gradient"):
                 loss(Z, forward_ad.make_dual(V, direction), reduction=reduction)
             with pytest.raises(ValueError, match="token_weight: receives no gradient"):
-                loss(Z, V, token_weight=forward_ad.make_dual(torch.ones(ROWS), torch.ones(ROWS)), reduction=reduction)
+                loss(
+                    Z,
+                    V,
+                    token_weight=forward_ad.make_dual(torch.ones(ROWS), torch.ones(ROWS)),
+                    reduction=reduction,
+                )
         with pytest.raises(RuntimeError, match="forward-mode derivatives need"):
             fused_kd_loss(dual * 1, V, inplace=True, backend="eager", reduction=reduction)
         with pytest.raises(RuntimeError, match="forward-mode derivatives need"):
             fused_linear_kd_loss(H, forward_ad.make_dual(W, W), TH, TW, reduction=reduction)
         with pytest.raises(RuntimeError, match="tempered_log_softmax: forward-mode derivatives need"):
             tempered_log_softmax(dual)
-        for call in (tempered_log_softmax, lambda z, **options: fused_kd_loss(z, V, reduction=reduction, **options)):
+        for call in (
+            tempered_log_softmax,
+            lambda z, **options: fused_kd_loss(z, V, reduction=reduction, **options),
+        ):
             tangent = forward_ad.unpack_dual(call(dual, backend="eager")).tangent
             x = Z.clone().requires_grad_()
             y = call(x, backend="eager")
-            expected = torch.autograd.functional.jvp(lambda z, call=call: call(z, backend="eager"), Z, direction)[1]
+            expected = torch.autograd.functional.jvp(
+                lambda z, call=call: call(z, backend="eager"), Z, direction
+            )[1]
             torch.testing.assert_close(tangent, expected.to(y.dtype))
         both = fused_kd_loss(Z, forward_ad.make_dual(V, direction), teacher_grad=True, backend="eager")
         assert forward_ad.unpack_dual(both).tangent is not None
@@ -557,10 +719,16 @@ def test_forward_mode_loses_the_derivative(reduction, trained):
 
 
 def test_a_torch_func_jvp_loses_the_derivative():
-    value, tangent = torch.func.jvp(lambda z: fused_kd_loss(z, V, backend="eager"), (Z,), (torch.ones_like(Z),))
+    value, tangent = torch.func.jvp(
+        lambda z: fused_kd_loss(z, V, backend="eager"), (Z,), (torch.ones_like(Z),)
+    )
     torch.testing.assert_close(value, fused_kd_loss(Z, V))
     assert abs(float(tangent)) < 1e-6
-    for call in (lambda z: fused_kd_loss(z, V), lambda z: fused_kd_loss(z * 1, V, inplace=True, backend="eager"), tempered_log_softmax):
+    for call in (
+        lambda z: fused_kd_loss(z, V),
+        lambda z: fused_kd_loss(z * 1, V, inplace=True, backend="eager"),
+        tempered_log_softmax,
+    ):
         with pytest.raises(RuntimeError, match='torch.func transforms need backend="eager"'):
             torch.func.jvp(call, (Z,), (torch.ones_like(Z),))
 
@@ -583,21 +751,32 @@ def test_fake_and_meta_tensors_are_asked_for_their_values(device, hard_weight, b
             shape = torch.Size([ROWS] if reduction == "none" else [])
             options = dict(reduction=reduction, hard_weight=hard_weight, token_weight=weight, backend=backend)
             options |= dict(num_items=items) if reduction == "mean" else {}
-            for loss in (fused_kd_loss(z, v, y, **options), decoupled_kd_loss(z, v, y, **options), matching(z, v, y, **options)):
+            for loss in (
+                fused_kd_loss(z, v, y, **options),
+                decoupled_kd_loss(z, v, y, **options),
+                matching(z, v, y, **options),
+            ):
                 assert loss.shape == shape and loss.device.type == device
             assert fused_linear_kd_loss(h, w, th, tw, y, **options).shape == shape
             assert fused_kd_loss(z, v, y, inplace=True, **options).shape == shape
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [{}, {"hard_weight": 0.3}, {"inplace": True}, {"teacher_grad": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"hard_weight": 0.3}, {"inplace": True}, {"teacher_grad": True}], ids=str
+)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_backward_of_fake_tensors_asks_for_a_value(device, options, reduction):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
-        h, w, th, tw = (torch.empty(x.shape, device=device, requires_grad=i < 2) for i, x in enumerate((H, W, TH, TW)))
-        z, v = torch.empty(ROWS, VOCAB, device=device, requires_grad=True), torch.empty(ROWS, VOCAB, device=device)
+        h, w, th, tw = (
+            torch.empty(x.shape, device=device, requires_grad=i < 2) for i, x in enumerate((H, W, TH, TW))
+        )
+        z, v = (
+            torch.empty(ROWS, VOCAB, device=device, requires_grad=True),
+            torch.empty(ROWS, VOCAB, device=device),
+        )
         y = torch.empty(ROWS, dtype=torch.int64, device=device) if "hard_weight" in options else None
         if "teacher_grad" in options:
             v.requires_grad_()
@@ -616,12 +795,17 @@ def test_batched_upstream_gradients_have_no_rule(reduction):
         value = loss(x, V, reduction=reduction)
         with pytest.raises(RuntimeError, match='is_grads_batched needs fused_kd_loss.backend="eager".'):
             torch.autograd.grad(value, x, upstream.to(value.dtype), is_grads_batched=True)
-    calls = (lambda z: fused_kd_loss(z, V, reduction=reduction, backend="eager"), lambda z: tempered_log_softmax(z, 2.0))
+    calls = (
+        lambda z: fused_kd_loss(z, V, reduction=reduction, backend="eager"),
+        lambda z: tempered_log_softmax(z, 2.0),
+    )
     for call in calls:
         value = call(x)
         u = torch.randn(2, *value.shape)
         mine = torch.autograd.grad(value, x, u, is_grads_batched=True, retain_graph=True)[0]
-        torch.testing.assert_close(mine, torch.stack([torch.autograd.grad(value, x, a, retain_graph=True)[0] for a in u]))
+        torch.testing.assert_close(
+            mine, torch.stack([torch.autograd.grad(value, x, a, retain_graph=True)[0] for a in u])
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -651,8 +835,16 @@ class Exported(torch.nn.Module):
         return found[0] if isinstance(found, tuple) else found
 
 
-EXPORTED = [*({"reduction": r, "hard_weight": w} for r in ("mean", "sum", "none") for w in (0.0, 0.3)), {"return_stats": True}]
-ALONE = [{"teacher_grad": True}, {"teacher_grad": True, "reduction": "none"}, {"inplace": True}, {"backend": "eager"}]
+EXPORTED = [
+    *({"reduction": r, "hard_weight": w} for r in ("mean", "sum", "none") for w in (0.0, 0.3)),
+    {"return_stats": True},
+]
+ALONE = [
+    {"teacher_grad": True},
+    {"teacher_grad": True, "reduction": "none"},
+    {"inplace": True},
+    {"backend": "eager"},
+]
 
 
 @pytest.mark.parametrize(("strict", "dtype"), [(False, torch.float32), (True, torch.float16)])
@@ -666,14 +858,22 @@ def test_an_exported_loss_has_no_gradient(loss, options, dtype, strict):
     """Exported with inputs that need no gradient, trained through afterwards, with another number of rows."""
     z, v, labels = Z.to(dtype), V.to(dtype), torch.tensor([1, -100, 6, 3])
     n = torch.export.Dim("n")
-    exported = torch.export.export(Exported(loss, **options), (z, v, labels), dynamic_shapes=({0: n}, {0: n}, {0: n}), strict=strict)
+    exported = torch.export.export(
+        Exported(loss, **options), (z, v, labels), dynamic_shapes=({0: n}, {0: n}, {0: n}), strict=strict
+    )
     z, v, labels = (torch.cat([x, x.flip(-1)])[:-1] for x in (z, v, labels[:, None]))
     results = []
     for f in (Exported(loss, **options), exported.module()):
         a, b = z.clone().requires_grad_(), v.clone().requires_grad_("teacher_grad" in options)
         value = f(a, b, labels[:, 0])
         (value * torch.linspace(1, 2, value.numel()).view(value.shape)).sum().backward()
-        results.append((value.detach().double(), a.grad.double(), b.grad.double() if b.requires_grad else value.detach().double()))
+        results.append(
+            (
+                value.detach().double(),
+                a.grad.double(),
+                b.grad.double() if b.requires_grad else value.detach().double(),
+            )
+        )
     rtol, atol = (1e-5, 1e-8) if dtype == torch.float32 else (4e-3, 1e-6)
     for mine, right in zip(*results, strict=True):
         torch.testing.assert_close(mine, right, rtol=rtol, atol=atol)

@@ -1,4 +1,5 @@
-"""Numbers that once were wrong, each under the name of what went wrong, over the backends and what lies next to it.
+"""Numbers that once were wrong, each under the name of what went wrong, over the backends and what lies next
+to it.
 
 backend="cuda" is the kernels on host threads (tests/simt). Triton's own faults are marked as such.
 """
@@ -22,8 +23,26 @@ import build  # noqa: E402
 
 BACKENDS = ("cpu", "eager", "triton", "cuda")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-MIXTURES = ("jsd(0.5)", "jsd(0.1)", "jsd(0.9)", "skew_kl(0.1)", "skew_kl(0.9)", "skew_reverse_kl(0.1)", "skew_reverse_kl(0.9)")
-DIVERGENCES = (*MIXTURES, "kl", "reverse_kl", "tvd", "renyi(0.5)", "renyi(2)", "reverse_renyi(0.5)", "reverse_renyi(2)", "alpha(0.3)")
+MIXTURES = (
+    "jsd(0.5)",
+    "jsd(0.1)",
+    "jsd(0.9)",
+    "skew_kl(0.1)",
+    "skew_kl(0.9)",
+    "skew_reverse_kl(0.1)",
+    "skew_reverse_kl(0.9)",
+)
+DIVERGENCES = (
+    *MIXTURES,
+    "kl",
+    "reverse_kl",
+    "tvd",
+    "renyi(0.5)",
+    "renyi(2)",
+    "reverse_renyi(0.5)",
+    "reverse_renyi(2)",
+    "alpha(0.3)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +61,10 @@ def library_of_cuda(request):
 
 
 def wrong_on_triton(*backends_, reason):
-    return [pytest.param(b, marks=pytest.mark.xfail(strict=True, reason=reason)) if b == "triton" else b for b in backends_]
+    return [
+        pytest.param(b, marks=pytest.mark.xfail(strict=True, reason=reason)) if b == "triton" else b
+        for b in backends_
+    ]
 
 
 def rows_of(dtype, *rows):
@@ -86,29 +108,48 @@ def check_masks(backend, dtype, divergence, T):
         loss, grad = measured(z, v, T=T, divergence=divergence, backend=backend)
         # a class that has nothing is no part of the spread
         spread = spread_of(*(x.clamp_min(-30.0) for x in (z[0], v[0])), T)
-        assert loss.item() == pytest.approx(D, abs=value_bound_of(divergence, 3, T, spread, abs(D))) or not abs(D) < 1e38, (z, v)
+        assert (
+            loss.item() == pytest.approx(D, abs=value_bound_of(divergence, 3, T, spread, abs(D)))
+            or not abs(D) < 1e38
+        ), (z, v)
         if float(g.norm()) < 1e30:
             slack = gradient_bound_of(float(g.norm()), min(D, 10.0)) * (1 + spread)
-            assert ((grad[0] - g).abs() <= slack + (cast_bound(dtype, g) if dtype == BF16 else 0)).all(), (z, v, grad, g)
+            assert ((grad[0] - g).abs() <= slack + (cast_bound(dtype, g) if dtype == BF16 else 0)).all(), (
+                z,
+                v,
+                grad,
+                g,
+            )
 
 
-LOST_EXPONENT = pytest.mark.xfail(strict=True, reason="log(w / q) is a difference of numbers as large as the mask")
+LOST_EXPONENT = pytest.mark.xfail(
+    strict=True, reason="log(w / q) is a difference of numbers as large as the mask"
+)
 
 
 def mask_cases():
     for backend, divergence, dtype in itertools.product(BACKENDS, DIVERGENCES, (BF16, FP32, FP64)):
-        if dtype == FP64 and (backend in ("triton", "cuda") or (backend, divergence) == ("eager", "reverse_renyi(2)")):
+        if dtype == FP64 and (
+            backend in ("triton", "cuda") or (backend, divergence) == ("eager", "reverse_renyi(2)")
+        ):
             continue  # they compute in fp32; D is the largest number there is
         yield pytest.param(
-            backend, divergence, dtype, marks=[LOST_EXPONENT] if (backend, divergence) == ("triton", "reverse_renyi(2)") else []
+            backend,
+            divergence,
+            dtype,
+            marks=[LOST_EXPONENT] if (backend, divergence) == ("triton", "reverse_renyi(2)") else [],
         )
 
 
 @pytest.mark.parametrize(("backend", "divergence", "dtype"), list(mask_cases()), ids=str)
 def test_a_large_finite_mask_in_one_model(backend, divergence, dtype):
-    """JSD and the skews lost log(l) of log(o / m): [0, -1e30], [0, 0] had a skew_kl(0.1) of 0. Reverse orders lost the gradient."""
-    temperatures = (1.0, 4.0, 0.5) if dtype != FP64 or backend == "cpu" or divergence in MIXTURES else (1.0, 4.0)
-    for T in (0.5 if dtype == FP32 else 4.0,) if backend == "triton" else temperatures:  # the interpreter is slow
+    """JSD and the skews lost log(l) of log(o / m): [0, -1e30], [0, 0] had a skew_kl(0.1) of 0. Reverse orders
+    lost the gradient."""
+    temperatures = (
+        (1.0, 4.0, 0.5) if dtype != FP64 or backend == "cpu" or divergence in MIXTURES else (1.0, 4.0)
+    )
+    # the interpreter is slow
+    for T in (0.5 if dtype == FP32 else 4.0,) if backend == "triton" else temperatures:
         check_masks(backend, dtype, divergence, T)
 
 
@@ -124,13 +165,17 @@ def test_a_large_finite_mask_in_statistics(backend, divergence, dtype):
         assert all(x.isfinite().all() for x in (stats.student_entropy, stats.teacher_entropy))
 
 
-@pytest.mark.parametrize("divergence", ["jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "kl", "renyi(0.5)"])
+@pytest.mark.parametrize(
+    "divergence", ["jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "kl", "renyi(0.5)"]
+)
 @pytest.mark.parametrize("T", [0.5, 1.0])
 def test_statistics_of_the_least_finite_number(divergence, T):
     """In fp64 it is -inf once it is divided by a T below 1: the entropies were nan."""
     z, v = rows_of(FP64, [0, 1, torch.finfo(FP64).min], [0, 1000, torch.finfo(FP64).min])
     _, stats = fused_kd_loss(z, v, divergence=divergence, temperature=T, return_stats=True, backend="cpu")
-    _, short = fused_kd_loss(z[:, :2], v[:, :2], divergence=divergence, temperature=T, return_stats=True, backend="cpu")
+    _, short = fused_kd_loss(
+        z[:, :2], v[:, :2], divergence=divergence, temperature=T, return_stats=True, backend="cpu"
+    )
     for name in ("divergence", "student_entropy", "teacher_entropy"):
         assert getattr(stats, name).item() == pytest.approx(getattr(short, name).item(), rel=1e-12)
 
@@ -139,11 +184,23 @@ def test_statistics_of_the_least_finite_number(divergence, T):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_large_finite_mask_as_a_bias_of_the_linear_loss(backend, divergence):
     g = torch.Generator().manual_seed(0)
-    h, w, other = torch.randn(3, 8, generator=g), torch.randn(11, 8, generator=g), torch.randn(3, 11, generator=g)
+    h, w, other = (
+        torch.randn(3, 8, generator=g),
+        torch.randn(11, 8, generator=g),
+        torch.randn(3, 11, generator=g),
+    )
     bias = torch.zeros(11)
     bias[8:] = torch.finfo(FP32).min
     h.requires_grad_()
-    loss = fused_linear_kd_loss(h, w, teacher_logits=other, student_bias=bias, divergence=divergence, reduction="none", backend=backend)
+    loss = fused_linear_kd_loss(
+        h,
+        w,
+        teacher_logits=other,
+        student_bias=bias,
+        divergence=divergence,
+        reduction="none",
+        backend=backend,
+    )
     (grad,) = torch.autograd.grad(loss.sum(), h)
     x = h.detach().requires_grad_()
     for i in range(3):
@@ -162,7 +219,11 @@ NO_SOFT_TERM = wrong_on_triton(*BACKENDS, reason="the gradient of a term of weig
 def a_broken_teacher(how, vocab=40):
     """Rows of which the second has a broken teacher: one class of it, or, masked, all."""
     g = torch.Generator().manual_seed(1)
-    z, v, y = torch.randn(4, vocab, generator=g), torch.randn(4, vocab, generator=g), torch.tensor([3, 7, 0, 5])
+    z, v, y = (
+        torch.randn(4, vocab, generator=g),
+        torch.randn(4, vocab, generator=g),
+        torch.tensor([3, 7, 0, 5]),
+    )
     if how == "masked":
         v[1] = -math.inf
     else:
@@ -178,7 +239,9 @@ def of_hard_term(z, y, weight=0.5, reduction="sum", **smoothing):
 
 
 @pytest.mark.parametrize("how", BROKEN)
-@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "renyi(0.5)", "renyi(0)", "renyi(inf)", "jsd(0.5)", "tvd", "alpha(2)"])
+@pytest.mark.parametrize(
+    "divergence", ["kl", "reverse_kl", "renyi(0.5)", "renyi(0)", "renyi(inf)", "jsd(0.5)", "tvd", "alpha(2)"]
+)
 @pytest.mark.parametrize("backend", NO_SOFT_TERM)
 def test_a_soft_weight_of_0_and_a_broken_teacher(backend, divergence, how):
     """The term is not there: value and gradient are the hard term's alone. The gradient was nan."""
@@ -186,7 +249,13 @@ def test_a_soft_weight_of_0_and_a_broken_teacher(backend, divergence, how):
     for stats in (False, True):
         for reduction in ("sum", "none"):
             x = z.clone().requires_grad_()
-            options = dict(divergence=divergence, soft_weight=0.0, hard_weight=0.5, return_stats=stats, reduction=reduction)
+            options = dict(
+                divergence=divergence,
+                soft_weight=0.0,
+                hard_weight=0.5,
+                return_stats=stats,
+                reduction=reduction,
+            )
             out = fused_kd_loss(x, v, y, temperature=2.0, backend=backend, **options)
             loss = out[0] if stats else out
             loss.sum().backward()
@@ -201,7 +270,15 @@ def test_a_soft_weight_of_0_at_infinite_temperature(backend):
     loss, grad = measured(z, v, y, T=1.0, soft_weight=0.0, hard_weight=0.5, backend=backend)
     x = z.clone().requires_grad_()
     fused_kd_loss(
-        x, v, y, temperature=math.inf, t_squared=True, soft_weight=0.0, hard_weight=0.5, reduction="sum", backend=backend
+        x,
+        v,
+        y,
+        temperature=math.inf,
+        t_squared=True,
+        soft_weight=0.0,
+        hard_weight=0.5,
+        reduction="sum",
+        backend=backend,
     ).backward()
     right, g = of_hard_term(z, y)
     torch.testing.assert_close(x.grad.double(), g, rtol=1e-5, atol=1e-7)
@@ -212,7 +289,9 @@ def test_a_soft_weight_of_0_at_infinite_temperature(backend):
 @pytest.mark.parametrize("backend", NO_SOFT_TERM)
 def test_a_soft_weight_of_0_with_label_smoothing_and_a_softcap(backend):
     z, v, y = a_broken_teacher("nan")
-    options = dict(soft_weight=0.0, hard_weight=0.5, label_smoothing=0.1, student_transform=LogitTransform(1.0, 5.0))
+    options = dict(
+        soft_weight=0.0, hard_weight=0.5, label_smoothing=0.1, student_transform=LogitTransform(1.0, 5.0)
+    )
     _, grad = measured(z, v, y, backend=backend, **options)
     x = z.double().requires_grad_()
     (0.5 * F.cross_entropy(5 * torch.tanh(x / 5), y, reduction="sum", label_smoothing=0.1)).backward()
@@ -223,13 +302,17 @@ def test_a_soft_weight_of_0_with_label_smoothing_and_a_softcap(backend):
 def test_a_soft_weight_of_0_in_the_linear_loss_and_in_place(backend):
     z, v, y = a_broken_teacher("inf")
     eye = torch.eye(40).requires_grad_()
-    fused_linear_kd_loss(z, eye, teacher_logits=v, labels=y, soft_weight=0.0, hard_weight=0.5, reduction="sum", backend=backend).backward()
+    fused_linear_kd_loss(
+        z, eye, teacher_logits=v, labels=y, soft_weight=0.0, hard_weight=0.5, reduction="sum", backend=backend
+    ).backward()
     _, grad = of_hard_term(z, y)
     torch.testing.assert_close(eye.grad.double(), grad.T @ z.double(), rtol=1e-5, atol=1e-6)
     if backend == "eager":
         return
     x = z.clone().requires_grad_()
-    fused_kd_loss(x * 1, v, y, soft_weight=0.0, hard_weight=0.5, reduction="sum", inplace=True, backend=backend).backward()
+    fused_kd_loss(
+        x * 1, v, y, soft_weight=0.0, hard_weight=0.5, reduction="sum", inplace=True, backend=backend
+    ).backward()
     torch.testing.assert_close(x.grad.double(), grad, rtol=1e-5, atol=1e-7)
 
 
@@ -238,7 +321,9 @@ def test_a_soft_weight_of_0_and_the_gradient_of_a_broken_teacher(backend):
     """The hard term has none in the teacher: it is 0."""
     z, v, y = a_broken_teacher("nan")
     x, w = z.clone().requires_grad_(), v.clone().requires_grad_()
-    fused_kd_loss(x, w, y, soft_weight=0.0, hard_weight=0.5, teacher_grad=True, reduction="sum", backend=backend).backward()
+    fused_kd_loss(
+        x, w, y, soft_weight=0.0, hard_weight=0.5, teacher_grad=True, reduction="sum", backend=backend
+    ).backward()
     assert (w.grad == 0).all()
     torch.testing.assert_close(x.grad.double(), of_hard_term(z, y)[1], rtol=1e-5, atol=1e-7)
 
@@ -248,7 +333,13 @@ def test_a_soft_weight_of_0_and_the_gradient_of_a_broken_teacher(backend):
 @pytest.mark.parametrize("backend", ["cpu", "eager", "cuda"])
 def test_a_soft_weight_of_0_and_a_broken_student(backend, dtype, vocab):
     """It breaks the hard term: nan in value and gradient, of that row alone, wherever in the row it is."""
-    for at, how in ((0, math.nan), (vocab - 1, math.nan), (vocab // 2, math.inf), (slice(None), -math.inf), (slice(None), math.nan)):
+    for at, how in (
+        (0, math.nan),
+        (vocab - 1, math.nan),
+        (vocab // 2, math.inf),
+        (slice(None), -math.inf),
+        (slice(None), math.nan),
+    ):
         z, v, y = a_broken_teacher("nan", vocab)
         z = z.to(dtype)
         z[2, at] = how
@@ -259,18 +350,28 @@ def test_a_soft_weight_of_0_and_a_broken_student(backend, dtype, vocab):
 
 # ---------------------------------------------------------------- 16-bit logits with a common offset
 
-OFFSETS = [(FP16, 10.0, 1e-3, 31), (BF16, 29952.0, 0.3, 2), (BF16, 100.0, 1e-3, 4099), (FP16, 100.0, 1e-2, 33000)]
+OFFSETS = [
+    (FP16, 10.0, 1e-3, 31),
+    (BF16, 29952.0, 0.3, 2),
+    (BF16, 100.0, 1e-3, 4099),
+    (FP16, 100.0, 1e-2, 33000),
+]
 
 
 def with_offset(dtype, offset, spread, vocab, of_teacher):
     g = torch.Generator().manual_seed(vocab)
-    near, far = (torch.randn(1, vocab, generator=g) * spread).to(dtype), torch.full((1, vocab), offset).to(dtype)
+    near, far = (
+        (torch.randn(1, vocab, generator=g) * spread).to(dtype),
+        torch.full((1, vocab), offset).to(dtype),
+    )
     return (near, far) if of_teacher else (far, near)
 
 
 @pytest.mark.parametrize("of_teacher", [True, False])
 @pytest.mark.parametrize("case", OFFSETS, ids=str)
-@pytest.mark.parametrize("divergence", ["kl", "cross_entropy", "renyi(0.5)", "jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "tvd"])
+@pytest.mark.parametrize(
+    "divergence", ["kl", "cross_entropy", "renyi(0.5)", "jsd(0.5)", "skew_kl(0.1)", "reverse_kl", "tvd"]
+)
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_16_bit_logits_with_a_common_offset(backend, divergence, case, of_teacher):
     """10 - 0.001 of fp16 numbers has more than 24 bits, and D lost digits to its rounding: 4e-4 of it."""
@@ -294,7 +395,8 @@ def test_the_bound_of_16_bit_logits_with_a_common_offset_on_a_gpu(backend, diver
         assert abs(loss - D) <= 1.7e-7 * case[1] * math.sqrt(D) + 1e-6 * D
 
 
-# ---------------------------------------------------------------- the gradient of TVD where rows are confident
+# ---------------------------------------------------------------- the gradient of TVD where rows are
+# confident
 
 CONFIDENT = [
     ([0.0, -8.0], [0.21, -6.79], 0.7),
@@ -315,7 +417,8 @@ def confident_rows():
     z[0, 7] += 22
     v[0, 7] += 21
     yield z, v, 1.0
-    many, others = v[:, 100:200].clone(), v[:, 100:200].clone()  # no class dominates, and nearly all have the same sign
+    # no class dominates, and nearly all have the same sign
+    many, others = v[:, 100:200].clone(), v[:, 100:200].clone()
     many[0, :20] -= 14
     others[0, :20] -= 13
     yield many, others, 1.0
@@ -327,7 +430,8 @@ def relative_error(grad, right):
 
 @pytest.mark.parametrize("backend", wrong_on_triton(*BACKENDS, reason=ROUNDED_MEAN))
 def test_the_gradient_of_tvd_where_rows_are_confident(backend):
-    """M is nearly xi of the one class: xi - M was rounded at 1e-7, and the gradient is as small as the others' probability."""
+    """M is nearly xi of the one class: xi - M was rounded at 1e-7, and the gradient is as small as the
+    others' probability."""
     for z, v, T in confident_rows():
         _, g = exact(z, v, "tvd", T)
         _, grad = measured(z, v, T=T, divergence="tvd", backend=backend)
@@ -339,13 +443,16 @@ def test_the_gradient_of_tvd_in_a_confident_teacher(backend):
     for z, v, T in confident_rows():
         _, g = exact(v, z, "tvd", T)
         x, w = z.clone().requires_grad_(), v.clone().requires_grad_()
-        fused_kd_loss(x, w, divergence="tvd", temperature=T, teacher_grad=True, reduction="sum", backend=backend).backward()
+        fused_kd_loss(
+            x, w, divergence="tvd", temperature=T, teacher_grad=True, reduction="sum", backend=backend
+        ).backward()
         assert relative_error(w.grad[0].double() * T, g) <= 3e-6, (z, v)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager", "cuda"])
 def test_the_gradient_of_tvd_beside_a_hard_term_and_masks(backend):
-    """The label's class is written apart; a class that one of the two masks, or both, is on one side or none."""
+    """The label's class is written apart; a class that one of the two masks, or both, is on one side or
+    none."""
     inf = math.inf
     for z, v in (
         rows_of(FP32, [0.0, -8.0, -9.0], [0.21, -6.79, -9.5]),
@@ -370,7 +477,10 @@ def test_no_gradient_of_tvd_where_all_classes_are_equal(backend):
 
 
 @pytest.mark.parametrize(
-    "backend", wrong_on_triton("cpu", "eager", "triton", "cuda", reason="z - v of rows that lie 1e30 apart has no digit of z")
+    "backend",
+    wrong_on_triton(
+        "cpu", "eager", "triton", "cuda", reason="z - v of rows that lie 1e30 apart has no digit of z"
+    ),
 )
 @pytest.mark.parametrize("mask", [-1e30, -3.4e38])
 def test_decoupled_classes_that_are_masked_as_a_whole(backend, mask):
@@ -395,9 +505,12 @@ def test_a_masked_label_without_a_hard_term(backend, divergence):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("divergence", ["renyi(0.5)", "renyi(0.3)", "reverse_renyi(0.5)", "renyi(2)", "alpha(0.5)", "kl"])
+@pytest.mark.parametrize(
+    "divergence", ["renyi(0.5)", "renyi(0.3)", "reverse_renyi(0.5)", "renyi(2)", "alpha(0.5)", "kl"]
+)
 def test_fp64_rows_with_a_one_hot_teacher(backend, divergence):
-    """Of -1 + e^-h and -1 + e^-h/2 the difference was 0, and the loss nan where the teacher's first class was not the student's."""
+    """Of -1 + e^-h and -1 + e^-h/2 the difference was 0, and the loss nan where the teacher's first class was
+    not the student's."""
     for g, first in itertools.product((60.0, 74.0, 80.0, 300.0, 700.0), (0.0, 1e-3, 1.0, 30.0)):
         z, v = rows_of(FP64, [0.0, first], [0.0, -g])
         D, right = exact(z, v, divergence)

@@ -31,7 +31,8 @@ def trained(monkeypatch):
 
 
 def test_rows(quick):
-    """Two seeds of the teacher and, per optimizer, of hard labels, logits and each order, the control where it is another loss."""
+    """Two seeds of the teacher and, per optimizer, of hard labels, logits and each order, the control where
+    it is another loss."""
     out, results = quick
     with (out / "renyi_digits.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -80,7 +81,11 @@ def test_control_has_the_gradient_of_kl_at_high_temperature():
         renyi_study.loss(renyi_study.Run("", "", 0, "renyi", alpha, 1e6, weight), x, v, labels).backward()
         return x.grad
 
-    kl, control, as_is = gradient(1.0, "0.9"), gradient(4.0, renyi_study.CONTROL), gradient(4.0, renyi_study.AS_IS)
+    kl, control, as_is = (
+        gradient(1.0, "0.9"),
+        gradient(4.0, renyi_study.CONTROL),
+        gradient(4.0, renyi_study.AS_IS),
+    )
     soft = 0.9 * ((z - v) - (z - v).mean(-1, keepdim=True)) / 10 / 5
     torch.testing.assert_close(control, kl, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(as_is - kl, 3 * soft, rtol=1e-4, atol=1e-6)
@@ -100,14 +105,22 @@ def test_a_student_does_not_depend_on_its_stack():
 
 
 def test_text_students_learn(tmp_path):
-    """The second data set: every student knows more than token frequencies, and KL's more than the hard labels'; again is the same."""
+    """The second data set: every student knows more than token frequencies, and KL's more than the hard
+    labels'; again is the same."""
     results = renyi_study.main(["--quick", "--data", "text", "--out", str(tmp_path)])["text"]
-    perplexity = {(r.loss, r.alpha, r.weight): x[:, renyi_study.MEASURES.index("perplexity")] for r, x in results.items()}
+    perplexity = {
+        (r.loss, r.alpha, r.weight): x[:, renyi_study.MEASURES.index("perplexity")]
+        for r, x in results.items()
+    }
     assert set(perplexity) == {
         ("teacher", None, ""), ("hard", None, ""), ("logits", None, ""),
         ("renyi", 1.0, "0.9"), ("renyi", 0.5, "0.9"), ("renyi", 0.5, renyi_study.CONTROL),
     }  # fmt: skip
-    kl, hard, teacher = perplexity["renyi", 1.0, "0.9"], perplexity["hard", None, ""], perplexity["teacher", None, ""]
+    kl, hard, teacher = (
+        perplexity["renyi", 1.0, "0.9"],
+        perplexity["hard", None, ""],
+        perplexity["teacher", None, ""],
+    )
     assert (kl < hard).all() and (teacher < kl).all() and kl[0] != kl[1]
     rows = (tmp_path / "renyi_text.csv").read_bytes()
     lines = rows.splitlines(keepends=True)

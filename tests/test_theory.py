@@ -1,12 +1,13 @@
 """What the papers claim, one test per statement, through the public functions on fp64 logits.
 
-Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015); Chen et al., "Exploring the connection between
-knowledge distillation and logits matching"; Grätzer, "Neural networks and knowledge distillation"; the distillation loss of the
-Machine Learning Research Flashcards. Right-hand sides are written out here from the papers, in plain torch, and share nothing
-with the library. Where a printed statement is wrong, what is true is tested, together with how far off the printed one is.
+Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015); Chen et al., "Exploring the
+connection between knowledge distillation and logits matching"; Grätzer, "Neural networks and knowledge
+distillation"; the distillation loss of the Machine Learning Research Flashcards. Right-hand sides are written
+out here from the papers, in plain torch, and share nothing with the library. Where a printed statement is
+wrong, what is true is tested, together with how far off the printed one is.
 
-p is the teacher, of logits v and their mean c_t; q the student, of logits z and their mean c_s; K classes. The logits drawn have
-means that differ, so that a wrong sign in front of them shows.
+p is the teacher, of logits v and their mean c_t; q the student, of logits z and their mean c_s; K classes.
+The logits drawn have means that differ, so that a wrong sign in front of them shows.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def test_hinton_eq_2(backend, divergence, T):
 
 def hinton_eq_3(z: Tensor, v: Tensor, T: float) -> Tensor:
     N = z.shape[-1]
-    return ((1 + z / T) / (N + z.sum(-1, keepdim=True) / T) - (1 + v / T) / (N + v.sum(-1, keepdim=True) / T)) / T
+    return (
+        (1 + z / T) / (N + z.sum(-1, keepdim=True) / T) - (1 + v / T) / (N + v.sum(-1, keepdim=True) / T)
+    ) / T
 
 
 def square_term(z: Tensor, v: Tensor, T: float) -> Tensor:
@@ -132,7 +135,8 @@ def square_term(z: Tensor, v: Tensor, T: float) -> Tensor:
 
 @pytest.mark.parametrize("T", [1e2, 1e3, 1e4])
 def test_hinton_eq_3(backend, T):
-    """The error of eq. 3, relative to the gradient, falls like 1/T: it is the square term of the exponential, up to O(1/T)."""
+    """The error of eq. 3, relative to the gradient, falls like 1/T: it is the square term of the exponential,
+    up to O(1/T)."""
     z, v = draw()
     _, grad = value_and_grad(z, v, divergence="cross_entropy", temperature=T, backend=backend)
     error, predicted = T**2 * (grad - hinton_eq_3(z, v, T)), square_term(z, v, T)
@@ -141,7 +145,8 @@ def test_hinton_eq_3(backend, T):
 
 @pytest.mark.parametrize("T", [1e2, 1e3, 1e4])
 def test_hinton_eq_4(backend, T):
-    """With zero-mean logits eq. 3 is eq. 4, (z_i - v_i)/(N T^2), and as good. With others eq. 4 is off by the means at every T."""
+    """With zero-mean logits eq. 3 is eq. 4, (z_i - v_i)/(N T^2), and as good. With others eq. 4 is off by the
+    means at every T."""
     z, v = draw()
     N = z.shape[-1]
     z0, v0 = centred(z), centred(v)
@@ -167,14 +172,23 @@ def test_hinton_eq_5(backend):
 
 @pytest.mark.parametrize("T", TEMPERATURES)
 def test_flashcard_loss(backend, T):
-    """alpha H(y, softmax(z)) + beta H(softmax(v/T), softmax(z/T)): two free weights, no T^2, hard labels at T = 1."""
+    """alpha H(y, softmax(z)) + beta H(softmax(v/T), softmax(z/T)): two free weights, no T^2, hard labels at T
+    = 1."""
     z, v = draw()
     alpha, beta = 0.3, 1.7
     y = torch.tensor([3, 0, 9, 5])
     one_hot = nn.functional.one_hot(y, z.shape[-1]).double()
-    options = {"divergence": "cross_entropy", "temperature": T, "soft_weight": beta, "hard_weight": alpha, "backend": backend}
+    options = {
+        "divergence": "cross_entropy",
+        "temperature": T,
+        "soft_weight": beta,
+        "hard_weight": alpha,
+        "backend": backend,
+    }
     loss, grad = value_and_grad(z, v, y, **options)
-    close(loss, alpha * cross_entropy(one_hot, softmax(z)) + beta * cross_entropy(softmax(v, T), softmax(z, T)))
+    close(
+        loss, alpha * cross_entropy(one_hot, softmax(z)) + beta * cross_entropy(softmax(v, T), softmax(z, T))
+    )
     close(grad, alpha * (softmax(z) - one_hot) + beta / T * (softmax(z, T) - softmax(v, T)))
 
 
@@ -207,7 +221,8 @@ def chen_step_3(z: Tensor, v: Tensor, sign: int) -> Tensor:
 
 
 def test_chen_eq_4_step_3_sign_corrected(backend):
-    """T^2 L_KD's gradient tends to (K (z_i - v_i) - sum_j (z_j - v_j))/K^2, like 1/T; it is printed with a plus."""
+    """T^2 L_KD's gradient tends to (K (z_i - v_i) - sum_j (z_j - v_j))/K^2, like 1/T; it is printed with a
+    plus."""
     z, v = draw()
     limit = chen_step_3(z, v, -1)
     for T in (1e2, 1e3, 1e4, 1e5):
@@ -220,7 +235,8 @@ def test_chen_eq_4_step_3_sign_corrected(backend):
 
 @pytest.mark.parametrize("T", [1e3, 1e5, math.inf])
 def test_chen_eq_4_step_3_printed_sign_is_wrong(backend, T):
-    """With the printed plus the right-hand side is off by 2 (c_s - c_t)/K in every class, however high T, and breaks their eq. 5."""
+    """With the printed plus the right-hand side is off by 2 (c_s - c_t)/K in every class, however high T, and
+    breaks their eq. 5."""
     z, v = draw()
     K = z.shape[-1]
     printed = chen_step_3(z, v, +1)
@@ -233,7 +249,8 @@ def test_chen_eq_4_step_3_printed_sign_is_wrong(backend, T):
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_chen_eq_4_step_4(backend, sign):
-    """With zero-mean logits the step's result is (z_i - v_i)/K, the gradient of logit matching, whichever sign step 3 has."""
+    """With zero-mean logits the step's result is (z_i - v_i)/K, the gradient of logit matching, whichever
+    sign step 3 has."""
     z, v = (centred(x) for x in draw())
     _, kd = value_and_grad(z, v, temperature=math.inf, t_squared=True, backend=backend)
     _, matching = value_and_grad(z, v, loss=logit_matching_loss, backend=backend)
@@ -280,7 +297,8 @@ def test_chen_eq_b4_with_the_mean(backend):
 
 
 def chen_eq_8(z: Tensor, v: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """(value, gradient) of |z - v|^2/(2K) + sign (c_s - c_t)/K sum z, in which c_s and c_t are constants of the initialisation."""
+    """(value, gradient) of |z - v|^2/(2K) + sign (c_s - c_t)/K sum z, in which c_s and c_t are constants of
+    the initialisation."""
     K = z.shape[-1]
     gap = (mean(z) - mean(v)).squeeze(-1)
     z = z.clone().requires_grad_()
@@ -289,7 +307,8 @@ def chen_eq_8(z: Tensor, v: Tensor, sign: int) -> tuple[Tensor, Tensor]:
 
 
 def test_chen_eq_7_and_8_sign_corrected(backend):
-    """The limit is logit matching with the regulariser -(c_s - c_t)/K sum z; printed with a plus. Its constant is (c_s^2 - c_t^2)/2."""
+    """The limit is logit matching with the regulariser -(c_s - c_t)/K sum z; printed with a plus. Its
+    constant is (c_s^2 - c_t^2)/2."""
     z, v = draw()
     K = z.shape[-1]
     cs, ct = mean(z), mean(v)
@@ -302,7 +321,8 @@ def test_chen_eq_7_and_8_sign_corrected(backend):
 
 
 def test_chen_eq_7_and_8_printed_sign_is_wrong(backend):
-    """Printed, eq. 7 and eq. 8 have a gradient of sum 2 (c_s - c_t): the means of their eq. 5 would not stay."""
+    """Printed, eq. 7 and eq. 8 have a gradient of sum 2 (c_s - c_t): the means of their eq. 5 would not
+    stay."""
     z, v = draw()
     K = z.shape[-1]
     gap = mean(z) - mean(v)
@@ -313,7 +333,8 @@ def test_chen_eq_7_and_8_printed_sign_is_wrong(backend):
 
 
 def descend(z: Tensor, steps: int, loss) -> Tensor:
-    """Gradient descent on the logits themselves, at a rate of K/2: logit matching halves its distance in a step."""
+    """Gradient descent on the logits themselves, at a rate of K/2: logit matching halves its distance in a
+    step."""
     for _ in range(steps):
         z = z.detach().requires_grad_()
         loss(z).sum().backward()
@@ -323,12 +344,16 @@ def descend(z: Tensor, steps: int, loss) -> Tensor:
 
 @pytest.mark.parametrize("T", [4.0, math.inf])
 def test_chen_means_of_logits_stay(backend, T):
-    """Descent on the logits leaves their mean at c_s, so that distillation ends at v + (c_s - c_t), and logit matching at v.
+    """Descent on the logits leaves their mean at c_s, so that distillation ends at v + (c_s - c_t), and logit
+    matching at v.
 
-    The regulariser therefore pulls no logit towards zero, as the paper says it does: it holds the mean where it is.
+    The regulariser therefore pulls no logit towards zero, as the paper says it does: it holds the mean where
+    it is.
     """
     z, v = draw()
-    end = descend(z, 60, lambda x: fused_kd_loss(x, v, temperature=T, t_squared=True, reduction="none", backend=backend))
+    end = descend(
+        z, 60, lambda x: fused_kd_loss(x, v, temperature=T, t_squared=True, reduction="none", backend=backend)
+    )
     close(mean(end), mean(z), rtol=0, atol=2e-15 * 60)
     assert (end - z).norm(dim=-1).min() > 1
     if T == math.inf:
@@ -349,7 +374,8 @@ def test_chen_means_of_labelled_logits_stay(backend):
 
 @pytest.mark.parametrize("centre", [False, True])
 def test_chen_means_in_a_network(centre):
-    """In a network the last layer's mean weight and bias stay, not the mean logit, unless that mean weight is zero.
+    """In a network the last layer's mean weight and bias stay, not the mean logit, unless that mean weight is
+    zero.
 
     1'W moves by the sum over classes of the logits' gradient, which is zero; 1'W h moves with the features h.
     """
@@ -375,14 +401,16 @@ def test_chen_means_in_a_network(centre):
 
 @pytest.mark.parametrize("low", [-1.0, 0.0])
 def test_chen_proposition_1(low):
-    """E[w x] = 0 for zero-mean w, whatever x: over seeds, logit matching and distillation at T = inf have the same gradient on average.
+    """E[w x] = 0 for zero-mean w, whatever x: over seeds, logit matching and distillation at T = inf have the
+    same gradient on average.
 
-    In a single run they do not: they differ by (c_s - c_t)/K, of the standard deviation that the layers' inputs x give the means.
-    With parameters of another mean, here uniform in (0, 1), the claim is wrong.
+    In a single run they do not: they differ by (c_s - c_t)/K, of the standard deviation that the layers'
+    inputs x give the means. With parameters of another mean, here uniform in (0, 1), the claim is wrong.
     """
     seeds, K, widths = 4000, 20, (30, 50)
     g = torch.Generator().manual_seed(0)
-    inputs = [torch.rand(d, generator=g, dtype=torch.float64) + 0.5 for d in widths]  # all positive, as after a relu
+    # all positive, as after a relu
+    inputs = [torch.rand(d, generator=g, dtype=torch.float64) + 0.5 for d in widths]
     weights = [low + (1 - low) * torch.rand(seeds, K, d, generator=g, dtype=torch.float64) for d in widths]
     z, v = (w @ x for w, x in zip(weights, inputs, strict=True))
     _, matching = value_and_grad(z, v, loss=logit_matching_loss)
@@ -400,7 +428,8 @@ def test_chen_proposition_1(low):
 def test_gratzer_example_horse_zebra_car(backend):
     """Logits 5.4, 0.2, -1.3: above 0.99 for the horse; at T = 4 0.685, 0.187 and 0.128.
 
-    T = 4 magnifies the difference between the unlikely classes 13 times, while their ratio falls from e^1.5 to e^(1.5/4).
+    T = 4 magnifies the difference between the unlikely classes 13 times, while their ratio falls from e^1.5
+    to e^(1.5/4).
     """
     z = torch.tensor([5.4, 0.2, -1.3], dtype=torch.float64)
     hard, soft = (tempered_log_softmax(z, T, backend=backend).exp() for T in (1.0, 4.0))
@@ -428,7 +457,8 @@ def test_gratzer_eq_1_5(backend, T):
 
 @pytest.mark.parametrize("T", [3.0, 4.0, 5.0])
 def test_gratzer_eq_1_8(backend, T):
-    """dD_KL/dz_j = (q_j - p_j)/T. The expression printed before it has exp z_j for exp z_j/T, which is another gradient."""
+    """dD_KL/dz_j = (q_j - p_j)/T. The expression printed before it has exp z_j for exp z_j/T, which is
+    another gradient."""
     z, v = draw()
     _, grad = value_and_grad(z, v, temperature=T, backend=backend)
     close(grad, (softmax(z, T) - softmax(v, T)) / T)
@@ -438,7 +468,8 @@ def test_gratzer_eq_1_8(backend, T):
 
 @pytest.mark.parametrize("T", [3.0, 4.0, 5.0])
 def test_gratzer_eq_1_12_and_1_13(backend, T):
-    """L_KL = T^2 sum_i sum_j p log(p/q), and L = (1 - beta) L_CE + beta L_KL with beta = 0.9: sums over the samples."""
+    """L_KL = T^2 sum_i sum_j p log(p/q), and L = (1 - beta) L_CE + beta L_KL with beta = 0.9: sums over the
+    samples."""
     z, v = draw()
     y = torch.tensor([3, 0, 9, 5])
     one_hot = nn.functional.one_hot(y, z.shape[-1]).double()
@@ -452,14 +483,17 @@ def test_gratzer_eq_1_12_and_1_13(backend, T):
 
 
 def test_gratzer_eq_1_14_and_1_15(backend):
-    """dH/dz_j = (q_j - p_j)/T ~ (z_j - v_j)/(n T^2) for zero-mean logits: it falls with the square of T, and T^2 undoes that."""
+    """dH/dz_j = (q_j - p_j)/T ~ (z_j - v_j)/(n T^2) for zero-mean logits: it falls with the square of T, and
+    T^2 undoes that."""
     z, v = (centred(x) for x in draw())
     limit = (z - v) / z.shape[-1]
     for T in (1e2, 1e3, 1e4):
         _, grad = value_and_grad(z, v, divergence="cross_entropy", temperature=T, backend=backend)
         close(grad, (softmax(z, T) - softmax(v, T)) / T, rtol=1e-9)
         assert (T**2 * grad - limit).norm() <= 3 / T * limit.norm()
-        _, scaled = value_and_grad(z, v, divergence="cross_entropy", temperature=T, t_squared=True, backend=backend)
+        _, scaled = value_and_grad(
+            z, v, divergence="cross_entropy", temperature=T, t_squared=True, backend=backend
+        )
         close(scaled, T**2 * grad, rtol=1e-10)
 
 
@@ -478,12 +512,16 @@ def test_gratzer_eq_1_16(backend, order, T):
 def test_gratzer_eq_1_20(backend, order, T):
     """P = Q given A: D_a(P||Q) = -log Q(A) for every order."""
     z, _ = draw()
-    D = fused_kd_loss(z, without(z), divergence=f"renyi({order})", temperature=T, reduction="none", backend=backend)
+    D = fused_kd_loss(
+        z, without(z), divergence=f"renyi({order})", temperature=T, reduction="none", backend=backend
+    )
     close(D, -softmax(z, T)[:, 3:].sum(-1).log())
 
 
 def orders_of(z: Tensor, v: Tensor, backend: str):
-    return lambda order: fused_kd_loss(z, v, divergence=f"renyi({order!r})", reduction="none", backend=backend)
+    return lambda order: fused_kd_loss(
+        z, v, divergence=f"renyi({order!r})", reduction="none", backend=backend
+    )
 
 
 def test_gratzer_eq_1_27(backend):
@@ -499,7 +537,8 @@ def test_gratzer_eq_1_27(backend):
 
 
 def test_gratzer_eq_1_31(backend):
-    """D_1 = sum p log(p/q), and D_a crosses it at the rate Var_p(log(p/q)) / 2. (1.28 and 1.29 print the limit as a -> 0.)"""
+    """D_1 = sum p log(p/q), and D_a crosses it at the rate Var_p(log(p/q)) / 2. (1.28 and 1.29 print the
+    limit as a -> 0.)"""
     z, v = draw()
     D = orders_of(z, v, backend)
     p, q = softmax(v), softmax(z)
@@ -511,7 +550,8 @@ def test_gratzer_eq_1_31(backend):
 
 
 def test_gratzer_eq_1_33(backend):
-    """D_inf = max log(p/q). With i the class of the maximum, D_inf + log(p_i)/(a-1) <= D_a <= D_inf, and the left is sharp."""
+    """D_inf = max log(p/q). With i the class of the maximum, D_inf + log(p_i)/(a-1) <= D_a <= D_inf, and the
+    left is sharp."""
     z, v = draw()
     D = orders_of(z, v, backend)
     p, q = softmax(v), softmax(z)
@@ -525,7 +565,8 @@ def test_gratzer_eq_1_33(backend):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_renyi_grows_with_the_order(backend, seed):
-    """D_a never falls in a, and strictly grows unless log(p/q) is constant on the support (van Erven and Harremoës, theorem 3)."""
+    """D_a never falls in a, and strictly grows unless log(p/q) is constant on the support (van Erven and
+    Harremoës, theorem 3)."""
     z, v = draw(seed=seed)
     for teacher in (v, without(v)):
         D = torch.stack([orders_of(z, teacher, backend)(order) for order in ORDERS])
@@ -541,7 +582,8 @@ def merged(x: Tensor, groups: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_renyi_data_processing(backend, order):
-    """Merging classes never raises D_a, and keeps it where p/q is the same in what is merged (van Erven and Harremoës, theorem 1)."""
+    """Merging classes never raises D_a, and keeps it where p/q is the same in what is merged (van Erven and
+    Harremoës, theorem 1)."""
     z, v = draw()
     v = without(v, slice(0, 1))
     groups = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3, 4, 0])
@@ -551,12 +593,17 @@ def test_renyi_data_processing(backend, order):
     # a student that is off by one factor per group: nothing that tells them apart is lost
     z = draw()[1] + draw(seed=1)[0][:, groups]
     v = draw()[1]
-    close(orders_of(merged(z, groups), merged(v, groups), backend)(order), orders_of(z, v, backend)(order), atol=1e-14)
+    close(
+        orders_of(merged(z, groups), merged(v, groups), backend)(order),
+        orders_of(z, v, backend)(order),
+        atol=1e-14,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tiny_orders_are_their_limits(backend):
-    """Alpha of 1e-17 is reverse KL, whose weights differ from q by less than a rounding, also where one class has nearly everything."""
+    """Alpha of 1e-17 is reverse KL, whose weights differ from q by less than a rounding, also where one class
+    has nearly everything."""
     for kind in ("plain", "dominant", "outlier", "peaked_teacher"):
         z, v = make_rows(kind, 2, 60)
         found = []
@@ -570,7 +617,15 @@ def test_tiny_orders_are_their_limits(backend):
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
 @pytest.mark.parametrize(
-    "name", ["renyi(1e-12)", "reverse_renyi(1e-12)", "skew_kl(0.99999999)", "skew_reverse_kl(0.99999999)", "skew_kl(1e-8)", "jsd(1e-8)"]
+    "name",
+    [
+        "renyi(1e-12)",
+        "reverse_renyi(1e-12)",
+        "skew_kl(0.99999999)",
+        "skew_reverse_kl(0.99999999)",
+        "skew_kl(1e-8)",
+        "jsd(1e-8)",
+    ],
 )
 def test_tiny_orders_and_weights_have_both_gradients(name, backend):
     """Of complements that keep few of their digits."""

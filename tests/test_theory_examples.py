@@ -42,25 +42,35 @@ def test_temperature(theory):
 
 
 def test_high_temperature(theory):
-    """The kernels reach the limit to the digits of fp32, and their gradient like 1/T; the usual spelling does neither."""
+    """The kernels reach the limit to the digits of fp32, and their gradient like 1/T; the usual spelling does
+    neither."""
     found = theory[1]["high_temperature"]
-    ours, eager = ({k.split(": ")[1]: x for k, x in found.items() if k.startswith(name)} for name in ("kdkernels", "kl_div"))
+    ours, eager = (
+        {k.split(": ")[1]: x for k, x in found.items() if k.startswith(name)}
+        for name in ("kdkernels", "kl_div")
+    )
     assert ours["value at 1e6, off by"] < 3e-7 and ours["gradient at 1e6, off by"] < 1e-5
     assert ours["exponent of T in the gradient's distance, from 1e3"] == pytest.approx(-1, abs=1e-3)
     assert eager["value at 1e6, off by"] > 1 and eager["gradient at 1e6, off by"] > 1e-2
 
 
 def test_orders(theory):
-    """D_a grows with a, by more under a peaked teacher; w goes from q over p to the class of the greatest p/q."""
+    """D_a grows with a, by more under a peaked teacher; w goes from q over p to the class of the greatest
+    p/q."""
     found = theory[1]["orders"]
     assert found["peaked: least step"] > 0 and found["flat: least step"] > 0
     assert found["peaked: order inf over KL"] > 2 * found["flat: order inf over KL"]
     w = theory[1]["weights"]
-    assert w["w - q at 0"] < 1e-15 and w["w - p at 1"] < 1e-15 and w["w of the greatest p/q at inf"] == pytest.approx(1, abs=1e-15)
+    assert (
+        w["w - q at 0"] < 1e-15
+        and w["w - p at 1"] < 1e-15
+        and w["w of the greatest p/q at inf"] == pytest.approx(1, abs=1e-15)
+    )
 
 
 def test_mean_logits(tmp_path, monkeypatch):
-    """Over seeds the mean logit is zero within its error and has the predicted deviation; a second run takes up the first's seeds."""
+    """Over seeds the mean logit is zero within its error and has the predicted deviation; a second run takes
+    up the first's seeds."""
     script = load("mean_logits")
     found = script.main(["--quick", "--out", str(tmp_path)])
     assert set(found) == {8, 20}
@@ -69,7 +79,9 @@ def test_mean_logits(tmp_path, monkeypatch):
         assert abs(s["against_expected"] - 1) < 4 / math.sqrt(2 * s["seeds"])
     assert found[20]["sd"] > found[8]["sd"] > 0.01
     drawn, measure = [], script.measure
-    monkeypatch.setattr(script, "measure", lambda net, seed, images: drawn.append(seed) or measure(net, seed, images))
+    monkeypatch.setattr(
+        script, "measure", lambda net, seed, images: drawn.append(seed) or measure(net, seed, images)
+    )
     assert script.main(["--quick", "--out", str(tmp_path)]) == found and not drawn
     script.main(["--quick", "--seeds", "14", "--out", str(tmp_path)])
     assert drawn == [12, 13] * 2

@@ -1,6 +1,8 @@
-"""The Triton backend's own matters: every kernel shape and layout, what is compiled, offsets beyond 2^31, nothing left over from a call.
+"""The Triton backend's own matters: every kernel shape and layout, what is compiled, offsets beyond 2^31,
+nothing left over from a call.
 
-Its accuracy, options and edges are tested with those of the other backends. All under the interpreter, but for the tests marked gpu.
+Its accuracy, options and edges are tested with those of the other backends. All under the interpreter, but
+for the tests marked gpu.
 """
 
 import inspect
@@ -24,10 +26,16 @@ from kdkernels.backends import triton_plan
 from kdkernels.backends.triton_plan import Device, plan
 from kdkernels.ops import mirrored
 
-pytestmark = pytest.mark.skipif(backend.unavailable(torch.device("cpu")) is not None, reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    backend.unavailable(torch.device("cpu")) is not None, reason="needs TRITON_INTERPRET=1"
+)
 
 # (classes, device) that lead to each kernel shape for three rows
-PATHS = {"whole": (700, Device(2, 32 << 20)), "rows": (9001, Device(2, 32 << 20)), "parts": (16500, Device(2, 32 << 20))}
+PATHS = {
+    "whole": (700, Device(2, 32 << 20)),
+    "rows": (9001, Device(2, 32 << 20)),
+    "parts": (16500, Device(2, 32 << 20)),
+}
 OPTIONS = {
     "kl": {},
     "cross_entropy": {"divergence": "cross_entropy"},
@@ -43,7 +51,17 @@ OPTIONS = {
 
 
 # one of each form that a kernel is compiled for, from either side
-FORMS = ("reverse_kl", "jsd(0.5)", "jsd(0.1)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd", "alpha(-1.5)", "alpha(0.5)", "alpha(2)")
+FORMS = (
+    "reverse_kl",
+    "jsd(0.5)",
+    "jsd(0.1)",
+    "skew_kl(0.1)",
+    "skew_reverse_kl(0.1)",
+    "tvd",
+    "alpha(-1.5)",
+    "alpha(0.5)",
+    "alpha(2)",
+)
 REVERSED = ("reverse_renyi(0)", "reverse_renyi(2)", "reverse_renyi(inf)")
 
 
@@ -96,7 +114,10 @@ def with_backend(backend_name, z, v, y, name, T, hard, grad):
 def agrees(z, v, name, T=1.0, y=None, hard=0.0, relative=2e-6):
     """The kernels' losses, with and without a gradient, and gradients are those of the reference in fp64."""
     exact, exact_grad = with_backend("eager", z.double(), v.double(), y, name, T, hard, True)
-    (loss, grad), value = with_backend("triton", z, v, y, name, T, hard, True), with_backend("triton", z, v, y, name, T, hard, False)
+    (loss, grad), value = (
+        with_backend("triton", z, v, y, name, T, hard, True),
+        with_backend("triton", z, v, y, name, T, hard, False),
+    )
     room = relative * (1 + spread_of(z, v, T))
     for x in (loss, value):
         torch.testing.assert_close(x, exact, rtol=room, atol=1e-30, equal_nan=True)
@@ -115,7 +136,11 @@ def agrees(z, v, name, T=1.0, y=None, hard=0.0, relative=2e-6):
 def test_every_divergence_in_every_shape(shape, on):
     vocab, device = PATHS[shape]
     on(device)
-    few = {"whole": (*FORMS, *REVERSED), "rows": ("reverse_kl", "jsd(0.5)", "alpha(-1.5)"), "parts": ("reverse_kl", "skew_kl(0.1)", "tvd")}
+    few = {
+        "whole": (*FORMS, *REVERSED),
+        "rows": ("reverse_kl", "jsd(0.5)", "alpha(-1.5)"),
+        "parts": ("reverse_kl", "skew_kl(0.1)", "tvd"),
+    }
     z, v = make_rows("plain", 1, vocab)
     for name in few[shape]:
         hard = 0.0 if name.startswith("alpha") else 0.3
@@ -125,7 +150,8 @@ def test_every_divergence_in_every_shape(shape, on):
 @pytest.mark.parametrize("shape", ["rows", "parts"])
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd(0.1)"])
 def test_gradients_take_the_logits_place(shape, name, on):
-    """In place, with a window's edges: what a later sweep or another program still has to read is not yet written."""
+    """In place, with a window's edges: what a later sweep or another program still has to read is not yet
+    written."""
     vocab, device = PATHS[shape]
     on(device)
     z, v = (x[:, 3:vocab] for x in make_rows("plain", 1, vocab))
@@ -140,11 +166,21 @@ def test_gradients_take_the_logits_place(shape, name, on):
     assert (base[:, :3] == 7).all() and (base[:, vocab:] == 7).all()
 
 
-@pytest.mark.parametrize("name", [*FORMS, *REVERSED, "kl", "cross_entropy", "renyi(0.3)", "renyi(inf)", "alpha(1e-17)"])
+@pytest.mark.parametrize(
+    "name", [*FORMS, *REVERSED, "kl", "cross_entropy", "renyi(0.3)", "renyi(inf)", "alpha(1e-17)"]
+)
 def test_both_gradients_of_every_divergence(name):
-    """With labels, weights, masks; of rows that the fast kernels lose; with T = inf, where there is a limit."""
+    """With labels, weights, masks; of rows that the fast kernels lose; with T = inf, where there is a
+    limit."""
     y, weight = torch.tensor([3, 30]), torch.tensor([0.5, 1.0], dtype=torch.float64)
-    for kind, where in (("plain", ""), ("plain", "student"), ("plain", "teacher"), ("plain", "both"), ("outlier", ""), ("offset", "")):
+    for kind, where in (
+        ("plain", ""),
+        ("plain", "student"),
+        ("plain", "teacher"),
+        ("plain", "both"),
+        ("outlier", ""),
+        ("offset", ""),
+    ):
         z, v = make_rows(kind, 2, 60)
         z, v = with_masks(z, v, where) if where else (z, v)
         check_both("triton", z, v, name, 0.5 if kind == "outlier" else 1.5, None if where else y, weight)
@@ -157,22 +193,48 @@ def test_both_gradients_of_every_divergence(name):
 
 @pytest.mark.parametrize(
     ("shape", "name", "student"),
-    [("rows", "kl", True), ("rows", "cross_entropy", True), ("rows", "renyi(0.3)", False), ("rows", "jsd(0.1)", True)]
+    [
+        ("rows", "kl", True),
+        ("rows", "cross_entropy", True),
+        ("rows", "renyi(0.3)", False),
+        ("rows", "jsd(0.1)", True),
+    ]
     + [("parts", "cross_entropy", True), ("parts", "renyi(2)", True), ("parts", "skew_kl(0.1)", False)],
 )
 def test_both_gradients_in_every_shape(shape, name, student, on):
-    """From the same sweeps, with modifiers, in place or without the student's; rows whose largest logit the sample has missed."""
+    """From the same sweeps, with modifiers, in place or without the student's; rows whose largest logit the
+    sample has missed."""
     vocab, device = PATHS[shape]
     on(device)
     z, v = make_rows("plain", 1, vocab, torch.bfloat16 if shape == "rows" else torch.float32, torch.float32)
     v[:, 100] += 40
-    check_both("triton", z, v, name, 1.5, torch.tensor([vocab // 2]), None, MODIFIED if shape == "parts" else (), student, student)
+    check_both(
+        "triton",
+        z,
+        v,
+        name,
+        1.5,
+        torch.tensor([vocab // 2]),
+        None,
+        MODIFIED if shape == "parts" else (),
+        student,
+        student,
+    )
 
 
 def test_both_gradients_take_one_pass(on):
     z, v = make_rows("plain", 3, 700)
     out = torch.empty(3, dtype=torch.float64)
-    for name in ("kl", "cross_entropy", "reverse_kl", "jsd(0.3)", "tvd", "renyi(0.3)", "renyi(3)", "alpha(0.5)"):
+    for name in (
+        "kl",
+        "cross_entropy",
+        "reverse_kl",
+        "jsd(0.3)",
+        "tvd",
+        "renyi(0.3)",
+        "renyi(3)",
+        "alpha(0.5)",
+    ):
         mirror = mirrored(z, v, None, torch.empty_like(v), name, 1.0, 1.0, 700, ())
         call = z, v, None, None, torch.empty_like(z), name, 1.0, 1.0, 1.0, 0.0, 0.0, 700, (), out
         found = backend.launches(*call, device=Device(2, 32 << 20), mirror=mirror)
@@ -185,15 +247,22 @@ def test_both_gradients_wherever_rows_lie():
     a, b = z[:, :2, 1:-2].requires_grad_(), v[:, 1:, 3:].requires_grad_()
     c, d = (x.detach().double().requires_grad_() for x in (a, b))
     for x, y, run in ((a, b, "triton"), (c, d, "eager")):
-        fused_kd_loss(x, y, divergence="jsd(0.3)", teacher_grad=True, vocab_size=80, reduction="sum", backend=run).backward()
+        fused_kd_loss(
+            x, y, divergence="jsd(0.3)", teacher_grad=True, vocab_size=80, reduction="sum", backend=run
+        ).backward()
     for mine, right in ((a.grad, c.grad), (b.grad, d.grad)):
-        assert float((mine.double() - right).norm()) <= (3e-6 if mine.dtype == torch.float32 else 4e-3) * float(right.norm())
+        assert float((mine.double() - right).norm()) <= (
+            3e-6 if mine.dtype == torch.float32 else 4e-3
+        ) * float(right.norm())
 
 
-MODIFIED = [0.5, 4.0, 2.0, 0.0, 0.1, 1e-2]  # the student scaled and capped, the teacher scaled, label smoothing and the z-loss
+# the student scaled and capped, the teacher scaled, label smoothing and the z-loss
+MODIFIED = [0.5, 4.0, 2.0, 0.0, 0.1, 1e-2]
 
 
-@pytest.mark.parametrize(("shape", "name"), [("whole", "kl"), ("rows", "jsd(0.1)"), ("parts", "kl"), ("parts", "jsd(0.1)")])
+@pytest.mark.parametrize(
+    ("shape", "name"), [("whole", "kl"), ("rows", "jsd(0.1)"), ("parts", "kl"), ("parts", "jsd(0.1)")]
+)
 def test_modifiers_in_every_shape(shape, name, on):
     """A window in place and a value alone, against the reference in fp64."""
     vocab, device = PATHS[shape]
@@ -212,17 +281,26 @@ def test_modifiers_in_every_shape(shape, name, on):
     assert (base[:, :3] == 7).all() and (base[:, vocab:] == 7).all()
 
 
-@pytest.mark.parametrize(("shape", "name", "T"), [("whole", "kl", math.inf), ("rows", "jsd(0.3)", 2.0), ("parts", "renyi(0.3)", 2.0)])
+@pytest.mark.parametrize(
+    ("shape", "name", "T"),
+    [("whole", "kl", math.inf), ("rows", "jsd(0.3)", 2.0), ("parts", "renyi(0.3)", 2.0)],
+)
 def test_statistics_in_every_shape(shape, name, T, on):
-    """Of a row in a window, whose gradient takes its place, and of one with an outlier; the first of equal classes is the top-1."""
+    """Of a row in a window, whose gradient takes its place, and of one with an outlier; the first of equal
+    classes is the top-1."""
     vocab, device = PATHS[shape]
     on(device)
-    z, v = (torch.cat(x) for x in zip(*(make_rows(kind, 1, vocab) for kind in ("plain", "outlier_student")), strict=True))
+    z, v = (
+        torch.cat(x)
+        for x in zip(*(make_rows(kind, 1, vocab) for kind in ("plain", "outlier_student")), strict=True)
+    )
     z[0, [vocab - 2, vocab // 2, vocab // 2 + 1]], v[0, [4, vocab - 1]] = 20.0, 20.0
     z, v = z[:, 3:], v[:, 3:]
     z[:, 7] = -math.inf
     y, options = torch.tensor([5, 6]), (name, T, 1.0, 1.0, 0.3, 0.3, vocab - 3, MODIFIED)
-    exact, right = torch.ops.kdkernels.loss_and_stats(z.double(), v.double(), y, None, None, *options, "eager")
+    exact, right = torch.ops.kdkernels.loss_and_stats(
+        z.double(), v.double(), y, None, None, *options, "eager"
+    )
     alone, found = torch.ops.kdkernels.loss_and_stats(z, v, y, None, None, *options, "triton")
     loss, in_place = torch.ops.kdkernels.loss_and_stats(z, v, y, None, z, *options, "triton")
     torch.testing.assert_close(alone, exact, rtol=1e-6, atol=0)
@@ -233,7 +311,8 @@ def test_statistics_in_every_shape(shape, name, T, on):
 
 
 def test_slopes_of_a_softcap_to_their_own_digits():
-    """Of classes at the cap, whose distance to it is lost in a float, and of small logits, whose tanh is lost in 1 - e^{-2u}."""
+    """Of classes at the cap, whose distance to it is lost in a float, and of small logits, whose tanh is lost
+    in 1 - e^{-2u}."""
     z, v = torch.tensor([[300.0, 280.0, -250.0, 1e-3, 2e-3, 0.0, 9.0, 40.0]]), torch.zeros(1, 8)
     options = ("kl", 20.0, 1.0, 1.0, 0.0, 0.0, 8, [1.0, 30.0, 1.0, 0.0, 0.0, 0.0])
     _, exact = torch.ops.kdkernels.loss_and_new_grad(z.double(), v.double(), None, None, *options, "eager")
@@ -243,24 +322,38 @@ def test_slopes_of_a_softcap_to_their_own_digits():
 
 @pytest.mark.parametrize("name", [*FORMS, *REVERSED, "renyi(0)", "renyi(inf)"])
 def test_masks_of_every_divergence(name):
-    """What a class adds that only one of the two has, and what is infinite; classes that neither has add nothing."""
+    """What a class adds that only one of the two has, and what is infinite; classes that neither has add
+    nothing."""
     for where in ("student", "teacher", "both"):
         agrees(*with_masks(*make_rows("independent", 2, 40), where), name)
     z, v = make_rows("plain", 1, 40)
     tail = torch.full((1, 9), -math.inf)
     short, long = (
-        with_backend("triton", a, b, None, name, 1.0, 0.0, True) for a, b in ((z, v), (torch.cat([z, tail], 1), torch.cat([v, tail], 1)))
+        with_backend("triton", a, b, None, name, 1.0, 0.0, True)
+        for a, b in ((z, v), (torch.cat([z, tail], 1), torch.cat([v, tail], 1)))
     )
     torch.testing.assert_close(short[0], long[0], rtol=1e-6, atol=0)
     assert (long[1][:, 40:] == 0).all()
 
 
 @pytest.mark.parametrize(
-    "name", ["reverse_kl", "jsd(0.5)", "jsd(0.999)", "skew_kl(0.1)", "skew_reverse_kl(0.9)", "alpha(-1)", "reverse_renyi(2)"]
+    "name",
+    [
+        "reverse_kl",
+        "jsd(0.5)",
+        "jsd(0.999)",
+        "skew_kl(0.1)",
+        "skew_reverse_kl(0.9)",
+        "alpha(-1)",
+        "reverse_renyi(2)",
+    ],
 )
 def test_the_bounds_hold_for_every_family(name):
-    """Close and distant students, common offsets and dominant classes, where the reference of a row matters most."""
-    for kind, T in itertools.product(("close", "offset", "outlier", "outlier_student", "peaked_teacher"), (0.5, 20.0, 1e4)):
+    """Close and distant students, common offsets and dominant classes, where the reference of a row matters
+    most."""
+    for kind, T in itertools.product(
+        ("close", "offset", "outlier", "outlier_student", "peaked_teacher"), (0.5, 20.0, 1e4)
+    ):
         if (name, T) != ("alpha(-1)", 0.5):  # whose values there are beyond a float
             agrees(*make_rows(kind, 1, 31), name, T)
 
@@ -273,11 +366,22 @@ def test_a_student_that_is_the_teacher(name):
 
 
 def test_limits_of_high_temperature():
-    for name in ("reverse_kl", "alpha(3)", "jsd(0.3)", "skew_kl(0.1)", "reverse_renyi(2)", "reverse_renyi(0)", "renyi(0)"):
+    for name in (
+        "reverse_kl",
+        "alpha(3)",
+        "jsd(0.3)",
+        "skew_kl(0.1)",
+        "reverse_renyi(2)",
+        "reverse_renyi(0)",
+        "renyi(0)",
+    ):
         z, v = make_rows("plain", 2, 40)
         agrees(z, v, name, math.inf)
         for where in ("student", "teacher"):
-            found, exact = (with_backend(b, *with_masks(z, v, where), None, name, math.inf, 0.0, False) for b in ("triton", "eager"))
+            found, exact = (
+                with_backend(b, *with_masks(z, v, where), None, name, math.inf, 0.0, False)
+                for b in ("triton", "eager")
+            )
             assert torch.equal(found.isinf(), exact.isinf()), (name, where)
 
 
@@ -288,11 +392,16 @@ def test_half_precision_of_every_family(name, dtype):
 
 
 def test_orders_and_weights_beyond_a_float():
-    """Where a tilt or a weight would round to nothing, D is proportional to it, or no longer depends on it."""
+    """Where a tilt or a weight would round to nothing, D is proportional to it, or no longer depends on
+    it."""
     z, v = make_rows("plain", 1, 31)
     value = lambda name: with_backend("triton", z, v, None, name, 1.0, 0.0, False).item()  # noqa: E731
     reverse = value("reverse_kl")
-    for name, exact in (("renyi(1e-40)", 1e-40 * reverse), ("alpha(1e-60)", reverse), ("alpha(-1e-60)", reverse)):
+    for name, exact in (
+        ("renyi(1e-40)", 1e-40 * reverse),
+        ("alpha(1e-60)", reverse),
+        ("alpha(-1e-60)", reverse),
+    ):
         assert value(name) == pytest.approx(exact, rel=1e-6)
     assert value("skew_reverse_kl(1e-60)") == pytest.approx(reverse, rel=1e-6)
     assert value("jsd(1e-30)") == pytest.approx(1e-30 * value("kl"), rel=1e-6)
@@ -312,7 +421,8 @@ def meeting(shapes, others) -> list:
 
 @pytest.mark.parametrize("shape, name", meeting(PATHS, OPTIONS))
 def test_every_kernel_shape(shape, name, on):
-    """Value alone, and with the gradient: through "none", whose backward has per-row weights, and in place through "sum"."""
+    """Value alone, and with the gradient: through "none", whose backward has per-row weights, and in place
+    through "sum"."""
     vocab, device = PATHS[shape]
     on(device)
     options = OPTIONS[name]
@@ -322,7 +432,9 @@ def test_every_kernel_shape(shape, name, on):
     loss, grad = run(z, v, y, reduction="none", **options)
     total, in_place = run(z, v, y, reduction="sum", inplace=True, **options)
     order = 1 if options.get("divergence", "kl") in ("kl", "cross_entropy") else 2
-    torch.testing.assert_close(loss.double(), exact, rtol=value_bound(order, vocab, 1.0, 0.0, 1.0), atol=1e-30)
+    torch.testing.assert_close(
+        loss.double(), exact, rtol=value_bound(order, vocab, 1.0, 0.0, 1.0), atol=1e-30
+    )
     assert total.item() == pytest.approx(exact.sum().item(), rel=1e-6)
     for g in (grad, in_place):
         for i in range(len(z)):
@@ -333,21 +445,29 @@ def test_every_kernel_shape(shape, name, on):
 @pytest.mark.parametrize("shape", ["rows", "parts"])
 @pytest.mark.parametrize("order", [1.0, 0.3, 3.0])
 def test_values_that_cancel_take_a_second_sweep(shape, order, on):
-    """Where the sampled classes say nothing of the row's mean difference, a value without a gradient is as accurate as with one."""
+    """Where the sampled classes say nothing of the row's mean difference, a value without a gradient is as
+    accurate as with one."""
     vocab, device = PATHS[shape]
     on(device)
     z, v = make_rows("close", 2, vocab)
     z, v = z.clone(), v.clone()
     z[:, vocab // 3 :: 7] += 3  # elsewhere than the sample looks, for the most part
     v[:, vocab // 3 :: 7] += 3.001
-    z[:, vocab // 2 + 40], v[:, vocab // 2 + 40] = 40.0, 43.0  # one class has nearly everything, at another difference
-    loss = fused_kd_loss(z, v, divergence=f"renyi({order})", temperature=20.0, reduction="none", backend="triton")
+    # one class has nearly everything, at another difference
+    z[:, vocab // 2 + 40], v[:, vocab // 2 + 40] = 40.0, 43.0
+    loss = fused_kd_loss(
+        z, v, divergence=f"renyi({order})", temperature=20.0, reduction="none", backend="triton"
+    )
     for i in range(2):
-        D = float(divergence_row(z[i].numpy(), v[i].numpy(), f"renyi({order})" if order != 1 else "kl", 20.0)[0])
+        D = float(
+            divergence_row(z[i].numpy(), v[i].numpy(), f"renyi({order})" if order != 1 else "kl", 20.0)[0]
+        )
         assert abs(float(loss[i]) - D) <= value_bound(order, vocab, 20.0, 60 / 20, D)
 
 
-@pytest.mark.parametrize(("student", "teacher"), itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=2))
+@pytest.mark.parametrize(
+    ("student", "teacher"), itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=2)
+)
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_dtypes_and_windows(student, teacher, offset):
     """Rows that begin on 16 bytes, off them by the same number of classes, and by different ones."""
@@ -367,7 +487,8 @@ def test_dtypes_and_windows(student, teacher, offset):
 
 @pytest.mark.parametrize("shape, order", meeting(PATHS, [1.0, 0.3, 0.7, 2.0, 5.0]))
 def test_rows_of_few_classes(shape, order, on):
-    """Low temperatures, where K is far from what the sample says and one exponential's rounding would be the gradient's: a repeat helps."""
+    """Low temperatures, where K is far from what the sample says and one exponential's rounding would be the
+    gradient's: a repeat helps."""
     vocab, device = PATHS[shape]
     on(device)
     name = f"renyi({order})" if order != 1 else "kl"
@@ -379,13 +500,19 @@ def test_rows_of_few_classes(shape, order, on):
         loss, grad = run(z, v, reduction="none", divergence=name, temperature=T, soft_weight=T)
         D, exact = divergence_row(z[0].numpy(), v[0].numpy(), name, T)
         exact = torch.from_numpy(exact.astype(float))
-        assert abs(float(loss[0]) / T - float(D)) <= value_bound(order, vocab, T, spread_of(z, v, T), float(D))
-        assert float((grad[0].double() - exact).norm()) <= gradient_bound(order, float(exact.norm())), (T, scale)
+        assert abs(float(loss[0]) / T - float(D)) <= value_bound(
+            order, vocab, T, spread_of(z, v, T), float(D)
+        )
+        assert float((grad[0].double() - exact).norm()) <= gradient_bound(order, float(exact.norm())), (
+            T,
+            scale,
+        )
 
 
 @pytest.mark.parametrize("shape", PATHS)
 def test_a_nan_that_arithmetic_makes_is_no_lost_row(shape, on):
-    """In place the logits are gone by then: inf - inf stays nan, and the gradient is what it is without the hard term's infinity."""
+    """In place the logits are gone by then: inf - inf stays nan, and the gradient is what it is without the
+    hard term's infinity."""
     vocab, device = PATHS[shape]
     on(device)
     z, v = make_rows("plain", 1, vocab)
@@ -393,7 +520,9 @@ def test_a_nan_that_arithmetic_makes_is_no_lost_row(shape, on):
     exact = run(z, v, torch.tensor([5]), reduction="sum", soft_weight=1.0, hard_weight=-1.0)[1]
     logits = z.clone()
     factors = (1.0, 1.0, -1.0, -1.0)
-    out = torch.ops.kdkernels.loss_and_grad(logits, v, torch.tensor([5]), None, logits, "kl", 1.0, *factors, vocab, [], "triton")
+    out = torch.ops.kdkernels.loss_and_grad(
+        logits, v, torch.tensor([5]), None, logits, "kl", 1.0, *factors, vocab, [], "triton"
+    )
     assert out.isnan().all() and torch.equal(logits, exact)
 
 
@@ -406,40 +535,70 @@ def test_accesses_are_as_wide_as_memory_allows():
     bf16 = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")  # noqa: E731
     assert layout_of(bf16(4, 4096), bf16(4, 4096)) == backend.EVEN
     assert layout_of(bf16(4, 50257), bf16(4, 50257)) == backend.WINDOW
-    assert layout_of(bf16(4, 151936), bf16(4, 152064), vocab=151665) == backend.WINDOW  # Qwen's, padded differently
+    # Qwen's, padded differently
+    assert layout_of(bf16(4, 151936), bf16(4, 152064), vocab=151665) == backend.WINDOW
     assert layout_of(bf16(4, 50257), bf16(4, 50264)) == backend.SCALAR
     assert layout_of(bf16(4, 4096), bf16(4, 4096).float()) == backend.EVEN
-    assert layout_of(bf16(2, 3, 50257)[:, :2], bf16(2, 2, 50257)) == backend.SCALAR  # rows of two strides, not the same two
-    assert layout_of(bf16(2, 3, 50257)[:, :2], bf16(2, 3, 50257)[:, 1:]) == backend.SCALAR  # data that begins off 16 bytes
+    # rows of two strides, not the same two
+    assert layout_of(bf16(2, 3, 50257)[:, :2], bf16(2, 2, 50257)) == backend.SCALAR
+    # data that begins off 16 bytes
+    assert layout_of(bf16(2, 3, 50257)[:, :2], bf16(2, 3, 50257)[:, 1:]) == backend.SCALAR
 
 
 def test_a_classes_neighbours_are_not_written():
-    """The edges of a window: gradients of one row leave those of the next, and what lies between them, alone."""
+    """The edges of a window: gradients of one row leave those of the next, and what lies between them,
+    alone."""
     z, v = make_rows("plain", 4, 50)
     base = torch.full((4, 64), 7.0)
     logits = base[:, 3:53]
     logits.copy_(z)
     _, expected_grad = run(z, v, reduction="sum")
-    out = torch.ops.kdkernels.loss_and_grad(logits, v, None, None, logits, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 50, [], "triton")
+    out = torch.ops.kdkernels.loss_and_grad(
+        logits, v, None, None, logits, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 50, [], "triton"
+    )
     assert out.isfinite().all()
     torch.testing.assert_close(logits, expected_grad, rtol=1e-5, atol=1e-8)
     assert (base[:, :3] == 7).all() and (base[:, 53:] == 7).all()
 
 
 def test_what_is_compiled_depends_on_no_number():
-    """A new number of rows, temperature, order or weight launches what was compiled before: only constexprs and types make a kernel."""
+    """A new number of rows, temperature, order or weight launches what was compiled before: only constexprs
+    and types make a kernel."""
 
     def kernels(rows, vocab, divergence="renyi(2)", T=2.0, weight=0.5, modifiers=()):
         z = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
         out = torch.empty(rows, dtype=torch.float64, device="meta")
         factors = (weight, weight, 0.1 * weight, 0.2 * weight)
-        found = backend.launches(z, z, out.long(), None, z, divergence, T, *factors, vocab, modifiers, out, device=Device(132, 50 << 20))
+        found = backend.launches(
+            z,
+            z,
+            out.long(),
+            None,
+            z,
+            divergence,
+            T,
+            *factors,
+            vocab,
+            modifiers,
+            out,
+            device=Device(132, 50 << 20),
+        )
         return [
-            (x.kernel, x.warps, *sorted((k, v) for k, v in x.arguments.items() if k.isupper() and not hasattr(v, "dtype"))) for x in found
+            (
+                x.kernel,
+                x.warps,
+                *sorted((k, v) for k, v in x.arguments.items() if k.isupper() and not hasattr(v, "dtype")),
+            )
+            for x in found
         ]
 
     first = kernels(4096, 50257)
-    assert first == kernels(8000, 50257) == kernels(4097, 50257, "renyi(1.5)", 7.3, 0.01) == kernels(4096, 50257, "renyi(0.6)")
+    assert (
+        first
+        == kernels(8000, 50257)
+        == kernels(4097, 50257, "renyi(1.5)", 7.3, 0.01)
+        == kernels(4096, 50257, "renyi(0.6)")
+    )
     assert first != kernels(4096, 50257, "kl") and first != kernels(4096, 50264)
     assert first == kernels(4096, 50257, modifiers=(1.0, 0.0, 1.0, 0.0, 0.0, 1e-4))
     modified = kernels(4096, 50257, modifiers=MODIFIED)
@@ -450,13 +609,20 @@ def test_what_is_compiled_depends_on_no_number():
         decorator = head[head.rindex("@triton.jit") :]
         assert "do_not_specialize=" in decorator
         # labels[1:] begin at 8 bytes of 16
-        assert "do_not_specialize_on_alignment=ROWS_DATA" in decorator or name in ("log_softmax_rows", "scale_all")
+        assert "do_not_specialize_on_alignment=ROWS_DATA" in decorator or name in (
+            "log_softmax_rows",
+            "scale_all",
+        )
 
 
 def test_plans_fit_their_device():
-    """Rows between their sweeps fit the cache, parts are not too small, and the grid is that of the programs."""
+    """Rows between their sweeps fit the cache, parts are not too small, and the grid is that of the
+    programs."""
     for vocab, rows, size, device in itertools.product(
-        (1, 1000, 8192, 32768, 50257, 128256, 262144), (1, 7, 4096), (2, 4), (Device(108, 40 << 20), Device(304, 256 << 20, 64))
+        (1, 1000, 8192, 32768, 50257, 128256, 262144),
+        (1, 7, 4096),
+        (2, 4),
+        (Device(108, 40 << 20), Device(304, 256 << 20, 64)),
     ):
         p = plan(rows, vocab, size, size, True, device)
         assert p.R * size == 16 and 1 <= p.parts <= triton_plan.MOST_PARTS and p.grid >= 1
@@ -464,7 +630,10 @@ def test_plans_fit_their_device():
             assert p.RB * p.R >= vocab + p.R - 1 and p.warps * device.warp <= 1024
         else:
             assert p.grid % p.parts == 0 and p.grid <= rows * p.parts
-            assert p.grid == p.parts or p.grid // p.parts * vocab * 2 * size <= triton_plan.CACHE_SHARE * device.cache
+            assert (
+                p.grid == p.parts
+                or p.grid // p.parts * vocab * 2 * size <= triton_plan.CACHE_SHARE * device.cache
+            )
             assert p.parts == 1 or vocab // p.parts >= triton_plan.SMALLEST_PART
 
 
@@ -473,7 +642,9 @@ def test_repeats_bit_for_bit(on):
         vocab, device = PATHS[shape]
         on(device)
         z, v = make_rows("plain", 1, vocab)
-        for name in {"whole": ("renyi(0.3)", "jsd(0.1)"), "rows": ("renyi(0.3)",), "parts": ("jsd(0.1)",)}[shape]:
+        for name in {"whole": ("renyi(0.3)", "jsd(0.1)"), "rows": ("renyi(0.3)",), "parts": ("jsd(0.1)",)}[
+            shape
+        ]:
             (a, g), (b, h) = (run(z, v, reduction="none", divergence=name) for _ in range(2))
             assert torch.equal(a, b) and torch.equal(g, h)
 
@@ -490,15 +661,21 @@ def test_scale():
 
 
 def test_scaling_takes_a_program_for_each_8192_elements(monkeypatch):
-    """64128 of them to find that the factor is 1, as nearly always: a few to a multiprocessor do, and each walks."""
+    """64128 of them to find that the factor is 1, as nearly always: a few to a multiprocessor do, and each
+    walks."""
     launched = []
     run_it = backend.Launch.run
-    monkeypatch.setattr(backend.Launch, "run", lambda self, device: (launched.append(self.grid), run_it(self, device)))
+    monkeypatch.setattr(
+        backend.Launch, "run", lambda self, device: (launched.append(self.grid), run_it(self, device))
+    )
     x = torch.randn(20, 9000)
     y = x.clone()
     backend.scale_(y, torch.tensor(0.5))
     assert torch.equal(y, x * 0.5)
-    assert launched == [backend.SCALE_PROGRAMS * backend.figures(x.device).processors] and launched[0] < x.numel() // backend.SCALE_BLOCK
+    assert (
+        launched == [backend.SCALE_PROGRAMS * backend.figures(x.device).processors]
+        and launched[0] < x.numel() // backend.SCALE_BLOCK
+    )
 
 
 def test_float64_has_its_reason():
@@ -512,7 +689,9 @@ def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
     z, v = make_rows("plain", 3, 100)
     out, grad = torch.empty(3, dtype=torch.float64), torch.zeros_like(z)
     y = torch.tensor([5, 10**12, -7])
-    for x in backend.launches(z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, (), out, device=Device(2, 32 << 20)):
+    for x in backend.launches(
+        z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, (), out, device=Device(2, 32 << 20)
+    ):
         x.run(z.device)
     assert out[0].isfinite() and out[1:].isnan().all() and grad[0].isfinite().all()
 
@@ -568,18 +747,25 @@ def test_the_bounds_hold_with_the_hardwares_exponential(shape, T, order, on, mon
         loss, grad = run(z, v, reduction="none", divergence=name, temperature=T, soft_weight=T)
         D, g = divergence_row(z[0].numpy(), v[0].numpy(), name, T)
         assert abs(float(loss[0]) / T - float(D)) <= value_bound(order, vocab, T, 30 / T, float(D))
-        assert float((grad[0].double() - torch.from_numpy(g.astype(float))).norm()) <= gradient_bound(order, float((g**2).sum() ** 0.5))
+        assert float((grad[0].double() - torch.from_numpy(g.astype(float))).norm()) <= gradient_bound(
+            order, float((g**2).sum() ** 0.5)
+        )
 
 
 @pytest.mark.parametrize("shape", PATHS)
 def test_ordinary_rows_are_left_to_no_other_kernel(shape, on):
-    """What the fast kernels give up is rare: not the rows of models at the temperatures that they are distilled at."""
+    """What the fast kernels give up is rare: not the rows of models at the temperatures that they are
+    distilled at."""
     vocab, device = PATHS[shape]
     on(device)
-    for kind, T, divergence in itertools.product(("plain", "independent", "peaked_teacher"), (1.0, 4.0), ("kl", "renyi(0.5)", "renyi(2)")):
+    for kind, T, divergence in itertools.product(
+        ("plain", "independent", "peaked_teacher"), (1.0, 4.0), ("kl", "renyi(0.5)", "renyi(2)")
+    ):
         z, v = make_rows(kind, 1, vocab)
         out = torch.empty(1, dtype=torch.float64)
-        *fast, _ = backend.launches(z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, (), out, device=device)
+        *fast, _ = backend.launches(
+            z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, (), out, device=device
+        )
         for launch in fast:
             launch.run(z.device)
         assert out.isfinite().all(), (kind, T, divergence)

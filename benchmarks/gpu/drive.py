@@ -1,10 +1,13 @@
-"""The driver: stages in the order of their worth, each in processes of its own with a box of seconds, until the budget is used up.
+"""The driver: stages in the order of their worth, each in processes of its own with a box of seconds, until
+the budget is used up.
 
-    python -m benchmarks.gpu.drive FOLDER [--budget SECONDS] [--stages STAGE[+STAGE],...] [--resume FILE] [--rehearse]
+    python -m benchmarks.gpu.drive FOLDER [--budget SECONDS] [--stages STAGE[+STAGE],...] [--resume FILE]
+    [--rehearse]
 
-FOLDER gets results.jsonl (log.py), report.md, log.txt (what the processes said besides) and ncu's files. What has an outcome is not done
-again: the same call with the same folder, or with --resume and its results.jsonl, goes on where it was. A process that hangs, faults or
-raises costs the case that it was at; another one goes on with the next.
+FOLDER gets results.jsonl (log.py), report.md, log.txt (what the processes said besides) and ncu's files. What
+has an outcome is not done
+again: the same call with the same folder, or with --resume and its results.jsonl, goes on where it was. A
+    process that hangs, faults or raises costs the case that it was at; another one goes on with the next.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ LEAST = 8  # seconds that a step is begun with: a process imports torch in 5
 
 @dataclass(frozen=True)
 class Step:
-    """Stages that run side by side, each (or each chain "a+b") in `processes` processes that divide its cases; their seconds."""
+    """Stages that run side by side, each (or each chain "a+b") in `processes` processes that divide its
+    cases; their seconds."""
 
     stages: tuple[str, ...]
     seconds: float
@@ -81,7 +85,8 @@ def course(log: Log) -> Iterator[Step]:
 
 
 def rehearsal(log: Log) -> Iterator[Step]:
-    """Every stage, on a CPU with two cores: as few processes as can be, with seconds enough for a busy machine."""
+    """Every stage, on a CPU with two cores: as few processes as can be, with seconds enough for a busy
+    machine."""
     yield replace(HERE, seconds=400)
     yield replace(right(1), seconds=400)
     stages = [x for step in (*TIMES, *AFTER) for stage in step.stages for x in stage.split("+")]
@@ -97,7 +102,10 @@ def named(text: str) -> list[Step]:
         for stage in step.stages
         for x in (stage, *stage.split("+"))
     }
-    return [Step((x,), *((known[x].seconds, known[x].processes) if x in known else (120,))) for x in text.split(",")]
+    return [
+        Step((x,), *((known[x].seconds, known[x].processes) if x in known else (120,)))
+        for x in text.split(",")
+    ]
 
 
 class Driver:
@@ -121,11 +129,16 @@ class Driver:
         jobs = [(stage, f"{i}/{step.processes}") for stage in step.stages for i in range(step.processes)]
         with ThreadPoolExecutor(len(jobs)) as pool:
             ends = list(pool.map(lambda job: self.share(*job, start + seconds), jobs))
-        found = {"finished": all(x == "finished" for x in ends), "seconds": round(time.time() - start, 1), "compiled": cached() - before}
+        found = {
+            "finished": all(x == "finished" for x in ends),
+            "seconds": round(time.time() - start, 1),
+            "compiled": cached() - before,
+        }
         self.log.write(f"step {step}", **found, ends=sorted(set(ends)))
 
     def share(self, stage: str, share: str, end: float) -> str:
-        """Processes of a stage and a share of its cases, one after another, until one gets to the end of them; how it ended."""
+        """Processes of a stage and a share of its cases, one after another, until one gets to the end of
+        them; how it ended."""
         by = f"{stage} {share}"
         while True:
             status = self.process(stage, share, end)
@@ -135,7 +148,10 @@ class Driver:
                     self.log.write(key, cut=True)
                 return "cut"
             for key in open_cases:
-                self.log.write(key, error=f"no outcome: its process ended with status {status}, as after a hang or a fault")
+                self.log.write(
+                    key,
+                    error=f"no outcome: its process ended with status {status}, as after a hang or a fault",
+                )
             if status == 0:
                 return "finished"
             if not open_cases and status != LOST:  # it died of what is no case: another would as well
@@ -143,12 +159,25 @@ class Driver:
 
     def process(self, stage: str, share: str, end: float) -> int | None:
         """The exit status of a process; None where it was ended for want of time."""
-        command = [sys.executable, "-u", "-m", "benchmarks.gpu.stages", str(self.log.path), stage, "--share", share]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "benchmarks.gpu.stages",
+            str(self.log.path),
+            stage,
+            "--share",
+            share,
+        ]
         environment = {"PYTHONPATH": python_path(), "TRITON_INTERPRET": "1" if self.rehearse else "0"}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {}
         with open(self.folder / "log.txt", "ab") as said:
             child = subprocess.Popen(
-                command + ["--rehearse"] * self.rehearse, cwd=ROOT, env=os.environ | environment, stderr=said, start_new_session=True
+                command + ["--rehearse"] * self.rehearse,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stderr=said,
+                start_new_session=True,
             )
             try:
                 return child.wait(max(0.1, end - time.time()))
@@ -160,7 +189,8 @@ class Driver:
 
 
 def end_session(session: int) -> None:
-    """Kill what a process has begun and left, and itself: pytest's workers, a program under compute-sanitizer."""
+    """Kill what a process has begun and left, and itself: pytest's workers, a program under
+    compute-sanitizer."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
@@ -177,7 +207,9 @@ def cached() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--budget", type=float, default=540, help="seconds in all, default %(default)s")
     parser.add_argument("--stages", help="these alone")
@@ -188,7 +220,9 @@ def main() -> None:
     driver = Driver(args.folder, args.budget if not args.rehearse else 3600, args.rehearse)
     if args.resume and args.resume.exists() and not driver.log.path.exists():
         shutil.copy(args.resume, driver.log.path)
-    driver.run(named(args.stages) if args.stages else rehearsal(driver.log) if args.rehearse else course(driver.log))
+    driver.run(
+        named(args.stages) if args.stages else rehearsal(driver.log) if args.rehearse else course(driver.log)
+    )
     tables = report.text(driver.log.lines())
     (args.folder / "report.md").write_text(tables)
     print(tables)

@@ -1,9 +1,11 @@
-"""A GPU that is not there: Triton's own compiler, cache and launcher over a libcuda that does nothing (cuda_stub.c), for sm_90.
+"""A GPU that is not there: Triton's own compiler, cache and launcher over a libcuda that does nothing
+(cuda_stub.c), for sm_90.
 
-    KD_STUB=FOLDER TRITON_INTERPRET=0 TRITON_CACHE_DIR=FOLDER python -m benchmarks.gpu.fake_gpu [--share I/N] [--rehearse]
+    KD_STUB=FOLDER TRITON_INTERPRET=0 TRITON_CACHE_DIR=FOLDER python -m benchmarks.gpu.fake_gpu [--share I/N]
+    [--rehearse]
 
-runs all that the stages launch with Triton, on CPU tensors that nothing reads, so that Triton's cache holds it. KD_STUB: the folder of
-the stub, made by build_stub().
+runs all that the stages launch with Triton, on CPU tensors that nothing reads, so that Triton's cache holds
+it. KD_STUB: the folder of the stub, made by build_stub().
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CAPABILITY = 90
-CACHES = (50 << 20, 60 << 20)  # bytes of the second-level cache, of an H100 and an H200: a plan depends on them
+# bytes of the second-level cache, of an H100 and an H200: a plan depends on them
+CACHES = (50 << 20, 60 << 20)
 PROCESSORS = 132
 
 
@@ -24,7 +27,17 @@ def build_stub(folder: Path) -> Path:
     """libcuda.so.1 in a folder; RuntimeError without a C compiler."""
     folder.mkdir(parents=True, exist_ok=True)
     source, target = Path(__file__).with_name("cuda_stub.c"), folder / "libcuda.so.1"
-    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(target), str(source)]
+    command = [
+        os.environ.get("CC", "cc"),
+        "-shared",
+        "-fPIC",
+        "-O2",
+        "-w",
+        "-Wl,-soname,libcuda.so.1",
+        "-o",
+        str(target),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-300:]}")
@@ -32,7 +45,8 @@ def build_stub(folder: Path) -> Path:
 
 
 def install() -> ctypes.CDLL:
-    """Make it Triton's active driver, and the Triton backend's device for CPU tensors; the stub, which counts launches."""
+    """Make it Triton's active driver, and the Triton backend's device for CPU tensors; the stub, which counts
+    launches."""
     folder = os.environ["KD_STUB"]
     os.environ["TRITON_LIBCUDA_PATH"] = folder
     stub = ctypes.CDLL(f"{folder}/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
@@ -51,7 +65,9 @@ def install() -> ctypes.CDLL:
     from kdkernels.backends import triton as backend
 
     backend.unavailable, backend.interpreting = (lambda *_, **__: None), (lambda: False)
-    backend.Launch.run = lambda self, device: backend.kernel(self.kernel)[(self.grid,)](**self.arguments, **self.options(True))
+    backend.Launch.run = lambda self, device: backend.kernel(self.kernel)[(self.grid,)](
+        **self.arguments, **self.options(True)
+    )
     return stub
 
 
@@ -67,7 +83,10 @@ def work(rehearsal: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     def step(case: cases.Case) -> None:
         """Of a case, on logits that are never written: their pages are not there."""
         dtype = getattr(torch, case.dtype)
-        z, v = torch.empty(case.rows, case.vocab, dtype=dtype, requires_grad=True), torch.empty(case.rows, case.vocab, dtype=dtype)
+        z, v = (
+            torch.empty(case.rows, case.vocab, dtype=dtype, requires_grad=True),
+            torch.empty(case.rows, case.vocab, dtype=dtype),
+        )
         labels = torch.zeros(case.rows, dtype=torch.int64) if case.labels else None
         # in place z itself stands for the copy that the loss would overwrite
         case.loss(z, v, labels, "triton", inplace=False).sum().backward()
@@ -77,7 +96,9 @@ def work(rehearsal: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         return
     for case in cases.covering():
         yield str(case), lambda case=case: step(case)
-    for (rows, vocab), divergence in ((s, d) for s in (timing.BIG, (64, 32768), *timing.SHAPES) for d in timing.DIVERGENCES):
+    for (rows, vocab), divergence in (
+        (s, d) for s in (timing.BIG, (64, 32768), *timing.SHAPES) for d in timing.DIVERGENCES
+    ):
         case = cases.Case(divergence, rows=rows, vocab=vocab)
         yield str(case), lambda case=case: step(case)
     for divergence in timing.DIVERGENCES:
@@ -101,9 +122,16 @@ def work(rehearsal: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
             def hidden(text=text, divergence=divergence) -> None:
                 tokens, vocab, _ = linear.shape(text)  # the width is the products' alone
-                h, w = torch.zeros(tokens, 8, dtype=torch.bfloat16, requires_grad=True), torch.zeros(vocab, 8, dtype=torch.bfloat16)
+                h, w = (
+                    torch.zeros(tokens, 8, dtype=torch.bfloat16, requires_grad=True),
+                    torch.zeros(vocab, 8, dtype=torch.bfloat16),
+                )
                 options = dict(
-                    divergence=divergence, temperature=2.0, t_squared=True, backend="triton", memory_budget=linear.linear.GPU_BUDGET
+                    divergence=divergence,
+                    temperature=2.0,
+                    t_squared=True,
+                    backend="triton",
+                    memory_budget=linear.linear.GPU_BUDGET,
                 )
                 fused_linear_kd_loss(h, w.requires_grad_(), h.detach(), w.detach(), **options).backward()
 
@@ -111,7 +139,9 @@ def work(rehearsal: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()

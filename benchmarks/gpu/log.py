@@ -1,7 +1,9 @@
-"""Results as JSON lines: each is on disk before the next is measured, so that whatever ends a process leaves what it has found.
+"""Results as JSON lines: each is on disk before the next is measured, so that whatever ends a process leaves
+what it has found.
 
-A case has a key. A line {"key", "begun"} says that a process has begun it, a line {"key", ...} what came of it: numbers, or "error". A case
-that has an outcome is not done again; "cut" marks one that was ended for want of time, which a later run may try again, once.
+A case has a key. A line {"key", "begun"} says that a process has begun it, a line {"key", ...} what came of
+it: numbers, or "error". A case that has an outcome is not done again; "cut" marks one that was ended for want
+of time, which a later run may try again, once.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-LOST = 70  # exit status of a process whose device is of no use any more: its case has an outcome, a new process does the others
+# exit status of a process whose device is of no use any more: its case has an outcome, a new process does the
+# others
+LOST = 70
 TRIES = 2  # of a case that was begun and has no outcome
 
 
 class Log:
-    """A file of results, to which several processes append. context: what every line of this process says besides."""
+    """A file of results, to which several processes append. context: what every line of this process says
+    besides."""
 
     def __init__(self, path: str | Path, **context: object):
         self.path, self.context, self.stream = Path(path), context, sys.stdout
@@ -41,7 +46,8 @@ class Log:
         return {x["key"]: x for x in self.lines() if not x.get("begun") and not x.get("cut")}
 
     def unfinished(self, by: str) -> list[str]:
-        """Keys of the cases that processes named `by` have begun and that have neither an outcome nor were cut."""
+        """Keys of the cases that processes named `by` have begun and that have neither an outcome nor were
+        cut."""
         begun: dict[str, bool] = {}
         for x in self.lines():
             begun[x["key"]] = bool(x.get("begun")) and x.get("by") == by
@@ -49,15 +55,19 @@ class Log:
 
     def write(self, key: str, **found: object) -> None:
         line = json.dumps({"key": key, "at": round(time.time(), 1), **self.context, **found})
-        with open(self.path, "ab") as file:  # one write to a file that is open for appending: lines of several processes do not mix
+        # one write to a file that is open for appending: lines of several processes do not mix
+        with open(self.path, "ab") as file:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         if self.stream and not found.get("begun"):
             print(_short(key, found), file=self.stream, flush=True)
 
-    def once(self, key: str, measure: Callable[[], dict], seconds: float, lost: Callable[[], bool] = lambda: False) -> None:
-        """Write what measure() finds, unless the case has an outcome. An exception is one; more than `seconds` end the process.
+    def once(
+        self, key: str, measure: Callable[[], dict], seconds: float, lost: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Write what measure() finds, unless the case has an outcome. An exception is one; more than
+        `seconds` end the process.
 
         lost: whether the device is of no use after an exception; the process then ends, for another to go on.
         """
@@ -65,7 +75,8 @@ class Log:
         if key in self.outcomes() or tried >= TRIES:
             return
         self.write(key, begun=True)
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)  # from a thread of C: also where a kernel never ends
+        # from a thread of C: also where a kernel never ends
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
         try:
             found = measure()
         except (Exception, SystemExit) as error:
@@ -80,7 +91,11 @@ class Log:
 
 def _short(key: str, found: dict) -> str:
     """A line for a person, most of whom read the end of a long output."""
-    texts = (f"{x}={y:.4g}" if isinstance(y, float) else f"{x}={y}" for x, y in found.items() if not isinstance(y, (dict, list)))
+    texts = (
+        f"{x}={y:.4g}" if isinstance(y, float) else f"{x}={y}"
+        for x, y in found.items()
+        if not isinstance(y, (dict, list))
+    )
     return f"{key}: {' '.join(texts)}"[:240]
 
 
@@ -95,7 +110,8 @@ def wrong_cases(log: Log) -> list[tuple[str, str]]:
 
 
 def suspects(log: Log) -> list[tuple[str, str]]:
-    """Those of them that a sanitizer may explain: wrong numbers, a fault, a hang; not what was refused or did not compile."""
+    """Those of them that a sanitizer may explain: wrong numbers, a fault, a hang; not what was refused or did
+    not compile."""
     outcomes = log.outcomes()
     errors = {x: outcomes[f"right {x[0]} {x[1]}"].get("error", "") for x in wrong_cases(log)}
     return [x for x, error in errors.items() if not error or "no outcome" in error or "CUDA" in error]

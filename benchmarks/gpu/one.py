@@ -1,4 +1,5 @@
-"""Cases in a process of their own, loss and backward once each, for tools that watch kernels: one.py DEVICE BACKEND CASE [CASE ...].
+"""Cases in a process of their own, loss and backward once each, for tools that watch kernels: one.py DEVICE
+BACKEND CASE [CASE ...].
 
 python -m benchmarks.gpu.one cuda triton "kl T=2 4096x128256 bfloat16"
 """

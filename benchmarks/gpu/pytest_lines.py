@@ -1,4 +1,5 @@
-"""A plugin of pytest: a line in the file $KD_TEST_LINES for each test as it ends; what has one from before $KD_TEST_SINCE is left out."""
+"""A plugin of pytest: a line in the file $KD_TEST_LINES for each test as it ends; what has one from before
+$KD_TEST_SINCE is left out."""
 
 import os
 import sys
@@ -14,7 +15,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The same for all processes of a run, also for one that takes the place of another: so only what was there when it began counts."""
+    """The same for all processes of a run, also for one that takes the place of another: so only what was
+    there when it began counts."""
     since = float(os.environ["KD_TEST_SINCE"])
     done = {key for key, x in Log(os.environ["KD_TEST_LINES"]).outcomes().items() if x["at"] < since}
     left_out = [x for x in items if f"test {x.nodeid}" in done]
@@ -24,10 +26,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_logreport(report):
-    """In pytest-xdist's first process this hears of the tests of all others, and of those that took their process along."""
+    """In pytest-xdist's first process this hears of the tests of all others, and of those that took their
+    process along."""
     if _in_worker or (report.when != "call" and report.passed):
         return
     log = Log(os.environ["KD_TEST_LINES"])
     log.stream = sys.stderr if report.failed else None
-    more = {"error": str(report.longrepr).strip().splitlines()[-1][-300:]} if report.failed and report.longrepr else {}
+    more = (
+        {"error": str(report.longrepr).strip().splitlines()[-1][-300:]}
+        if report.failed and report.longrepr
+        else {}
+    )
     log.write(f"test {report.nodeid}", outcome=report.outcome, seconds=round(report.duration, 2), **more)

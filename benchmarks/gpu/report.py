@@ -1,8 +1,11 @@
-"""A result of benchmarks/gpu as tables: what is right, how fast it is beside a copy, which goals are reached, what `auto` should take.
+"""A result of benchmarks/gpu as tables: what is right, how fast it is beside a copy, which goals are reached,
+what `auto` should take.
 
     python benchmarks/gpu/report.py RESULTS.jsonl             prints them
-    python benchmarks/gpu/report.py RESULTS.jsonl --write     keeps the result as benchmarks/results/gpu_CARD.jsonl and the tables as
-                                                              docs/results/gpu_CARD.md; prints the lines that the README must have
+    python benchmarks/gpu/report.py RESULTS.jsonl --write     keeps the result as
+                                                              benchmarks/results/gpu_CARD.jsonl and the tables
+                                                              as docs/results/gpu_CARD.md; prints the lines
+                                                              that the README must have
 
 Needs nothing but Python.
 """
@@ -70,7 +73,11 @@ class Result:
     @cached_property
     def copy(self) -> float | None:
         """Bytes a second, read and written."""
-        found = [x["gb_s"] * 1e9 for key, x in self.outcomes.items() if key.startswith("time copy ") and "gb_s" in x]
+        found = [
+            x["gb_s"] * 1e9
+            for key, x in self.outcomes.items()
+            if key.startswith("time copy ") and "gb_s" in x
+        ]
         return found[0] if found else None
 
     @cached_property
@@ -81,7 +88,17 @@ class Result:
             if match and "ms" in x:
                 shape = int(match["rows"]), int(match["vocab"])
                 spread = x.get("p20", x["ms"]), x.get("p80", x["ms"])
-                found.append(Time(match["name"], match["divergence"], *shape, match["kind"] == "graph", x["ms"], *spread, x.get("memory")))
+                found.append(
+                    Time(
+                        match["name"],
+                        match["divergence"],
+                        *shape,
+                        match["kind"] == "graph",
+                        x["ms"],
+                        *spread,
+                        x.get("memory"),
+                    )
+                )
         return found
 
     def time(self, name: str, divergence: str, shape: tuple[int, int], graph: bool = False) -> Time | None:
@@ -90,7 +107,11 @@ class Result:
 
     def best(self, divergence: str, shape: tuple[int, int], matches: str) -> Time | None:
         """The fastest contender whose name matches."""
-        found = [x for x in self.times if (x.divergence, x.shape, x.graph) == (divergence, shape, False) and re.match(matches, x.name)]
+        found = [
+            x
+            for x in self.times
+            if (x.divergence, x.shape, x.graph) == (divergence, shape, False) and re.match(matches, x.name)
+        ]
         return min(found, key=lambda x: x.ms, default=None)
 
     def of_copy(self, time: Time | None) -> float | None:
@@ -99,7 +120,11 @@ class Result:
 
     def right(self, backend: str) -> list[tuple[str, dict]]:
         """(case, what came of it) of what was compared with fp64."""
-        return [(key.split(" ", 2)[2], x) for key, x in self.outcomes.items() if key.startswith(f"right {backend} ")]
+        return [
+            (key.split(" ", 2)[2], x)
+            for key, x in self.outcomes.items()
+            if key.startswith(f"right {backend} ")
+        ]
 
     def is_right(self, backend: str) -> bool:
         found = self.right(backend)
@@ -111,7 +136,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a backend is to reach, and what it does: at least, or for bytes and memory at most; None where it was not measured."""
+    """What a backend is to reach, and what it does: at least, or for bytes and memory at most; None where it
+    was not measured."""
 
     backend: str
     what: str
@@ -123,7 +149,11 @@ class Goal:
     def verdict(self) -> str:
         if self.found is None:
             return "not measured"
-        return "reached" if (self.found <= self.goal if self.most else self.found >= self.goal) else "not reached"
+        return (
+            "reached"
+            if (self.found <= self.goal if self.most else self.found >= self.goal)
+            else "not reached"
+        )
 
 
 def goals(result: Result) -> list[Goal]:
@@ -134,7 +164,8 @@ def goals(result: Result) -> list[Goal]:
 
 
 def _bandwidth_goals(result: Result, backend: str) -> list[Goal]:
-    """Of copy speed, the least over vocabularies of a range at many rows, and bytes of memory beside the floor's."""
+    """Of copy speed, the least over vocabularies of a range at many rows, and bytes of memory beside the
+    floor's."""
     h200 = "H200" in result.card
     ranges = {
         "triton": (("V <= 50k", 0, 60000, 0.85, 0.75), ("V >= 128k", 100000, 1 << 30, 0.78, 0.70)),
@@ -149,15 +180,29 @@ def _bandwidth_goals(result: Result, backend: str) -> list[Goal]:
             those = [
                 x
                 for x in result.times
-                if (x.name, x.divergence, x.graph) == (backend, divergence, False) and x.rows >= MANY_ROWS and low <= x.vocab <= high
+                if (x.name, x.divergence, x.graph) == (backend, divergence, False)
+                and x.rows >= MANY_ROWS
+                and low <= x.vocab <= high
             ]
             shares = [share for x in those if (share := result.of_copy(x)) is not None]
-            out.append(Goal(backend, f"{DIVERGENCES[divergence]}, {text}: of copy speed", goal, min(shares, default=None)))
+            out.append(
+                Goal(
+                    backend,
+                    f"{DIVERGENCES[divergence]}, {text}: of copy speed",
+                    goal,
+                    min(shares, default=None),
+                )
+            )
     profiled = result.outcomes.get(f"ncu {backend} kl T=2 {BIG[0]}x{BIG[1]} bfloat16", {})
     moved = profiled["bytes_read"] + profiled["bytes_written"] if "bytes_read" in profiled else None
     floor = 6 * BIG[0] * BIG[1]
     most = {"triton": 1.3, "cuda": 1.03}[backend]
-    return [*out, Goal(backend, "KL, V = 128k: bytes of memory over the floor", most, moved and moved / floor, most=True)]
+    return [
+        *out,
+        Goal(
+            backend, "KL, V = 128k: bytes of memory over the floor", most, moved and moved / floor, most=True
+        ),
+    ]
 
 
 def _speed_goals(result: Result, backend: str) -> list[Goal]:
@@ -172,8 +217,19 @@ def _speed_goals(result: Result, backend: str) -> list[Goal]:
     out = []
     for (text, pattern), goal in zip(others.items(), times, strict=True):
         other = result.best("kl", BIG, pattern)
-        out.append(Goal(backend, f"KL: times as fast as {text}", goal, other.ms / own.ms if own and other else None))
-    return [*out, Goal(backend, "KL: memory beyond the logits, in gradients", 1.01, own.memory if own else None, most=True)]
+        out.append(
+            Goal(backend, f"KL: times as fast as {text}", goal, other.ms / own.ms if own and other else None)
+        )
+    return [
+        *out,
+        Goal(
+            backend,
+            "KL: memory beyond the logits, in gradients",
+            1.01,
+            own.memory if own else None,
+            most=True,
+        ),
+    ]
 
 
 def auto(result: Result) -> list[str]:
@@ -190,11 +246,16 @@ def auto(result: Result) -> list[str]:
     if not any(faster.values()):
         return [*lines, "Triton and CUDA were not timed beside each other: `auto` stays as it is."]
     names = {"cuda": "CUDA is faster", "triton": "Triton is faster", "either": f"Within {MARGIN - 1:.0%}"}
-    lines += [f"{names[x]} (Triton's time over CUDA's): {', '.join(those)}." for x, those in faster.items() if those]
+    lines += [
+        f"{names[x]} (Triton's time over CUDA's): {', '.join(those)}." for x, those in faster.items() if those
+    ]
     if not wrong:
         best = "cuda" if len(faster["cuda"]) > len(faster["triton"]) else "triton"
         exceptions = faster["triton" if best == "cuda" else "cuda"]
-        lines.append(f"`auto` should take {best}" + (f", and the other one for {', '.join(exceptions)}." if exceptions else "."))
+        lines.append(
+            f"`auto` should take {best}"
+            + (f", and the other one for {', '.join(exceptions)}." if exceptions else ".")
+        )
     return lines
 
 
@@ -231,9 +292,19 @@ def number(x: float | None, form: str = ".2f") -> str:
 def text(lines: Iterable[dict]) -> str:
     """All tables, in Markdown."""
     result = Result.of(lines)
-    sections = [_head(result), _right(result), _times(result), _shapes(result), _tools(result), _models(result)]
+    sections = [
+        _head(result),
+        _right(result),
+        _times(result),
+        _shapes(result),
+        _tools(result),
+        _models(result),
+    ]
     knobs = table(["backend", "knob", "divergence", "now", "best", "gain", "ms"], tuned(result))
-    reached = [[x.backend, x.what, f"{'at most' if x.most else 'at least'} {x.goal:g}", number(x.found), x.verdict] for x in goals(result)]
+    reached = [
+        [x.backend, x.what, f"{'at most' if x.most else 'at least'} {x.goal:g}", number(x.found), x.verdict]
+        for x in goals(result)
+    ]
     sections += [f"## The plans' knobs, 4096 x 128256 bf16\n\n{knobs}"]
     sections += [
         f"## Goals\n\n{table(['backend', 'what', 'goal', 'found', ''], reached)}",
@@ -245,11 +316,16 @@ def text(lines: Iterable[dict]) -> str:
 def _head(result: Result) -> str:
     here = result.here
     versions = ", ".join(f"{x} {here[x]}" for x in ("torch", "triton", "python") if x in here)
-    title = f"# {result.card}" if result.card != "cpu" else "# A rehearsal on a CPU: no figure here is a GPU's"
+    title = (
+        f"# {result.card}" if result.card != "cpu" else "# A rehearsal on a CPU: no figure here is a GPU's"
+    )
     copy = f"; a copy moves {result.copy / 1e12:.2f} TB/s, bytes read and written" if result.copy else ""
     about = f"{versions}{copy}. " if versions else ""
     notes = "".join(f"\n\n{x['text']}" for key, x in result.outcomes.items() if key.startswith("note"))
-    return f"{title}\n\n{about}Times are medians of loss and gradient, with the second-level cache flushed before each.{notes}\n"
+    return (
+        f"{title}\n\n{about}Times are medians of loss and gradient, with the second-level cache "
+        f"flushed before each.{notes}\n"
+    )
 
 
 def _right(result: Result) -> str:
@@ -267,7 +343,8 @@ def _right(result: Result) -> str:
                 "; ".join(wrong).replace("|", "/") or "none",
             ]
         )
-    return f"## Right\n\n{table(['backend', 'cases right', 'value, of its bound', 'gradient, of its bound', 'wrong'], rows)}"
+    head = ["backend", "cases right", "value, of its bound", "gradient, of its bound", "wrong"]
+    return f"## Right\n\n{table(head, rows)}"
 
 
 def _times(result: Result) -> str:
@@ -278,9 +355,18 @@ def _times(result: Result) -> str:
         for x in sorted(own, key=lambda x: x.ms):
             share = number(result.of_copy(x))
             rows.append(
-                [x.name + (", from a graph" if x.graph else ""), f"{x.ms:.3f}", f"{x.p20:.3f}, {x.p80:.3f}", share, number(x.memory)]
+                [
+                    x.name + (", from a graph" if x.graph else ""),
+                    f"{x.ms:.3f}",
+                    f"{x.p20:.3f}, {x.p80:.3f}",
+                    share,
+                    number(x.memory),
+                ]
             )
-        parts.append(f"## {name}, {BIG[0]} x {BIG[1]} bf16\n\n" + table(["", "ms", "20 %, 80 %", "of copy", "memory, gradients"], rows))
+        parts.append(
+            f"## {name}, {BIG[0]} x {BIG[1]} bf16\n\n"
+            + table(["", "ms", "20 %, 80 %", "of copy", "memory, gradients"], rows)
+        )
     return "\n".join(parts)
 
 
@@ -288,7 +374,9 @@ def _shapes(result: Result) -> str:
     rows = []
     for shape in sorted({x.shape for x in result.times if not x.graph}, key=lambda s: (s[1], s[0])):
         for divergence, name in DIVERGENCES.items():
-            found = [result.time(x, divergence, shape) for x in BACKENDS] + [result.best(divergence, shape, "simple")]
+            found = [result.time(x, divergence, shape) for x in BACKENDS] + [
+                result.best(divergence, shape, "simple")
+            ]
             if any(found):
                 cells = [f"{x.ms:.3f} ({number(result.of_copy(x))})" if x else "" for x in found]
                 rows.append([f"{name}, {shape[0]} x {shape[1]}", *cells])
@@ -298,9 +386,14 @@ def _shapes(result: Result) -> str:
 def _tools(result: Result) -> str:
     tests = result.outcomes.get("tests", {})
     counts = ", ".join(f"{tests[x]} {x}" for x in ("passed", "failed", "skipped") if x in tests) or "not run"
-    failed = [f"* `{key}`: {x.get('error', '')}" for key, x in result.starting("test ") if x.get("outcome") == "failed"]
+    failed = [
+        f"* `{key}`: {x.get('error', '')}"
+        for key, x in result.starting("test ")
+        if x.get("outcome") == "failed"
+    ]
     checked = [
-        [key, "clean" if x.get("status") == 0 and "error" not in x else x.get("error", "")] for key, x in result.starting("sanitize ")
+        [key, "clean" if x.get("status") == 0 and "error" not in x else x.get("error", "")]
+        for key, x in result.starting("sanitize ")
     ]
     profiled = []
     for key, x in result.starting("ncu "):
@@ -313,9 +406,25 @@ def _tools(result: Result) -> str:
                 number(32 * x["warp_instructions"] / logits, ".1f"),
             ]
             profiled.append(
-                [key, *cells, *(number(x.get(y), ".0f") for y in ("registers", "issue_percent", "memory_percent", "occupancy_percent"))]
+                [
+                    key,
+                    *cells,
+                    *(
+                        number(x.get(y), ".0f")
+                        for y in ("registers", "issue_percent", "memory_percent", "occupancy_percent")
+                    ),
+                ]
             )
-    head = ["", "ms", "bytes a logit", "instructions a logit", "registers", "issue %", "memory %", "occupancy %"]
+    head = [
+        "",
+        "ms",
+        "bytes a logit",
+        "instructions a logit",
+        "registers",
+        "issue %",
+        "memory %",
+        "occupancy %",
+    ]
     sections = [
         f"## Tests\n\n{counts}\n" + "\n".join(failed),
         f"## Sanitizers\n\n{table(['', ''], checked)}",
@@ -325,13 +434,23 @@ def _tools(result: Result) -> str:
 
 
 def _models(result: Result) -> str:
-    steps = [[key, number(x.get("ms")), number(x.get("peak_gib"))] for key, x in result.starting("train ") if "ms" in x]
+    steps = [
+        [key, number(x.get("ms")), number(x.get("peak_gib"))]
+        for key, x in result.starting("train ")
+        if "ms" in x
+    ]
     hidden = []
     for key, x in result.starting("linear "):
         for name, y in x.get("contenders", {}).items():
             size = y.get("memory_bytes")
             hidden.append(
-                [f"{key}: {name}", f"{y['ms']:.2f}", number(y["of_floor"]), number(size and size / 2**30), f"{y['weight_error']:.0e}"]
+                [
+                    f"{key}: {name}",
+                    f"{y['ms']:.2f}",
+                    number(y["of_floor"]),
+                    number(size and size / 2**30),
+                    f"{y['weight_error']:.0e}",
+                ]
             )
     step = f"## A whole training step\n\n{table(['', 'ms', 'peak GiB beyond'], steps)}"
     head = ["", "ms", "of the floor", "GiB beyond the inputs", "weight's error"]
@@ -339,15 +458,21 @@ def _models(result: Result) -> str:
 
 
 def readme(lines: Iterable[dict]) -> list[str]:
-    """The lines of the README's table: ms, and how many times as fast as the best eager spelling and torch.compile."""
+    """The lines of the README's table: ms, and how many times as fast as the best eager spelling and
+    torch.compile."""
     result, rows = Result.of(lines), []
     for divergence, name in DIVERGENCES.items():
-        own = min((x for y in BACKENDS if (x := result.time(y, divergence, BIG))), key=lambda x: x.ms, default=None)
+        own = min(
+            (x for y in BACKENDS if (x := result.time(y, divergence, BIG))), key=lambda x: x.ms, default=None
+        )
         eager = result.best(divergence, BIG, r"kl_div\(|logsumexp of")
         compiled = result.best(divergence, BIG, r"torch\.compile")
         if own and eager and compiled:
             others = " | ".join(f"{x.ms:.1f} ({x.ms / own.ms:.1f} x)" for x in (eager, compiled))
-            rows.append(f"| {name}, {BIG[0]} x {BIG[1]} bf16, {result.card}, {own.name} | **{own.ms:.2f}** | {others} |")
+            rows.append(
+                f"| {name}, {BIG[0]} x {BIG[1]} bf16, {result.card}, {own.name} | **{own.ms:.2f}** | "
+                f"{others} |"
+            )
     return rows
 
 
@@ -357,17 +482,25 @@ def kept(folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--write", action="store_true", help="keep the result and the tables in the repository")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the result and the tables in the repository"
+    )
     args = parser.parse_args()
-    lines = [json.loads(x) for x in args.results.read_text().splitlines() if x.startswith("{") and x.endswith("}")]
+    lines = [
+        json.loads(x) for x in args.results.read_text().splitlines() if x.startswith("{") and x.endswith("}")
+    ]
     found = text(lines)
     print(found)
     if args.write:
         slug = Result.of(lines).slug
         outcomes = [x for x in lines if not x.get("begun") and not x.get("cut")]
-        (ROOT / "benchmarks" / "results" / f"gpu_{slug}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in outcomes))
+        (ROOT / "benchmarks" / "results" / f"gpu_{slug}.jsonl").write_text(
+            "".join(json.dumps(x) + "\n" for x in outcomes)
+        )
         (ROOT / "docs" / "results" / f"gpu_{slug}.md").write_text(found)
         print("The README needs these lines:\n" + "\n".join(readme(lines)))
 

@@ -1,4 +1,5 @@
-"""What a stage's process knows: where results go, whether it is a rehearsal, which share of the cases is its own."""
+"""What a stage's process knows: where results go, whether it is a rehearsal, which share of the cases is its
+own."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 
 from .log import Log, wrong_cases
 
-STAND_INS = {"triton": "triton", "cuda": "cpu"}  # on a CPU: Triton's interpreter, and the C++ library in the CUDA kernels' place
+# on a CPU: Triton's interpreter, and the C++ library in the CUDA kernels' place
+STAND_INS = {"triton": "triton", "cuda": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Setting:
             torch.cuda.synchronize()
 
     def lost(self) -> bool:
-        """Whether the device answers no more, as after an illegal access: whatever else this process launched would fail."""
+        """Whether the device answers no more, as after an illegal access: whatever else this process launched
+        would fail."""
         try:
             self.wait()
         except RuntimeError:
@@ -48,7 +51,8 @@ class Setting:
 
     @property
     def patience(self) -> int:
-        """What a box of seconds is multiplied with: a rehearsal is about what runs, on machines that are busy with other things."""
+        """What a box of seconds is multiplied with: a rehearsal is about what runs, on machines that are busy
+        with other things."""
         return 8 if self.rehearsal else 1
 
     def own(self, cases: list) -> list:

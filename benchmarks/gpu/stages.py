@@ -1,4 +1,5 @@
-"""The process of one or more stages: python -m benchmarks.gpu.stages RESULTS STAGE[+STAGE ...] [--rehearse] [--share I/N]."""
+"""The process of one or more stages: python -m benchmarks.gpu.stages RESULTS STAGE[+STAGE ...] [--rehearse]
+[--share I/N]."""
 
 from __future__ import annotations
 
@@ -44,14 +45,28 @@ def here(setting: Setting) -> None:
         from kdkernels.backends import cuda
 
         library = cuda.library()
-        found = {"torch": torch.__version__, "triton": triton.__version__, "numpy": numpy.__version__, "python": sys.version.split()[0]}
-        found |= {"triton_key": triton_key(), "cuda_library": library if isinstance(library, str) else library.isa}
+        found = {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "numpy": numpy.__version__,
+            "python": sys.version.split()[0],
+        }
+        found |= {
+            "triton_key": triton_key(),
+            "cuda_library": library if isinstance(library, str) else library.isa,
+        }
         if MANIFEST.exists():
             brought = json.loads(MANIFEST.read_text())
-            found["cache_fits"] = brought["triton_key"] == found["triton_key"] and brought["cache"] == os.environ.get("TRITON_CACHE_DIR")
+            found["cache_fits"] = brought["triton_key"] == found["triton_key"] and brought[
+                "cache"
+            ] == os.environ.get("TRITON_CACHE_DIR")
         if setting.device == "cuda":
             p = torch.cuda.get_device_properties(0)
-            found |= {"multiprocessors": p.multi_processor_count, "l2": p.L2_cache_size, "memory": p.total_memory}
+            found |= {
+                "multiprocessors": p.multi_processor_count,
+                "l2": p.L2_cache_size,
+                "memory": p.total_memory,
+            }
             query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
             command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
             found["smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -73,7 +88,8 @@ def right(setting: Setting, backend: str) -> None:
 
 
 def launches(setting: Setting) -> None:
-    """Kernels of a case compiled for sm_90 and launched by Triton's own launcher over a libcuda that does nothing: of a rehearsal."""
+    """Kernels of a case compiled for sm_90 and launched by Triton's own launcher over a libcuda that does
+    nothing: of a rehearsal."""
     if not (importlib.util.find_spec("triton") and Path(sysconfig.get_path("include"), "Python.h").exists()):
         return setting.log.write("launches", skipped="needs triton and Python.h")
     from . import pack

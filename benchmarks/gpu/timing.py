@@ -1,4 +1,5 @@
-"""Stages that measure times of loss and gradient: the loss alone, replayed from a graph, over shapes, and over the knobs of the plans."""
+"""Stages that measure times of loss and gradient: the loss alone, replayed from a graph, over shapes, and
+over the knobs of the plans."""
 
 from __future__ import annotations
 
@@ -22,9 +23,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 DIVERGENCES = ("kl", "renyi(0.5)")
 BIG, SMALL = (4096, 128256), (2, 500)
 # short vocabularies and long ones, even and odd; few rows
-SHAPES = ((4096, 32768), (4096, 50257), (2048, 151936), (1024, 262144), (4096, 8192), (64, 262144), (16, 128256))
+SHAPES = (
+    (4096, 32768),
+    (4096, 50257),
+    (2048, 151936),
+    (1024, 262144),
+    (4096, 8192),
+    (64, 262144),
+    (16, 128256),
+)
 SMALL_SHAPES = ((2, 255),)
-FLUSH = 256 << 20  # bytes written between two calls, so that the second-level cache holds nothing of the last one
+# bytes written between two calls, so that the second-level cache holds nothing of the last one
+FLUSH = 256 << 20
 BUSY_CYCLES = 4_000_000  # of the device, 2 ms: what a step's launches take the host at most
 # the Triton plan's knobs and their values, one changed at a time
 TRITON_KNOBS = {
@@ -47,10 +57,11 @@ def big(setting: Setting) -> tuple[int, int]:
 
 
 def median(step: Callable[[], object], setting: Setting, seconds: float = 0.4, most: int = 100) -> dict:
-    """{ms, p20, p80, n, host_ms}: the median over calls, each timed by the device, with the second-level cache flushed before it.
+    """{ms, p20, p80, n, host_ms}: the median over calls, each timed by the device, with the second-level
+    cache flushed before it.
 
-    The device has work to do while the host launches a call, as in a training step, so that ms has nothing of the host's part; host_ms is
-    that, until the last launch.
+    The device has work to do while the host launches a call, as in a training step, so that ms has nothing of
+    the host's part; host_ms is that, until the last launch.
     """
     step()
     setting.wait()
@@ -74,12 +85,18 @@ def median(step: Callable[[], object], setting: Setting, seconds: float = 0.4, m
             end.synchronize()
             times.append(start.elapsed_time(end))
     times.sort()
-    found = {"ms": statistics.median(times), "p20": times[len(times) // 5], "p80": times[len(times) * 4 // 5], "n": len(times)}
+    found = {
+        "ms": statistics.median(times),
+        "p20": times[len(times) // 5],
+        "p80": times[len(times) * 4 // 5],
+        "n": len(times),
+    }
     return found | ({"host_ms": statistics.median(hosts)} if hosts else {})
 
 
 def memory(step: Callable[[], object], setting: Setting, beside: Tensor) -> dict:
-    """{memory}: peak bytes that a step (which has run before) holds beyond what is there, as a multiple of a tensor's."""
+    """{memory}: peak bytes that a step (which has run before) holds beyond what is there, as a multiple of a
+    tensor's."""
     if setting.device == "cpu":
         return {}
     torch.cuda.reset_peak_memory_stats()
@@ -90,7 +107,8 @@ def memory(step: Callable[[], object], setting: Setting, beside: Tensor) -> dict
 
 
 def losses(kind: str, divergence: str, setting: Setting) -> dict[str, Loss]:
-    """name -> loss(z, v), the mean of T^2 D at T = 2, of a kind of contender; a backend that was wrong for this divergence is none."""
+    """name -> loss(z, v), the mean of T^2 D at T = 2, of a kind of contender; a backend that was wrong for
+    this divergence is none."""
     which, T = parse(divergence), 2.0
     if kind in ("triton", "cuda"):
         if divergence in setting.wrong(kind):
@@ -130,7 +148,8 @@ def copy(setting: Setting) -> None:
 
 
 def _times(setting: Setting, kinds: tuple[str, ...], shape: tuple[int, int]) -> None:
-    """A line for each contender of these kinds, with its loss; the logits are drawn once, when the first is measured."""
+    """A line for each contender of these kinds, with its loss; the logits are drawn once, when the first is
+    measured."""
     rows, vocab = shape
     drawn: list[Tensor] = []
 
@@ -138,7 +157,9 @@ def _times(setting: Setting, kinds: tuple[str, ...], shape: tuple[int, int]) -> 
         if not drawn:
             drawn.extend(Case("kl", rows=rows, vocab=vocab).inputs(setting.device)[:2])
         step = step_of(loss, *drawn)
-        return median(step, setting) | memory(step, setting, drawn[1]) | {"loss": float(loss(*drawn).detach())}
+        return (
+            median(step, setting) | memory(step, setting, drawn[1]) | {"loss": float(loss(*drawn).detach())}
+        )
 
     for divergence, kind in itertools.product(DIVERGENCES, kinds):
         for name, loss in losses(kind, divergence, setting).items():
@@ -155,8 +176,11 @@ def over_shapes(setting: Setting) -> None:
 
 
 def graph(setting: Setting, kind: str) -> None:
-    """Replayed from a graph: without Python, and without launches one by one. launched_ms: the same step as it is."""
-    for shape, divergence in itertools.product(((64, 32768), BIG) if not setting.rehearsal else (SMALL,), DIVERGENCES):
+    """Replayed from a graph: without Python, and without launches one by one. launched_ms: the same step as
+    it is."""
+    for shape, divergence in itertools.product(
+        ((64, 32768), BIG) if not setting.rehearsal else (SMALL,), DIVERGENCES
+    ):
         for name, loss in losses(kind, divergence, setting).items():
             key = f"graph {name} {divergence} {shape[0]}x{shape[1]} bf16"
             setting.once(key, lambda loss=loss, shape=shape: _replayed(setting, loss, shape))

@@ -20,7 +20,18 @@ from .paths import ROOT, python_path
 from .setting import Setting
 
 ONE = [sys.executable, "-m", "benchmarks.gpu.one"]
-TESTS = ["-m", "gpu", "--tb=line", "-q", "-s", "-p", "benchmarks.gpu.pytest_lines", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+TESTS = [
+    "-m",
+    "gpu",
+    "--tb=line",
+    "-q",
+    "-s",
+    "-p",
+    "benchmarks.gpu.pytest_lines",
+    "-p",
+    "no:cacheprovider",
+    "tests/test_gpu.py",
+]
 TEST_SECONDS = 60
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED_VOCABS = (31, 1003, 9001, 40007)
@@ -46,7 +57,14 @@ def run(command: list[str], seconds: float, **environment: str) -> tuple[int, st
     """(exit status, output) of a program, which is ended with all its children after so many seconds: -9."""
     env = os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"} | environment
     child = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        process_group=0,
     )
     try:
         text, _ = child.communicate(timeout=seconds)
@@ -57,13 +75,22 @@ def run(command: list[str], seconds: float, **environment: str) -> tuple[int, st
 
 
 def tests(setting: Setting) -> None:
-    """Each test is a line as soon as it is over, and the failed ones are printed (pytest_lines.py); what has a line already is left out."""
+    """Each test is a line as soon as it is over, and the failed ones are printed (pytest_lines.py); what has
+    a line already is left out."""
     processes = ["-n", "2" if setting.rehearsal else "12"] if importlib.util.find_spec("xdist") else []
     # a test that hangs is ended with its process, which pytest-xdist replaces
-    limits = ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
+    limits = (
+        ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
+        if importlib.util.find_spec("pytest_timeout")
+        else []
+    )
     command = [sys.executable, "-m", "pytest", *TESTS, *processes, *limits]
     lines = {"KD_TEST_LINES": str(setting.log.path.resolve()), "KD_TEST_SINCE": f"{time.time():.1f}"}
-    environment = os.environ | lines | {"PYTHONPATH": python_path(), "TRITON_INTERPRET": "1" if setting.rehearsal else "0"}
+    environment = (
+        os.environ
+        | lines
+        | {"PYTHONPATH": python_path(), "TRITON_INTERPRET": "1" if setting.rehearsal else "0"}
+    )
     status = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode
     counts: dict[str, int] = {}
     for key, x in setting.log.outcomes().items():
@@ -73,22 +100,30 @@ def tests(setting: Setting) -> None:
 
 
 def sanitize(setting: Setting, which: str) -> None:
-    """Tools of compute-sanitizer over kernels of the loss, a line for a tool, a backend and a vocabulary, with all calls of cases.py.
+    """Tools of compute-sanitizer over kernels of the loss, a line for a tool, a backend and a vocabulary,
+    with all calls of cases.py.
 
-    which: "cuda", "triton", or "wrong": memcheck and racecheck over the first case of each backend that was wrong, CUDA's first.
+    which: "cuda", "triton", or "wrong": memcheck and racecheck over the first case of each backend that was
+        wrong, CUDA's first.
     """
     if which == "wrong":
         first = {backend: case for backend, case in reversed(suspects(setting.log))}
         jobs = [
-            (tool, backend, case, [case]) for backend, case in sorted(first.items()) for tool in SANITIZERS[:2]
+            (tool, backend, case, [case])
+            for backend, case in sorted(first.items())
+            for tool in SANITIZERS[:2]
         ]  # "cuda" before "triton"
     else:
-        vocabs, tools = (SANITIZED_VOCABS[:1], SANITIZERS[:1]) if setting.rehearsal else (SANITIZED_VOCABS, SANITIZERS)
+        vocabs, tools = (
+            (SANITIZED_VOCABS[:1], SANITIZERS[:1]) if setting.rehearsal else (SANITIZED_VOCABS, SANITIZERS)
+        )
         small = {vocab: [str(x) for x in covering(((3, vocab, "bfloat16"),))] for vocab in vocabs}
         jobs = [(tool, which, f"3x{vocab}", small[vocab]) for tool in tools for vocab in vocabs]
     for tool, backend, name, cases in setting.own(jobs):
         key = f"sanitize {tool} {backend} {name}"
-        setting.once(key, lambda job=(tool, backend, cases): _sanitized(setting, *job), SANITIZER_SECONDS + 15)
+        setting.once(
+            key, lambda job=(tool, backend, cases): _sanitized(setting, *job), SANITIZER_SECONDS + 15
+        )
 
 
 def _sanitized(setting: Setting, tool: str, backend: str, cases: list[str]) -> dict:
@@ -96,19 +131,36 @@ def _sanitized(setting: Setting, tool: str, backend: str, cases: list[str]) -> d
     if not setting.rehearsal:
         if not shutil.which("compute-sanitizer"):
             return {"error": "compute-sanitizer is not on PATH"}
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", *command]
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--print-limit",
+            "5",
+            *command,
+        ]
     # each tensor an allocation of its own, or an access beyond one would be in another's
     status, text = run(command, SANITIZER_SECONDS * setting.patience, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     complaints = [
-        x.strip("= ") for x in text.splitlines() if x.startswith("=========") and re.search(r"rror|azard|ninit|nvalid|at .*\+", x)
+        x.strip("= ")
+        for x in text.splitlines()
+        if x.startswith("=========") and re.search(r"rror|azard|ninit|nvalid|at .*\+", x)
     ]
     begun = [x for x in text.splitlines() if x.startswith("case ")]
     bad = {} if status == 0 else {"error": "; ".join(complaints[:6])[:500] or text[-300:]}
-    return {"status": status, "finished": text.count("done "), "of": len(cases), "last": begun[-1] if begun else ""} | bad
+    return {
+        "status": status,
+        "finished": text.count("done "),
+        "of": len(cases),
+        "last": begun[-1] if begun else "",
+    } | bad
 
 
 def profile(setting: Setting, backend: str) -> None:
-    """One launch of the loss under ncu: bytes, instructions, registers. All of ncu's figures go to ncu.csv beside the results."""
+    """One launch of the loss under ncu: bytes, instructions, registers. All of ncu's figures go to ncu.csv
+    beside the results."""
     for divergence in ("kl", "renyi(0.5)"):
         case = Case(divergence, rows=8, vocab=1000) if setting.rehearsal else Case(divergence)
         setting.once(f"ncu {backend} {case}", lambda case=case: _profiled(setting, backend, case), 90)
@@ -121,7 +173,9 @@ def _profiled(setting: Setting, backend: str, case: Case) -> dict:
         return {"status": status}
     if not shutil.which("ncu"):
         return {"error": "ncu is not on PATH"}
-    options = "--clock-control none -k regex:loss -c 1 --set full --csv --page raw --print-units base --log-file".split()
+    options = (
+        "--clock-control none -k regex:loss -c 1 --set full --csv --page raw --print-units base --log-file"
+    ).split()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ncu.csv"
         status, text = run(["ncu", *options, str(file), *command], 80)

@@ -1,4 +1,5 @@
-"""Stages of whole training steps: forward, loss, backward and optimizer, from logits and from hidden states."""
+"""Stages of whole training steps: forward, loss, backward and optimizer, from logits and from hidden
+states."""
 
 from __future__ import annotations
 
@@ -56,12 +57,16 @@ def losses() -> dict[str, Loss]:
 
 
 def train(setting: Setting) -> None:
-    """A step of a student in bf16 with a teacher's head, as it is and under torch.compile(mode="reduce-overhead")."""
+    """A step of a student in bf16 with a teacher's head, as it is and under
+    torch.compile(mode="reduce-overhead")."""
     size = Size(8, 1000, 16) if setting.rehearsal else Size()
     for name, compiled in product(losses(), (False, True)):
         if compiled and ("linear" in name or setting.rehearsal):
             continue
-        key = f"train {name}{', reduce-overhead' if compiled else ''} {size.tokens}x{size.vocab}x{size.width} bf16"
+        key = (
+            f"train {name}{', reduce-overhead' if compiled else ''} "
+            f"{size.tokens}x{size.vocab}x{size.width} bf16"
+        )
         setting.once(key, lambda name=name, compiled=compiled: _step_time(setting, size, name, compiled), 90)
 
 
@@ -70,7 +75,9 @@ def _step_time(setting: Setting, size: Size, name: str, compiled: bool) -> dict:
     with torch.device(setting.device):
         student = Student(size).bfloat16()
         x = torch.randn(size.tokens, size.width).bfloat16()
-        teacher = (student.head.weight.detach() + torch.randn(size.vocab, size.width).bfloat16() * 0.01).detach()
+        teacher = (
+            student.head.weight.detach() + torch.randn(size.vocab, size.width).bfloat16() * 0.01
+        ).detach()
     loss = losses()[name]
     whole = torch.compile(loss, mode="reduce-overhead") if compiled else loss
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=setting.device == "cuda")
@@ -96,7 +103,8 @@ def _step_time(setting: Setting, size: Size, name: str, compiled: bool) -> dict:
 
 
 def from_hidden_states(setting: Setting) -> None:
-    """fused_linear_kd_loss beside full logits, eager and what others there are, checked against fp64, as `bench --linear` has it."""
+    """fused_linear_kd_loss beside full logits, eager and what others there are, checked against fp64, as
+    `bench --linear` has it."""
     bench = Bench(setting.device, 2, compiled=False)
     for text, divergence in product(("96x500x16",) if setting.rehearsal else LINEAR, LINEAR_DIVERGENCES):
         case = linear.Case(*linear.shape(text), "bf16", divergence, T)

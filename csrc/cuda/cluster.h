@@ -1,28 +1,33 @@
-// A row to a cluster of blocks, clusters that stay: sm_90 and sm_100, where both rows' slices fit the blocks' shared memory.
+// A row to a cluster of blocks, clusters that stay: sm_90 and sm_100, where both rows' slices fit the blocks'
+// shared memory.
 //
-// Each block holds its slice of both rows in their dtypes. Bulk copies fill a ring of slices some rows ahead, so that memory never waits for
-// arithmetic; the blocks send each other their tile's sums through distributed shared memory, once per row, with one cluster
-// barrier; em and et are retained in registers, so a row's exponentials are taken once. (Twice in the mixture family, from the slices as
-// they lie, with a second exchange; what is retained is xi.) Two blocks to a multiprocessor: the sums of one row are exchanged while the
-// other row is computed.
+// Each block holds its slice of both rows in their dtypes. Bulk copies fill a ring of slices some rows ahead,
+// so that memory never waits for arithmetic; the blocks send each other their tile's sums through distributed
+// shared memory, once per row, with one cluster barrier; em and et are retained in registers, so a row's
+// exponentials are taken once. (Twice in the mixture family, from the slices as they lie, with a second
+// exchange; what is retained is xi.) Two blocks to a multiprocessor: the sums of one row are exchanged while
+// the other row is computed.
 #pragma once
 #include "tile.h"
 
 namespace kd {
 namespace KD_LEVEL {
 
-constexpr int kMostBlocks = 16;                      // of a cluster
+constexpr int kMostBlocks = 16;  // of a cluster
 
 template <class G> struct ClusterDesk {
   Scratch<G> scratch;
-  Part own, parts[2][kMostBlocks];                   // of this row and of the one before, which a slower block may still read
+  // of this row and of the one before, which a slower block may still read
+  Part own, parts[2][kMostBlocks];
   SmoothPart own_hard, hards[2][kMostBlocks];
   TileStats own_stats, stats[2][kMostBlocks];
   Factors factors[2];
-  float shelf[32 * G::kChunks * kRun * 2];           // of the mixture family the first half
-  static_assert(sizeof(double) * kMostBlocks * kMixedWords <= sizeof(float) * 32 * G::kChunks * kRun, "the blocks' second sums have room in the other");
-  KD_DEVICE double *second() { return (double *)(shelf + 32 * G::kChunks * kRun); }   // [kMostBlocks][kMixedWords]
-  gpu::Arrivals filled[8];                           // of each slot of the ring
+  float shelf[32 * G::kChunks * kRun * 2];  // of the mixture family the first half
+  static_assert(sizeof(double) * kMostBlocks * kMixedWords <= sizeof(float) * 32 * G::kChunks * kRun,
+                "the blocks' second sums have room in the other");
+  // [kMostBlocks][kMixedWords]
+  KD_DEVICE double *second() { return (double *)(shelf + 32 * G::kChunks * kRun); }
+  gpu::Arrivals filled[8];  // of each slot of the ring
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -36,19 +41,25 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
 
   KD_DEVICE int64_t row_at(int turn) const { return gpu::cluster() + turn * gpu::clusters(); }
   // where a row's loss goes, of the block that writes it
-  KD_DEVICE double *loss_at(int turn) const { return rank == 0 ? job.call.loss + row_at(int(gpu::from_here(int64_t(turn)))) : nullptr; }
+  KD_DEVICE double *loss_at(int turn) const {
+    return rank == 0 ? job.call.loss + row_at(int(gpu::from_here(int64_t(turn)))) : nullptr;
+  }
   KD_DEVICE char *slot(int turn) const { return logits + turn % job.stages * TileOf::kBytes; }
   KD_DEVICE void take_slice(TileOf &tile, int turn) const {
     const int slice = (tile.at.chunks + blocks - 1) / blocks, from = slice * rank;
     tile.turn_to(from, from + slice < tile.at.chunks ? from + slice : tile.at.chunks, slot(turn));
   }
 
-  // The whole chunks of a slice, on their way to its slot; an empty phase for a row that does not count. By one thread.
+  // The whole chunks of a slice, on their way to its slot; an empty phase for a row that does not count. By
+  // one thread.
   KD_DEVICE void issue(int turn) const {
     const int64_t row = row_at(turn);
     if (row >= job.call.rows) return;
     gpu::Arrivals *filled = desk.filled + turn % job.stages;
-    if (weight_at(job.call, row) == 0) { gpu::arrivals_expect(filled, 0); return; }
+    if (weight_at(job.call, row) == 0) {
+      gpu::arrivals_expect(filled, 0);
+      return;
+    }
     const RowAt at = locate(job, row);
     TileOf tile(job, desk.scratch, at);
     take_slice(tile, turn);
@@ -58,8 +69,10 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     const int chunks = place < to ? to - place : 0;
     gpu::arrivals_expect(filled, chunks * kRun * (kB + kO));
     if (!chunks) return;
-    gpu::copy_bulk(tile.base_at(place), tile.base_row() + int64_t(tile.class_of(place)) * kB, chunks * kRun * kB, filled);
-    gpu::copy_bulk(tile.other_at(place), tile.other_row() + int64_t(tile.class_of(place)) * kO, chunks * kRun * kO, filled);
+    gpu::copy_bulk(tile.base_at(place), tile.base_row() + int64_t(tile.class_of(place)) * kB,
+                   chunks * kRun * kB, filled);
+    gpu::copy_bulk(tile.other_at(place), tile.other_row() + int64_t(tile.class_of(place)) * kO,
+                   chunks * kRun * kO, filled);
   }
 
   // What the bulk copy leaves out: classes of chunks that are not whole, by the thread that will read them.
@@ -68,7 +81,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       if (tile.inside(place)) return;
       fetch<kB>(tile.base_at(place), tile.base_row(), tile.class_of(place), tile.vocab());
       fetch<kO>(tile.other_at(place), tile.other_row(), tile.class_of(place), tile.vocab());
-      gpu::before_bulk();                            // a later row's bulk copy may write here
+      gpu::before_bulk();  // a later row's bulk copy may write here
     });
   }
 
@@ -78,15 +91,19 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     KD_ROLLED for (int i = lane; i < blocks * kWords; i += 32) {
       const int w = i % kWords;
       const bool soft = w < kPartWords;
-      double *to = soft ? (double *)(desk.parts[parity] + rank) + w : (double *)(desk.hards[parity] + rank) + (w - kPartWords);
-      *gpu::of_block(to, i / kWords) = soft ? ((const double *)&desk.own)[w] : ((const double *)&desk.own_hard)[w - kPartWords];
+      double *to = soft ? (double *)(desk.parts[parity] + rank) + w
+                        : (double *)(desk.hards[parity] + rank) + (w - kPartWords);
+      *gpu::of_block(to, i / kWords) =
+          soft ? ((const double *)&desk.own)[w] : ((const double *)&desk.own_hard)[w - kPartWords];
     }
     if (job.call.stats) KD_ROLLED for (int i = lane; i < blocks * kStatWords; i += 32) {
-      *gpu::of_block((double *)(desk.stats[parity] + rank) + i % kStatWords, i / kStatWords) = ((const double *)&desk.own_stats)[i % kStatWords];
-    }
+        *gpu::of_block((double *)(desk.stats[parity] + rank) + i % kStatWords, i / kStatWords) =
+            ((const double *)&desk.own_stats)[i % kStatWords];
+      }
   }
 
-  // The sums of its second sweep likewise, which nobody reads any more when the next ones are sent: a first exchange comes between.
+  // The sums of its second sweep likewise, which nobody reads any more when the next ones are sent: a first
+  // exchange comes between.
   KD_DEVICE void send_again() const {
     const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
     KD_ROLLED for (int i = lane; i < blocks * kMixedWords; i += 32) {
@@ -105,9 +122,12 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
       tile.shelve(desk.shelf);
       const int lane = gpu::thread() & 31;
-      if (lane < blocks) for (int w = 0; w < kMixedWords; w++) (&desk.parts[parity][lane].terms)[w] = desk.second()[lane * kMixedWords + w];
+      if (lane < blocks)
+        for (int w = 0; w < kMixedWords; w++)
+          (&desk.parts[parity][lane].terms)[w] = desk.second()[lane * kMixedWords + w];
       gpu::sync_warp();
-      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, desk.factors, loss_at(turn));
+      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, desk.factors,
+                  loss_at(turn));
       tile.unshelve(desk.shelf);
     }
     gpu::sync_block();
@@ -117,10 +137,13 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     const kd_call &c = job.call;
     Scratch<G> &scratch = desk.scratch;
     if (T::thread() == 0) scratch.again = 0;
-    if (T::thread() == 0) for (int i = 0; i < job.stages; i++) gpu::arrivals_init(desk.filled + i);
+    if (T::thread() == 0)
+      for (int i = 0; i < job.stages; i++) gpu::arrivals_init(desk.filled + i);
     gpu::sync_cluster();
-    if (T::thread() == 0) for (int i = 0; i < job.stages - 1; i++) issue(i);
-    // the thread that looks up rows, each while the one before is computed, is not the one that issues their copies
+    if (T::thread() == 0)
+      for (int i = 0; i < job.stages - 1; i++) issue(i);
+    // the thread that looks up rows, each while the one before is computed, is not the one that issues their
+    // copies
     const auto look_up_ahead = [&](int turn) {
       if (T::thread() == 32 && row_at(turn) < c.rows) scratch.row[turn % 2] = look_up(job, row_at(turn));
     };
@@ -128,7 +151,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     // the row's turn and, below it, the parity of exchanges: two numbers would be a register too many
     KD_ROLLED for (unsigned count = 0; row_at(count / 2) < c.rows; count += 2) {
       const int turn = count / 2;
-      gpu::sync_block();                             // everyone has left the slot of the row before
+      gpu::sync_block();  // everyone has left the slot of the row before
       if (T::thread() == 0) issue(turn + job.stages - 1);
       look_up_ahead(turn + 1);
       const RowAt &at = scratch.row[turn % 2];
@@ -152,7 +175,8 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         if (T::warp() == 0) {
           ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
           if (kShape != kMixed) tile.shelve(desk.shelf);
-          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], desk.stats[parity], blocks, rank, 1, scratch, desk.factors, loss_at(turn));
+          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], desk.stats[parity], blocks, rank, 1,
+                        scratch, desk.factors, loss_at(turn));
           if (kShape != kMixed) tile.unshelve(desk.shelf);
         }
         gpu::sync_block();
@@ -160,16 +184,22 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         if (!scratch.again) break;
         gpu::sync_block();
       }
-      const int parity = count % 2 ^ 1;              // of the last exchange
-      if constexpr (kShape == kMixed) if (!scratch.lost) sweep_again(tile, at, parity, turn);
+      const int parity = count % 2 ^ 1;  // of the last exchange
+      if constexpr (kShape == kMixed)
+        if (!scratch.lost) sweep_again(tile, at, parity, turn);
       if (scratch.lost || !(c.grad || job.mutual)) continue;
       const Part &p = gpu::from_here(&desk)->parts[parity][rank];
       tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
-      if (c.grad) tile.emit(p, desk.hards[parity][rank], desk.factors[0], at.label, job.hard ? float(scratch.label_gradient) : 0);
-      if constexpr (G::kBoth) if (job.mutual) tile.emit_mirror(p, desk.factors[1]);   // of the plain shape, which asks for no whole chunks
+      if (c.grad)
+        tile.emit(p, desk.hards[parity][rank], desk.factors[0], at.label,
+                  job.hard ? float(scratch.label_gradient) : 0);
+      // of the plain shape, which asks for no whole chunks
+      if constexpr (G::kBoth)
+        if (job.mutual) tile.emit_mirror(p, desk.factors[1]);
       if (last) put_zeros(job, at, c.vocab, -1, G::kThreads);
     }
-    gpu::sync_cluster();                             // nobody leaves while its shared memory may still be written to
+    // nobody leaves while its shared memory may still be written to
+    gpu::sync_cluster();
   }
 };
 #endif

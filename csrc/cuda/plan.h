@@ -1,8 +1,10 @@
-// Which kernel runs a call, and with what geometry: every choice in one place, with its reason. Knows no device but its figures.
+// Which kernel runs a call, and with what geometry: every choice in one place, with its reason. Knows no
+// device but its figures.
 //
-// A row's exponentials are taken once where its tiles are in registers until it is closed: a tile is 32 classes to a thread, whose em and et
-// then take 32 or 64 of the 128 registers that two blocks of 256 threads leave to each. So a row takes as many blocks as it has tiles, up
-// to a point. Two blocks to a multiprocessor, because one exchanges its sums while the other computes.
+// A row's exponentials are taken once where its tiles are in registers until it is closed: a tile is 32
+// classes to a thread, whose em and et then take 32 or 64 of the 128 registers that two blocks of 256 threads
+// leave to each. So a row takes as many blocks as it has tiles, up to a point. Two blocks to a
+// multiprocessor, because one exchanges its sums while the other computes.
 #pragma once
 #include "cluster.h"
 #include "rows.h"
@@ -10,12 +12,14 @@
 namespace kd {
 namespace KD_LEVEL {
 
-// A thread takes 32 classes, or 24 where two numbers of each are kept; the rows' kernels, which keep track of more, have fewer threads then,
-// with more registers to each. In tests few threads, so that a host can run them.
+// A thread takes 32 classes, or 24 where two numbers of each are kept; the rows' kernels, which keep track of
+// more, have fewer threads then, with more registers to each. In tests few threads, so that a host can run
+// them.
 //
-// Both gradients are more than 128 registers hold, but for the plain shape: orders leave the clusters then, mixtures all but BothRows.
+// Both gradients are more than 128 registers hold, but for the plain shape: orders leave the clusters then,
+// mixtures all but BothRows.
 template <Shape kShape> struct Sizes {
-  static constexpr bool kInClusters = kShape == kPlain, kInRows = kShape != kMixed;   // both gradients
+  static constexpr bool kInClusters = kShape == kPlain, kInRows = kShape != kMixed;  // both gradients
 #if defined(KD_TEST_GEOMETRY)
   using WarpRows = Geometry<32, 1, 2, kInRows>;
   using BlockRows = Geometry<64, 1, 1, kInRows>;
@@ -28,7 +32,7 @@ template <Shape kShape> struct Sizes {
   using BlockRows = Geometry<64 * kChunks, kChunks, 1, kInRows>;
   using Cluster = Geometry<256, kChunks, 1, kInClusters>;
   using WideCluster = Geometry<512, kChunks, 1, kInClusters>;
-  using BothRows = Geometry<192, 3, 1, true>;        // of kMixed
+  using BothRows = Geometry<192, 3, 1, true>;  // of kMixed
 #endif
 };
 #if defined(KD_TEST_GEOMETRY)
@@ -38,9 +42,11 @@ constexpr int kMostCluster = 4, kMostTilesOfRow = 64;
 using CarefulRows = Geometry<256, 1>;
 constexpr int kMostCluster = kMostBlocks, kMostTilesOfRow = 256;
 #endif
-constexpr int kMostParts = 32;                       // blocks to a row by tickets: their states are read by each of them
-constexpr int kFewestChunks = 256;                   // of a block's slice; below, an exchange costs more than it saves
-constexpr int kReserved = 1024;                      // bytes of shared memory that a block takes besides
+// blocks to a row by tickets: their states are read by each of them
+constexpr int kMostParts = 32;
+// of a block's slice; below, an exchange costs more than it saves
+constexpr int kFewestChunks = 256;
+constexpr int kReserved = 1024;  // bytes of shared memory that a block takes besides
 
 // What a measurement asks for in place of the plan's own choice, in the whole process (kd_tune); 0: nothing.
 struct Tuning { int32_t wide, stages; };
@@ -52,7 +58,8 @@ inline Shape shape_of(const Plan &plan) { return plan.mixed ? kMixed : plan.tilt
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int host_size(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
 inline bool has_transform(const kd_call &c) {
-  return Transform<float>(c.student_scale, c.student_softcap).any() || Transform<float>(c.teacher_scale, c.teacher_softcap).any();
+  return Transform<float>(c.student_scale, c.student_softcap).any() ||
+         Transform<float>(c.teacher_scale, c.teacher_softcap).any();
 }
 // Bytes of a logit in shared memory.
 inline int kept_size(const kd_call &c, int32_t dtype) { return has_transform(c) ? 4 : host_size(dtype); }
@@ -61,53 +68,66 @@ inline int kept_size(const kd_call &c, int32_t dtype) { return has_transform(c) 
 inline int64_t chunks_of(const kd_call &c) {
   const int zs = host_size(c.student_dtype), vs = host_size(c.teacher_dtype), size = zs < vs ? zs : vs;
   const int64_t *stride = vs < zs ? c.teacher_stride : c.student_stride;
-  const bool even = (uintptr_t)(vs < zs ? c.teacher : c.student) % 16 == 0 && stride[0] * size % 16 == 0 && stride[1] * size % 16 == 0;
+  const bool even = (uintptr_t)(vs < zs ? c.teacher : c.student) % 16 == 0 && stride[0] * size % 16 == 0 &&
+                    stride[1] * size % 16 == 0;
   return over(c.vocab + (even ? 0 : kRun - 1), kRun);
 }
 
-// The rows of student and teacher lie alike: their chunks begin on 16 bytes in both, which is what a bulk copy asks for.
+// The rows of student and teacher lie alike: their chunks begin on 16 bytes in both, which is what a bulk
+// copy asks for.
 inline bool alike(const kd_call &c) {
   const int zs = host_size(c.student_dtype), vs = host_size(c.teacher_dtype), run = 16 / (zs > vs ? zs : vs);
   const uintptr_t z = (uintptr_t)c.student, v = (uintptr_t)c.teacher;
   if (z % zs || v % vs || (z / zs - v / vs) % run) return false;
-  for (int i = 0; i < 2; i++) if ((c.student_stride[i] - c.teacher_stride[i]) % run) return false;
+  for (int i = 0; i < 2; i++)
+    if ((c.student_stride[i] - c.teacher_stride[i]) % run) return false;
   return true;
 }
 
-template <class G> int desk_bytes(int parts_of_row, int tiles) { return int((intptr_t)Desk<G>((char *)0, parts_of_row, tiles).logits); }
+template <class G> int desk_bytes(int parts_of_row, int tiles) {
+  return int((intptr_t)Desk<G>((char *)0, parts_of_row, tiles).logits);
+}
 template <class G> int cluster_desk_bytes() { return (sizeof(ClusterDesk<G>) + 127) / 128 * 128; }
 
 template <class G> void plan_rows(const kd_call &c, const kd_figures &f, int parts, kd_geometry &g) {
-  const int size = kept_size(c, c.student_dtype) + kept_size(c, c.teacher_dtype), slot = G::kTile * kRun * size;
+  const int size = kept_size(c, c.student_dtype) + kept_size(c, c.teacher_dtype),
+            slot = G::kTile * kRun * size;
   g.parts = parts;
   g.tiles = int(over(over(chunks_of(c), parts), G::kTile));
   const int desk = desk_bytes<G>(parts * g.tiles, g.tiles);
   g.stages = g.tiles > 1 && G::kTeams * (desk + 2 * slot) <= f.shared_per_block ? 2 : 1;
-  g.threads = G::kThreads * G::kTeams; g.cluster = 1;
+  g.threads = G::kThreads * G::kTeams;
+  g.cluster = 1;
   g.shared = G::kTeams * (desk + g.stages * slot);
   g.blocks = over(c.rows, G::kTeams) * parts;
 }
 
 // False where a slice of both rows does not fit twice into shared memory.
 template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int blocks, kd_geometry &g) {
-  const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size, desk = cluster_desk_bytes<G>();
-  const int beside = 512 / G::kThreads;              // blocks to a multiprocessor that registers allow
-  const int stages = tuning.stages ? tuning.stages : 3;   // one row being read, one waiting, one on its way
+  const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size,
+            desk = cluster_desk_bytes<G>();
+  const int beside = 512 / G::kThreads;                  // blocks to a multiprocessor that registers allow
+  const int stages = tuning.stages ? tuning.stages : 3;  // one row being read, one waiting, one on its way
   for (int n = beside > 1 ? 2 : 1; n >= 1; n--) {
-    const int room = f.shared_per_processor / n - kReserved, most = room < f.shared_per_block ? room : f.shared_per_block;
+    const int room = f.shared_per_processor / n - kReserved,
+              most = room < f.shared_per_block ? room : f.shared_per_block;
     g.stages = (most - desk) / slot;
     if (g.stages > stages) g.stages = stages;
     if (g.stages >= 2) break;
   }
   if (g.stages < 2) return false;
-  g.parts = g.tiles = 1; g.cluster = blocks; g.threads = G::kThreads;
+  g.parts = g.tiles = 1;
+  g.cluster = blocks;
+  g.threads = G::kThreads;
   g.shared = desk + g.stages * slot;
-  g.blocks = blocks;                                 // times the clusters that fit: the launcher asks the device
+  // times the clusters that fit: the launcher asks the device
+  g.blocks = blocks;
   return true;
 }
 
 // False where no kernel takes the call.
-template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f, kd_geometry &g) {
+template <Shape kShape>
+bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f, kd_geometry &g) {
   using WarpRows = typename Sizes<kShape>::WarpRows;
   using BlockRows = typename Sizes<kShape>::BlockRows;
   using Cluster = typename Sizes<kShape>::Cluster;
@@ -123,17 +143,19 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, b
   }
   // more blocks to a row where rows are too few for the device
   const auto widen = [&](int64_t blocks, int64_t most) {
-    while (2 * blocks <= most && c.rows * blocks < f.processors && chunks / (2 * blocks) >= kFewestChunks) blocks *= 2;
+    while (2 * blocks <= most && c.rows * blocks < f.processors && chunks / (2 * blocks) >= kFewestChunks)
+      blocks *= 2;
     return int(blocks);
   };
   const int family = f.capability / 10;
-  // The other families have no distributed shared memory to speak of: 99 KB to a block. A bulk copy leaves logits as they are, with no room
-  // beside them for fp32.
+  // The other families have no distributed shared memory to speak of: 99 KB to a block. A bulk copy leaves
+  // logits as they are, with no room beside them for fp32.
   if ((family == 9 || family == 10) && alike(c) && !has_transform(c) && (Cluster::kBoth || !both)) {
     const auto by_cluster = [&](auto cluster, Kind kind) {
       using G = decltype(cluster);
       int64_t blocks = 1;
-      while (blocks * G::kTile < chunks && blocks < kMostCluster) blocks *= 2;   // powers of two: others leave multiprocessors idle
+      // powers of two: others leave multiprocessors idle
+      while (blocks * G::kTile < chunks && blocks < kMostCluster) blocks *= 2;
       g.kind = kind;
       return blocks * G::kTile >= chunks && plan_cluster<G>(c, f, widen(blocks, kMostCluster), g);
     };
@@ -141,17 +163,22 @@ template <Shape kShape> bool make_geometry(const kd_call &c, const Plan &plan, b
     if (by_cluster(WideCluster(), kWideCluster)) return true;
   }
   // blocks of a row wait for each other: half of what is surely resident, one to a multiprocessor
-  const int64_t most = f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts;
+  const int64_t most =
+      f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts;
   const auto by_blocks = [&](auto rows) {
     using Rows = decltype(rows);
     const int64_t tiles = over(chunks, Rows::kTile);
     plan_rows<Rows>(c, f, widen(tiles < most ? tiles : most, most), g);
   };
   g.kind = BlockRows::kBoth || !both ? kBlockRows : kBothRows;
-  if (g.kind == kBlockRows) by_blocks(BlockRows()); else by_blocks(typename Sizes<kShape>::BothRows());
+  if (g.kind == kBlockRows)
+    by_blocks(BlockRows());
+  else
+    by_blocks(typename Sizes<kShape>::BothRows());
   return g.parts * g.tiles <= kMostTilesOfRow && g.shared <= f.shared_per_block;
 }
-inline bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f, kd_geometry &g) {
+inline bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f,
+                          kd_geometry &g) {
   switch (shape_of(plan)) {
     case kMixed: return make_geometry<kMixed>(c, plan, both, f, g);
     case kTilted: return make_geometry<kTilted>(c, plan, both, f, g);

@@ -1,9 +1,11 @@
 // Rows by a block each, several rows by a warp each, or a row by several blocks: every architecture.
 //
-// A block takes a slice of the row tile by tile, the next tile's logits on their way (each thread copies what it alone will read, so the
-// ring needs no barrier), closes the row, and emits the gradient from the last tile, whose exponentials are in registers, to the first;
-// those before are read again, from the second-level cache, and computed again, with the same bits; rows of the mixture family are swept
-// backwards and emitted forwards. Several blocks exchange their tiles' sums through memory. A block draws its (row, part) as a ticket, in order, so that whoever waits, waits for blocks that have begun.
+// A block takes a slice of the row tile by tile, the next tile's logits on their way (each thread copies what
+// it alone will read, so the ring needs no barrier), closes the row, and emits the gradient from the last
+// tile, whose exponentials are in registers, to the first; those before are read again, from the second-level
+// cache, and computed again, with the same bits; rows of the mixture family are swept backwards and emitted
+// forwards. Several blocks exchange their tiles' sums through memory. A block draws its (row, part) as a
+// ticket, in order, so that whoever waits, waits for blocks that have begun.
 #pragma once
 #include "tile.h"
 
@@ -20,47 +22,70 @@ template <class G> struct Desk {
   float *shelf;
   char *logits;
   KD_HD Desk(char *memory, int parts_of_row, int tiles) {
-    scratch = (Scratch<G> *)memory; memory += round_up(sizeof(Scratch<G>));
-    parts = (Part *)memory; memory += round_up(parts_of_row * sizeof(Part));
-    hards = (SmoothPart *)memory; memory += round_up(parts_of_row * sizeof(SmoothPart));
-    stats = (TileStats *)memory; memory += round_up(parts_of_row * sizeof(TileStats));
-    factors = (Factors *)memory; memory += round_up(2 * tiles * sizeof(Factors));
-    shelf = (float *)memory; memory += 32 * G::kChunks * kRun * 2 * sizeof(float);
+    scratch = (Scratch<G> *)memory;
+    memory += round_up(sizeof(Scratch<G>));
+    parts = (Part *)memory;
+    memory += round_up(parts_of_row * sizeof(Part));
+    hards = (SmoothPart *)memory;
+    memory += round_up(parts_of_row * sizeof(SmoothPart));
+    stats = (TileStats *)memory;
+    memory += round_up(parts_of_row * sizeof(TileStats));
+    factors = (Factors *)memory;
+    memory += round_up(2 * tiles * sizeof(Factors));
+    shelf = (float *)memory;
+    memory += 32 * G::kChunks * kRun * 2 * sizeof(float);
     logits = memory;
   }
   static KD_HD int round_up(int64_t bytes) { return int((bytes + 15) / 16 * 16); }
 };
 
 // Own tiles' sums to everyone's, by a warp: written, announced, awaited, read.
-template <class G> KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles, bool again) {
+template <class G>
+KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles, bool again) {
   const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31)))), n = job.parts * tiles;
   double *state = job.state + row * int64_t(job.parts * job.tiles) * kWords;
-  uint32_t *arrived = job.tickets + 1 + kCounters * row;   // at the first exchange, at the second, before it; at that of sums swept again
-  if (again) {                                       // everyone has read what is about to be written over
+  // at the first exchange, at the second, before it; at that of sums swept again
+  uint32_t *arrived = job.tickets + 1 + kCounters * row;
+  if (again) {  // everyone has read what is about to be written over
     gpu::sync_warp();
-    if (lane == 0) { gpu::announce(arrived + 2); gpu::await(arrived + 2, job.parts); }
+    if (lane == 0) {
+      gpu::announce(arrived + 2);
+      gpu::await(arrived + 2, job.parts);
+    }
     gpu::sync_warp();
     arrived++;
   }
   KD_ROLLED for (int i = lane; i < tiles * kWords; i += 32) {
     const int t = part * tiles + i / kWords, w = i % kWords;
-    state[t * kWords + w] = w < kPartWords ? ((const double *)(desk.parts + t))[w] : ((const double *)(desk.hards + t))[w - kPartWords];
+    state[t * kWords + w] = w < kPartWords ? ((const double *)(desk.parts + t))[w]
+                                           : ((const double *)(desk.hards + t))[w - kPartWords];
   }
-  double *const stats = job.state + (job.call.rows * (kWords + (job.plan.mixed ? kMixedWords : 0)) + row * kStatWords) * (job.parts * job.tiles);
-  if (job.call.stats) KD_ROLLED for (int i = part * tiles * kStatWords + lane; i < (part + 1) * tiles * kStatWords; i += 32) stats[i] = ((double *)desk.stats)[i];
+  double *const stats =
+      job.state + (job.call.rows * (kWords + (job.plan.mixed ? kMixedWords : 0)) + row * kStatWords) *
+                      (job.parts * job.tiles);
+  if (job.call.stats)
+    KD_ROLLED for (int i = part * tiles * kStatWords + lane; i < (part + 1) * tiles * kStatWords; i += 32)
+        stats[i] = ((double *)desk.stats)[i];
   gpu::sync_warp();
-  if (lane == 0) { gpu::announce(arrived); gpu::await(arrived, job.parts); }
+  if (lane == 0) {
+    gpu::announce(arrived);
+    gpu::await(arrived, job.parts);
+  }
   gpu::sync_warp();
-  if (job.call.stats) KD_ROLLED for (int i = lane; i < n * kStatWords; i += 32) ((double *)desk.stats)[i] = gpu::load_fresh(stats + i);
+  if (job.call.stats)
+    KD_ROLLED for (int i = lane; i < n * kStatWords; i += 32)((double *)desk.stats)[i] =
+        gpu::load_fresh(stats + i);
   KD_ROLLED for (int i = lane; i < n * kWords; i += 32) {
     const int t = i / kWords, w = i % kWords;
-    *(w < kPartWords ? (double *)(desk.parts + t) + w : (double *)(desk.hards + t) + (w - kPartWords)) = gpu::load_fresh(state + i);
+    *(w < kPartWords ? (double *)(desk.parts + t) + w : (double *)(desk.hards + t) + (w - kPartWords)) =
+        gpu::load_fresh(state + i);
   }
   gpu::sync_warp();
 }
 
 // The sums of the mixture family's second sweep likewise, at a place of their own.
-template <class G> KD_DEVICE void exchange_again(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles) {
+template <class G>
+KD_DEVICE void exchange_again(const Job &job, const Desk<G> &desk, int64_t row, int part, int tiles) {
   const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31)))), n = job.parts * tiles;
   const int64_t all = int64_t(job.parts * job.tiles);
   double *state = job.state + job.call.rows * all * kWords + row * all * kMixedWords;
@@ -70,14 +95,20 @@ template <class G> KD_DEVICE void exchange_again(const Job &job, const Desk<G> &
     state[t * kMixedWords + w] = (&desk.parts[t].terms)[w];
   }
   gpu::sync_warp();
-  if (lane == 0) { gpu::announce(arrived); gpu::await(arrived, job.parts); }
+  if (lane == 0) {
+    gpu::announce(arrived);
+    gpu::await(arrived, job.parts);
+  }
   gpu::sync_warp();
-  KD_ROLLED for (int i = lane; i < n * kMixedWords; i += 32) (&desk.parts[i / kMixedWords].terms)[i % kMixedWords] = gpu::load_fresh(state + i);
+  KD_ROLLED for (int i = lane; i < n * kMixedWords;
+                 i += 32)(&desk.parts[i / kMixedWords].terms)[i % kMixedWords] = gpu::load_fresh(state + i);
   gpu::sync_warp();
 }
 
 template <class G, Shape kShape, int kB, int kO>
-KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted || (kShape == kMixed && G::kBoth) ? 384 : 512) / (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
+KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams,
+                           (kShape == kTilted || (kShape == kMixed && G::kBoth) ? 384 : 512) /
+                               (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
   using T = Team<G>;
   using TileOf = Tile<G, kShape, kB, kO>;
   const kd_call &c = job.call;
@@ -90,14 +121,16 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted || (kShape
     scratch.part = scratch.again = 0;
     if (job.parts > 1) {
       const uint32_t ticket = gpu::next_ticket(job.tickets);
-      row = ticket / job.parts; scratch.part = ticket % job.parts;
+      row = ticket / job.parts;
+      scratch.part = ticket % job.parts;
     }
     scratch.number = row;
     if (row < c.rows) {
       const RowAt at = look_up(job, row);
       const int slice = (at.chunks + job.parts - 1) / job.parts, from = slice * scratch.part;
       scratch.row[0] = at;
-      scratch.from = from; scratch.to = from + slice < at.chunks ? from + slice : at.chunks;
+      scratch.from = from;
+      scratch.to = from + slice < at.chunks ? from + slice : at.chunks;
       scratch.tiles = slice > G::kTile ? (slice + G::kTile - 1) / G::kTile : 1;
     }
   }
@@ -112,15 +145,27 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted || (kShape
     return;
   }
   TileOf tile(job, scratch, at);
-  const auto turn_to = [&](int t) { tile.turn_to(scratch.from + t * G::kTile, scratch.to, desk_here().logits + t % job.stages * TileOf::kBytes); };
-  const auto fetch = [&](int t) {                    // always a group of copies, for copy_wait to count
-    if (t >= 0 && t < scratch.tiles) { turn_to(t); tile.fetch_own(); }
+  const auto turn_to = [&](int t) {
+    tile.turn_to(scratch.from + t * G::kTile, scratch.to,
+                 desk_here().logits + t % job.stages * TileOf::kBytes);
+  };
+  const auto fetch = [&](int t) {  // always a group of copies, for copy_wait to count
+    if (t >= 0 && t < scratch.tiles) {
+      turn_to(t);
+      tile.fetch_own();
+    }
     gpu::copy_commit();
   };
-  const auto part_of = [&](int t) { return scratch.part * scratch.tiles + t; };   // tile t's place among the row's
+  // tile t's place among the row's
+  const auto part_of = [&](int t) { return scratch.part * scratch.tiles + t; };
 
-  const bool ahead = job.stages > 1;                 // else there is room for one tile at a time
-  const auto arrive = [&] { if (ahead) gpu::copy_wait<1>(); else gpu::copy_wait<0>(); };
+  const bool ahead = job.stages > 1;  // else there is room for one tile at a time
+  const auto arrive = [&] {
+    if (ahead)
+      gpu::copy_wait<1>();
+    else
+      gpu::copy_wait<0>();
+  };
   KD_ROLLED for (;;) {
     if (ahead) fetch(0);
     KD_ROLLED for (int t = 0; t < scratch.tiles; t++) {
@@ -135,7 +180,8 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted || (kShape
       const Desk<G> desk = desk_here();
       if (kShape != kMixed) tile.shelve(desk.shelf);
       if (job.parts > 1) exchange(job, desk, scratch.number, scratch.part, scratch.tiles, scratch.again);
-      close<kShape>(job, at, desk.parts, desk.hards, desk.stats, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
+      close<kShape>(job, at, desk.parts, desk.hards, desk.stats, job.parts * scratch.tiles, part_of(0),
+                    scratch.tiles, scratch, desk.factors,
                     scratch.part == 0 ? c.loss + scratch.number : nullptr);
       if (kShape != kMixed) tile.unshelve(desk.shelf);
     }
@@ -143,30 +189,38 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted || (kShape
     if (!scratch.again) break;
     T::sync();
   }
-  if constexpr (kShape == kMixed) if (!scratch.lost) {   // from the last tile to the first, which stays
-    KD_ROLLED for (int t = scratch.tiles - 1; t >= 0; t--) {
-      if (t < scratch.tiles - 1) { fetch(ahead ? t - 1 : t); arrive(); }
-      turn_to(t);
-      if (t < scratch.tiles - job.stages) tile.transform_own();   // the others are still in their slots
-      tile.mix(desk_here().parts + part_of(t));
+  if constexpr (kShape == kMixed)
+    if (!scratch.lost) {  // from the last tile to the first, which stays
+      KD_ROLLED for (int t = scratch.tiles - 1; t >= 0; t--) {
+        if (t < scratch.tiles - 1) {
+          fetch(ahead ? t - 1 : t);
+          arrive();
+        }
+        turn_to(t);
+        if (t < scratch.tiles - job.stages) tile.transform_own();  // the others are still in their slots
+        tile.mix(desk_here().parts + part_of(t));
+      }
+      if (T::warp() == 0) {
+        const Desk<G> desk = desk_here();
+        tile.shelve(desk.shelf);
+        if (job.parts > 1) exchange_again(job, desk, scratch.number, scratch.part, scratch.tiles);
+        close_again(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles,
+                    scratch, desk.factors, scratch.part == 0 ? c.loss + scratch.number : nullptr);
+        tile.unshelve(desk.shelf);
+      }
+      T::sync();
     }
-    if (T::warp() == 0) {
-      const Desk<G> desk = desk_here();
-      tile.shelve(desk.shelf);
-      if (job.parts > 1) exchange_again(job, desk, scratch.number, scratch.part, scratch.tiles);
-      close_again(job, at, desk.parts, desk.hards, job.parts * scratch.tiles, part_of(0), scratch.tiles, scratch, desk.factors,
-                  scratch.part == 0 ? c.loss + scratch.number : nullptr);
-      tile.unshelve(desk.shelf);
-    }
-    T::sync();
-  }
   if (scratch.lost || !(c.grad || job.mutual)) return;
 
   const float label_gradient = job.hard ? float(scratch.label_gradient) : 0;
-  constexpr int kBack = kShape == kMixed ? 1 : -1;   // from the tile that was swept last; the one before it may still be in its slot as well
+  // from the tile that was swept last; the one before it may still be in its slot as well
+  constexpr int kBack = kShape == kMixed ? 1 : -1;
   const auto held = [&] { return kShape == kMixed ? 0 : scratch.tiles - 1; };
   KD_ROLLED for (int t = held(); t >= 0 && t < scratch.tiles; t += kBack) {
-    if (t != held()) { fetch(ahead ? t + kBack : t); arrive(); }
+    if (t != held()) {
+      fetch(ahead ? t + kBack : t);
+      arrive();
+    }
     turn_to(t);
     if (kShape == kMixed ? t >= job.stages : t < scratch.tiles - job.stages) tile.transform_own();
     const Desk<G> desk = desk_here();
@@ -177,16 +231,20 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams, (kShape == kTilted || (kShape
     if (t != held()) {
       Sums<float> unused;
       int32_t wild = 0;
-      if constexpr (kShape == kMixed) tile.mix_whole(tile.mixed_references(p), unused, wild); else tile.sweep_whole(tile.references(p), unused, wild);
+      if constexpr (kShape == kMixed)
+        tile.mix_whole(tile.mixed_references(p), unused, wild);
+      else
+        tile.sweep_whole(tile.references(p), unused, wild);
     }
     if (c.grad) {
       tile.allow_whole(fast && !by_class);
       tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
     }
-    if constexpr (G::kBoth) if (job.mutual) {
-      tile.allow_whole(fast);
-      tile.emit_mirror(p, desk.factors[scratch.tiles + t]);
-    }
+    if constexpr (G::kBoth)
+      if (job.mutual) {
+        tile.allow_whole(fast);
+        tile.emit_mirror(p, desk.factors[scratch.tiles + t]);
+      }
   }
   if (last()) put_zeros(job, at, c.vocab, -1, G::kThreads);
 }

@@ -1,8 +1,9 @@
-"""Which backend runs a call: names, their order of preference for each kind of device, and the reason when one cannot.
+"""Which backend runs a call: names, their order of preference for each kind of device, and the reason when
+one cannot.
 
-A backend is a module of this package with `name`, `unavailable(device, dtypes) -> reason | None`, and the two functions of ops.py,
-`loss` and `log_softmax`; `scale_` where a device has something better than `mul_`. To add one, write the module and put it into `ORDER`,
-`NAMES` and `_MODULES`.
+A backend is a module of this package with `name`, `unavailable(device, dtypes) -> reason | None`, and the two
+functions of ops.py, `loss` and `log_softmax`; `scale_` where a device has something better than `mul_`. To
+add one, write the module and put it into `ORDER`, `NAMES` and `_MODULES`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from types import ModuleType
 
 import torch
 
-# device type -> backends, best first. cuda takes half of triton's instructions a logit (docs/results/cuda_aot.md), and no GPU has timed it
+# device type -> backends, best first. cuda takes half of triton's instructions a logit
+# (docs/results/cuda_aot.md), and no GPU has timed it
 # yet: until one has, backend="cuda" is for those who ask for it, and a table of where it wins goes here.
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager"), "xpu": ("triton", "eager")}
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "eager"),
+    "cuda": ("triton", "cuda", "eager"),
+    "xpu": ("triton", "eager"),
+}
 OTHER_DEVICES: tuple[str, ...] = ("eager",)
 NAMES: tuple[str, ...] = ("auto", "cpu", "cuda", "triton", "eager")
 
@@ -47,7 +53,8 @@ def _resolve(name: str, device_type: str, device_index: int | None, *dtypes: tor
 
 
 def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType:
-    """The module that runs `name` on a device for such logits; RuntimeError with the reason, and the way to get it, when none can."""
+    """The module that runs `name` on a device for such logits; RuntimeError with the reason, and the way to
+    get it, when none can."""
     check(name)
     found = _resolve(name, device.type, device.index, *dtypes)
     if isinstance(found, str):
@@ -59,12 +66,15 @@ def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType
 
 @functools.cache
 def _say_what_is_missing() -> None:
-    """One warning a process where the CPU library is not there at all. Operators resolve when they run, so no compiler traces this."""
+    """One warning a process where the CPU library is not there at all. Operators resolve when they run, so no
+    compiler traces this."""
     reason = module("cpu").unavailable(torch.device("cpu"))
     if reason is not None:
         warnings.warn(
-            f"kdkernels: CPU tensors take the eager backend, which is accurate and many times slower, because there is no CPU library: "
-            f'{reason}. `python -m kdkernels info` says what was found; backend="eager" asks for it without this warning.',
+            "kdkernels: CPU tensors take the eager backend, which is accurate and many times slower, "
+            "because there is no CPU library: "
+            f'{reason}. `python -m kdkernels info` says what was found; backend="eager" asks for it '
+            "without this warning.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -73,4 +83,7 @@ def _say_what_is_missing() -> None:
 def describe(device: torch.device) -> list[tuple[str, str | None]]:
     """Every backend with the reason why it cannot run on a device (None: it can), in order of preference."""
     order = ORDER.get(device.type, OTHER_DEVICES)
-    return [(name, module(name).unavailable(device)) for name in (*order, *(n for n in _MODULES if n not in order))]
+    return [
+        (name, module(name).unavailable(device))
+        for name in (*order, *(n for n in _MODULES if n not in order))
+    ]

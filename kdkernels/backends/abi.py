@@ -1,7 +1,8 @@
-"""The C ABI of csrc/api.h through ctypes, for the CPU library and CUDA's: one struct per call, no torch and no Python in their build.
+"""The C ABI of csrc/api.h through ctypes, for the CPU library and CUDA's: one struct per call, no torch and
+no Python in their build.
 
-Loading checks that a library is whole and speaks the same language as this package: its version, the size of each struct, the list of
-families.
+Loading checks that a library is whole and speaks the same language as this package: its version, the size of
+each struct, the list of families.
 """
 
 from __future__ import annotations
@@ -30,9 +31,24 @@ class Call(ctypes.Structure):
         *((x, c_void_p) for x in ("student", "teacher", "grad", "labels", "weight", "loss")),
         *((x, c_int64) for x in ("rows", "inner", "vocab", "grad_width")),
         *((x, c_int64 * 2) for x in ("student_stride", "teacher_stride", "grad_stride")),
-        *((x, c_int32) for x in ("student_dtype", "teacher_dtype", "family", "reverse", "threads", "fresh", "device", "reserved")),
+        *(
+            (x, c_int32)
+            for x in (
+                "student_dtype",
+                "teacher_dtype",
+                "family",
+                "reverse",
+                "threads",
+                "fresh",
+                "device",
+                "reserved",
+            )
+        ),
         *((x, c_double) for x in ("order", "factor", "mix", "teacher_part", "student_part", "limit")),
-        *((x, c_double) for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale")),
+        *(
+            (x, c_double)
+            for x in ("temperature", "value_scale", "grad_scale", "hard_scale", "hard_grad_scale")
+        ),
         *((x, c_double) for x in Modifiers._fields),
         ("stats", c_void_p),
         ("bad_row", c_int64),
@@ -65,7 +81,8 @@ class ScaleCall(ctypes.Structure):
 
 
 class Library:
-    """A loaded library and what it says of itself; OSError with a remedy when it is not this package's, or not of the backend's kind."""
+    """A loaded library and what it says of itself; OSError with a remedy when it is not this package's, or
+    not of the backend's kind."""
 
     def __init__(self, path: Path, kind: str | None = None):
         if truncated(path):
@@ -77,12 +94,16 @@ class Library:
         try:
             self._introduce(path.name, kind)
         except AttributeError as error:
-            raise OSError(f"{path.name}: not a library of this version of kdkernels ({error}); reinstall kdkernels") from error
+            raise OSError(
+                f"{path.name}: not a library of this version of kdkernels ({error}); reinstall kdkernels"
+            ) from error
 
     def _introduce(self, name: str, kind: str | None) -> None:
         lib = self.c
         if (found := lib.kd_abi_version()) != VERSION:
-            raise OSError(f"{name}: its ABI has version {found}, this package's {VERSION}; reinstall kdkernels")
+            raise OSError(
+                f"{name}: its ABI has version {found}, this package's {VERSION}; reinstall kdkernels"
+            )
         structs = {"kd_call": Call, "kd_log_softmax_call": LogSoftmaxCall}
         cuda = hasattr(lib, "kd_scale")
         if kind is not None and cuda != (kind == "cuda"):
@@ -96,18 +117,25 @@ class Library:
             size = getattr(lib, f"{struct_name}_size")
             size.restype = c_int64
             if size() != ctypes.sizeof(cls):
-                raise OSError(f"{name}: {struct_name} has {size()} bytes, this package's {ctypes.sizeof(cls)}; reinstall kdkernels")
+                raise OSError(
+                    f"{name}: {struct_name} has {size()} bytes, this package's {ctypes.sizeof(cls)}; "
+                    "reinstall kdkernels"
+                )
         lib.kd_families.restype = lib.kd_isa.restype = c_char_p
         names = lib.kd_families().decode()
         if names != ",".join(math_of.FAMILIES):
-            raise OSError(f"{name}: its families are {names}, this package's {','.join(math_of.FAMILIES)}; reinstall kdkernels")
+            raise OSError(
+                f"{name}: its families are {names}, this package's {','.join(math_of.FAMILIES)}; "
+                "reinstall kdkernels"
+            )
         self.isa, self.openmp = lib.kd_isa().decode(), bool(lib.kd_openmp())
         self.loss, self.log_softmax = lib.kd_loss, lib.kd_log_softmax
         self.loss.argtypes, self.log_softmax.argtypes = [c_void_p], [c_void_p]
 
 
 def truncated(path: Path) -> bool:
-    """Whether a 64-bit ELF file ends before its segments or its table of sections do: it would load, and kill the process when it is used.
+    """Whether a 64-bit ELF file ends before its segments or its table of sections do: it would load, and kill
+    the process when it is used.
 
     Not a checksum: tools that package a library may strip it or change its search path.
     """
@@ -153,9 +181,19 @@ def _divergence(text: str) -> dict[str, int | float]:
 
 @functools.lru_cache(maxsize=256)
 def _without_tensors(
-    divergence, temperature, value_scale, grad_scale, hard_scale, hard_grad_scale, vocab, modifiers: tuple[float, ...], student, teacher
+    divergence,
+    temperature,
+    value_scale,
+    grad_scale,
+    hard_scale,
+    hard_grad_scale,
+    vocab,
+    modifiers: tuple[float, ...],
+    student,
+    teacher,
 ) -> bytes:
-    """A call but for its tensors; student and teacher are their dtypes. A struct takes long to fill field by field."""
+    """A call but for its tensors; student and teacher are their dtypes. A struct takes long to fill field by
+    field."""
     return bytes(
         Call(
             vocab=vocab,
@@ -173,7 +211,8 @@ def _without_tensors(
 
 
 def _layout(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
-    """(x, inner, (outer stride, inner stride)): rows as pairs of indices; x is copied where two strides cannot say it."""
+    """(x, inner, (outer stride, inner stride)): rows as pairs of indices; x is copied where two strides
+    cannot say it."""
     if x.dim() == 2:
         return x, max(1, x.shape[0]), (0, x.stride(0))
     if x.dim() == 1:
@@ -205,7 +244,8 @@ def loss_call(
     device=0,
     stream=None,
 ) -> tuple[Call, Tensor | None, tuple]:
-    """(call, the rows' losses to be written, what the call points to and must live as long) from the operator's arguments (ops.py)."""
+    """(call, the rows' losses to be written, what the call points to and must live as long) from the
+    operator's arguments (ops.py)."""
     student, inner, student_stride = _layout(student)
     teacher, _, teacher_stride = _layout(teacher)
     width = student.shape[-1]
@@ -214,7 +254,9 @@ def loss_call(
     labels = labels if labels is None else labels.contiguous()
     weight = weight if weight is None else weight.contiguous()
     scales = value_scale, grad_scale, hard_scale, hard_grad_scale
-    fixed = _without_tensors(divergence, temperature, *scales, vocab, tuple(modifiers), student.dtype, teacher.dtype)
+    fixed = _without_tensors(
+        divergence, temperature, *scales, vocab, tuple(modifiers), student.dtype, teacher.dtype
+    )
     call = Call.from_buffer_copy(fixed)
     call.student, call.teacher = student.data_ptr(), teacher.data_ptr()
     call.rows, call.inner, call.grad_width = rows, inner, width
@@ -235,17 +277,23 @@ def loss_call(
 
 
 def with_mirror(call: Call, mirror: tuple) -> tuple:
-    """Makes `call` one for both gradients, with the operator's arguments for the teacher's; what it then points to."""
+    """Makes `call` one for both gradients, with the operator's arguments for the teacher's; what it then
+    points to."""
     other, _, alive = loss_call(*mirror, value=False)
     call.mirror = ctypes.addressof(other)
     return other, alive
 
 
-def log_softmax_call(logits, upstream, out, temperature, *, threads=1, device=0, stream=None) -> tuple[LogSoftmaxCall, tuple]:
+def log_softmax_call(
+    logits, upstream, out, temperature, *, threads=1, device=0, stream=None
+) -> tuple[LogSoftmaxCall, tuple]:
     """(call, what it points to) that fills `out`, which is contiguous."""
     width = logits.shape[-1]
     logits = logits.contiguous()
     upstream = upstream if upstream is None else upstream.contiguous()
     pointers = logits.data_ptr(), None if upstream is None else upstream.data_ptr(), out.data_ptr()
     sizes = logits.numel() // width, width, width, width, width
-    return LogSoftmaxCall(*pointers, *sizes, DTYPES[logits.dtype], threads, device, 0, temperature, stream), (logits, upstream)
+    return LogSoftmaxCall(*pointers, *sizes, DTYPES[logits.dtype], threads, device, 0, temperature, stream), (
+        logits,
+        upstream,
+    )

@@ -1,7 +1,7 @@
 """CUDA kernels of ours (csrc/cuda.cu) behind ctypes: NVIDIA GPUs from compute capability 8.0.
 
-Everything is put on the current stream of the tensors' device; nothing waits for it, and the workspace is torch's, so that a call can
-be captured into a graph.
+Everything is put on the current stream of the tensors' device; nothing waits for it, and the workspace is
+torch's, so that a call can be captured into a graph.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def _check(status: int) -> None:
 def loss(student, teacher, labels, weight, grad, *options, stats=None, mirror=None) -> Tensor:
     """The operator's contract (ops.py)."""
     lib = library()
-    call, out, alive = abi.loss_call(student, teacher, labels, weight, grad, *options, stats=stats, **_where(student.device))
+    call, out, alive = abi.loss_call(
+        student, teacher, labels, weight, grad, *options, stats=stats, **_where(student.device)
+    )
     if mirror is not None:
         alive = *alive, abi.with_mirror(call, mirror)
     call.workspace_size = lib.c.kd_workspace(ctypes.byref(call))

@@ -1,8 +1,8 @@
 """The reference: the loss of each row in plain PyTorch, in fp64, differentiable to any order.
 
-It is what the other backends are read against, and what runs where none of them can. Where a class is masked (-inf) or a row
-is broken (nan, +inf), values are replaced before they meet an operation that could not undo them: a gradient of `where` is
-only as good as its unused branch.
+It is what the other backends are read against, and what runs where none of them can. Where a class is masked
+(-inf) or a row is broken (nan, +inf), values are replaced before they meet an operation that could not undo
+them: a gradient of `where` is only as good as its unused branch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def rows(
     hard_scale: float,
     modifiers: Modifiers,
 ) -> Tensor:
-    """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0, and the logits of a term of weight 0, are not looked at."""
+    """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0, and the logits of a term of
+    weight 0, are not looked at."""
     soft, hard = value_scale != 0, labels is not None and hard_scale != 0
     of_z, of_v = modifiers.transforms
     counts = _counts(student, weight)
@@ -46,7 +47,8 @@ def rows(
     loss = value_scale * row.divergence(math_of.parse(divergence)) if soft else z.new_zeros(z.shape[0])
     if hard:
         loss = loss + hard_scale * row.hard(torch.where(counts.squeeze(-1), labels, 0), modifiers)
-    # nan in the value of the rows that are broken, and in the gradient of all the logits that are read; 0 added to the others
+    # nan in the value of the rows that are broken, and in the gradient of all the logits that are read; 0
+    # added to the others
     broken = broken_z | broken_v
     for x, lost in ((student, broken), (teacher, broken & soft)):
         loss = loss + (torch.where(lost, math.nan, 0.0) * torch.where(lost, x.double(), 0.0)).sum(-1)
@@ -59,7 +61,8 @@ def _counts(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _clean(x: Tensor, counts: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """(transformed logits, broken): rows that do not count, and rows with nan or +inf or without a class, as rows of zeros.
+    """(transformed logits, broken): rows that do not count, and rows with nan or +inf or without a class, as
+    rows of zeros.
 
     Before the transform, whose derivative would make nan of a nan in a row that does not count.
     """
@@ -87,7 +90,8 @@ def loss(
     stats=None,
     mirror=None,
 ):
-    """The operator's contract (ops.py): the loss of each row, and its gradient, from its formula, written into `grad`."""
+    """The operator's contract (ops.py): the loss of each row, and its gradient, from its formula, written
+    into `grad`."""
     other = None if mirror is None else mirror[4]
     tensors = student, teacher, labels, weight, grad, other
     if student.dim() == 1:
@@ -124,7 +128,11 @@ def loss(
             g = torch.zeros_like(v)
             if soft:
                 entropic = isinstance(which, math_of.CrossEntropy)
-                g = row.teacher_gradient() if entropic else _Row(v, z, temperature).gradient(math_of.parse(mirror[5]))
+                g = (
+                    row.teacher_gradient()
+                    if entropic
+                    else _Row(v, z, temperature).gradient(math_of.parse(mirror[5]))
+                )
                 g = torch.where(broken, math.nan, grad_scale * g * of_v.slope(v))
             _write(other, at, vocab, g, w)
         if grad is not None:
@@ -160,7 +168,11 @@ def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> 
     others = scaled.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True)
     out = torch.where(broken, math.nan, scaled - torch.log1p(others))
     # what is added is 0, and has a gradient: 0 at T = inf, nan of a broken row elsewhere
-    more = 0.0 * torch.where(finite, x, 0.0) if flat else torch.where(broken, math.nan, 0.0) * torch.where(broken, x, 0.0)
+    more = (
+        0.0 * torch.where(finite, x, 0.0)
+        if flat
+        else torch.where(broken, math.nan, 0.0) * torch.where(broken, x, 0.0)
+    )
     return (out + more).to(logits.dtype)
 
 
@@ -168,7 +180,8 @@ LARGEST = torch.finfo(torch.float64).max
 
 
 class _Row:
-    """The sums of sweep 1 over (rows, vocab) fp64 logits without nan or +inf, and the divergences made of them."""
+    """The sums of sweep 1 over (rows, vocab) fp64 logits without nan or +inf, and the divergences made of
+    them."""
 
     def __init__(self, z: Tensor, v: Tensor, temperature: float):
         self.temperature = temperature
@@ -191,24 +204,29 @@ class _Row:
 
     @functools.cached_property
     def apart(self) -> Tensor:
-        """(z - v) - (top_z - top_v), 0 where a class is masked; with what the differences lose to rounding, all of it where one model's
-        logits are all at finfo.min."""
+        """(z - v) - (top_z - top_v), 0 where a class is masked; with what the differences lose to rounding,
+        all of it where one model's logits are all at finfo.min."""
         lost = _lost_digits(self.z, self.v) - _lost_digits(self.top_z, self.top_v)
         return torch.where(self.masked, 0.0, (self.z - self.v) - (self.top_z - self.top_v) + lost)
 
     @functools.cached_property
     def soft(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(p, q, d, y, c): both distributions, d = log q - log p, y = d + c before the log-sum-exps were known."""
+        """(p, q, d, y, c): both distributions, d = log q - log p, y = d + c before the log-sum-exps were
+        known."""
         (ez, sz), (ev, sv) = self.sums
-        y = (self.apart / self.temperature).clamp(-LARGEST, LARGEST)  # fp64's finfo.min over a small T: no number, and no mask
+        # fp64's finfo.min over a small T: no number, and no mask
+        y = (self.apart / self.temperature).clamp(-LARGEST, LARGEST)
         near = (y.abs() < 0.5) & ~self.masked
-        away = torch.where(near, ev * torch.expm1(torch.where(near, y, 0.0)), ez - ev).sum(-1, keepdim=True) / sv
+        away = (
+            torch.where(near, ev * torch.expm1(torch.where(near, y, 0.0)), ez - ev).sum(-1, keepdim=True) / sv
+        )
         near = away.abs() < 0.5
         c = torch.where(near, torch.log1p(torch.where(near, away, 0.0)), sz.log() - sv.log())
         return ev / sv, ez / sz, y - c, y, c
 
     def tilted(self, order: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(w, log R, F, disjoint): w = softmax of order v + (1 - order) z over T, R = sum p^order q^(1 - order), F where R is near 1."""
+        """(w, log R, F, disjoint): w = softmax of order v + (1 - order) z over T, R = sum p^order q^(1 -
+        order), F where R is near 1."""
         p, q, d, y, c = self.soft
         b, T = 1 - order, self.temperature
         a = torch.where(self.no_v, 0.0, (self.v - self.top_v) / T)
@@ -223,7 +241,9 @@ class _Row:
         w = eu / su
         t = w * torch.where(near, log_r, 0.0).exp()
         if order <= 0.5:  # from the side of the smaller tilt, which loses the least
-            term = math_of.power_terms(q, p, t, -d, order, 1 / order, _psi, torch.abs, torch.where, False)[2] / b
+            term = (
+                math_of.power_terms(q, p, t, -d, order, 1 / order, _psi, torch.abs, torch.where, False)[2] / b
+            )
         else:
             term = math_of.power_terms(p, q, t, d, b, 1 / b, _psi, torch.abs, torch.where, False)[2] / order
         term = torch.where(self.no_v, q / order, torch.where(self.no_z, p / b, term))
@@ -236,7 +256,11 @@ class _Row:
         """(D, G = q xi) of the mixture family: T dD/dz = G - q sum G."""
         p, q, d, _, _ = self.soft
         sides = form.sides
-        b, o, x, only_b, only_o = (q, p, -d, self.only_z, self.only_v) if sides.student_base else (p, q, d, self.only_v, self.only_z)
+        b, o, x, only_b, only_o = (
+            (q, p, -d, self.only_z, self.only_v)
+            if sides.student_base
+            else (p, q, d, self.only_v, self.only_z)
+        )
         l = sides.mix  # noqa: E741
         x = x.clamp_max(700) if l else x  # beyond, log m is log o + log(l), whatever x
         m1 = torch.expm1(x.clamp_max(700))
@@ -245,10 +269,27 @@ class _Row:
         b_in, o_in = torch.where(self.masked, 1.0, b), torch.where(self.masked, 1.0, o)
         small = torch.where(x.abs() < 0.5, m1, 0.0)  # its square must not be inf where it is not asked for
         term = math_of.mixture_term(
-            b_in, o_in, x, small, _psi(x), u, chi, x - u, l, sides.base, sides.other, torch.abs, torch.where, sides.shares
+            b_in,
+            o_in,
+            x,
+            small,
+            _psi(x),
+            u,
+            chi,
+            x - u,
+            l,
+            sides.base,
+            sides.other,
+            torch.abs,
+            torch.where,
+            sides.shares,
         )
-        xi = math_of.mixture_slope(m1, u, chi, x - u, l, sides.base, sides.other, sides.student_base, sides.shares)
-        term, G = (torch.where(self.masked, 0.0, t) for t in (term, (b_in if sides.student_base else o_in) * xi))
+        xi = math_of.mixture_slope(
+            m1, u, chi, x - u, l, sides.base, sides.other, sides.student_base, sides.shares
+        )
+        term, G = (
+            torch.where(self.masked, 0.0, t) for t in (term, (b_in if sides.student_base else o_in) * xi)
+        )
         moves = _alone(b, only_b, sides.b_moves) if sides.student_base else _alone(o, only_o, sides.o_moves)
         return (term + _alone(b, only_b, sides.b_alone) + _alone(o, only_o, sides.o_alone)).sum(-1), G + moves
 
@@ -266,7 +307,8 @@ class _Row:
             return self._gap(p, q, d).abs().sum(-1) / 2
         term = math_of.kl_terms(p, q, d, _psi, torch.abs, torch.where)[1]
         kl = torch.where(self.only_z, q, torch.where(self.no_z, 0.0, term)).sum(-1)
-        if form.family in ("kl", "cross_entropy") or form.order == 1 and form.family == "renyi":  # alpha below 1e-16, reversed
+        # alpha below 1e-16, reversed
+        if form.family in ("kl", "cross_entropy") or form.order == 1 and form.family == "renyi":
             value = torch.where(lone_p, self._infinite(form, lone_p), form.factor * kl)
             if form.family == "cross_entropy":
                 T = self.temperature
@@ -282,12 +324,21 @@ class _Row:
             sign = -1 if form.reverse else 1
             least, share, _ = self._least(sign)
             value = (sign * (c.squeeze(-1) - (share * y).sum(-1))).clamp_min(0.0)
-            value = torch.where((least | (self.no_v if form.reverse else self.no_z)).all(-1), 0.0, value)  # p = q
+            # p = q
+            value = torch.where((least | (self.no_v if form.reverse else self.no_z)).all(-1), 0.0, value)
             lost = lone_q if form.reverse else lone_p
             return torch.where(lost, self._infinite(form, lost), value)
         _, log_r, F, disjoint = self.tilted(form.order)
-        lost = lone_p if form.order > 1 else lone_q if form.order < 0 else disjoint.squeeze(-1) & (form.family == "renyi")
-        value = form.factor * log_r.squeeze(-1) / (form.order - 1) if form.family == "renyi" else F.squeeze(-1)
+        lost = (
+            lone_p
+            if form.order > 1
+            else lone_q
+            if form.order < 0
+            else disjoint.squeeze(-1) & (form.family == "renyi")
+        )
+        value = (
+            form.factor * log_r.squeeze(-1) / (form.order - 1) if form.family == "renyi" else F.squeeze(-1)
+        )
         if form.family == "alpha" and 0 < form.order < 1:
             return value  # always finite
         return torch.where(lost, self._infinite(form, lost), value)
@@ -307,30 +358,49 @@ class _Row:
         if form.family == "support":
             if form.reverse:
                 return torch.zeros_like(q)
-            inside, outside = torch.where(self.no_v, 0.0, q).sum(-1, keepdim=True), torch.where(self.no_v, q, 0.0).sum(-1, keepdim=True)
-            return torch.where(self.no_v, q, -q * torch.where(inside == 0, 0.0, outside / torch.where(inside == 0, 1.0, inside)))
+            inside, outside = (
+                torch.where(self.no_v, 0.0, q).sum(-1, keepdim=True),
+                torch.where(self.no_v, q, 0.0).sum(-1, keepdim=True),
+            )
+            return torch.where(
+                self.no_v,
+                q,
+                -q * torch.where(inside == 0, 0.0, outside / torch.where(inside == 0, 1.0, inside)),
+            )
         if form.family == "extreme":
             sign = -1 if form.reverse else 1
             least, share, rest = self._least(sign)
             return sign * torch.where(least, -share * rest, q)
-        # x = log(w / p), or log(w / q): for small orders w is nearer to q, and q itself as the order goes to 0
+        # x = log(w / p), or log(w / q): for small orders w is nearer to q, and q itself as the order goes to
+        # 0
         of_q = form.order <= 0.5
         w, x, unit = p, torch.zeros_like(d), form.factor
         if form.family in ("renyi", "alpha") and form.order != 1:
             tilted, log_r, F, disjoint = self.tilted(form.order)
-            lost = (self.only_v if form.order > 1 else self.only_z).any(-1, keepdim=True) if not 0 < form.order < 1 else disjoint
+            lost = (
+                (self.only_v if form.order > 1 else self.only_z).any(-1, keepdim=True)
+                if not 0 < form.order < 1
+                else disjoint
+            )
             w = torch.where(lost, p, tilted)
-            x = torch.where(lost, math.inf if of_q else 0.0, (-form.order if of_q else 1 - form.order) * d - log_r)
+            x = torch.where(
+                lost, math.inf if of_q else 0.0, (-form.order if of_q else 1 - form.order) * d - log_r
+            )
             unit = form.factor
             if form.family == "alpha":
                 unit = torch.where(lost, 0.0 if 0 < form.order < 1 else math.nan, log_r.exp() / form.order)
         # x as a difference of numbers that are far larger (a class at finfo.min) has no digits
-        near = (x.abs() < 0.5) & (d.abs() < (700 / abs(form.order) if of_q and form.order else 0.5)) & ~self.masked
+        near = (
+            (x.abs() < 0.5)
+            & (d.abs() < (700 / abs(form.order) if of_q and form.order else 0.5))
+            & ~self.masked
+        )
         less = -q * torch.expm1(x) if of_q else p * (torch.expm1(d) - torch.expm1(x))
         return torch.where(self.no_z, 0.0, unit * torch.where(near, less, q - w))
 
     def teacher_gradient(self) -> Tensor:
-        """T dH/dv of the cross entropy H(p, q), p (sum p log q - log q), (rows, vocab); nan where H is +inf."""
+        """T dH/dv of the cross entropy H(p, q), p (sum p log q - log q), (rows, vocab); nan where H is
+        +inf."""
         p, q, *_ = self.soft
         log_q = (self.z - self.top_z) / self.temperature
         log_q = log_q - torch.where(self.no_z, 0.0, log_q.exp()).sum(-1, keepdim=True).log()
@@ -339,19 +409,27 @@ class _Row:
         return torch.where(self.no_v, 0.0, p * (torch.where(mean > -math.inf, mean, math.nan) - log_q))
 
     def _infinite(self, form: math_of.Form, rows: Tensor) -> Tensor:
-        """+inf, with the gradients that are agreed upon for the rows that are asked for (docs/numerics.md, 7)."""
+        """+inf, with the gradients that are agreed upon for the rows that are asked for (docs/numerics.md,
+        7)."""
         p, q, *_ = self.soft
         (_, sz), (_, sv) = self.sums
         student, teacher = _where_infinite(form)
         of_z, of_v = (self.z, self.no_z, sz, p, rows), (self.v, self.no_v, sv, q, rows)
-        return math.inf + self._nothing_but_gradient(student, *of_z) + self._nothing_but_gradient(teacher, *of_v)
+        return (
+            math.inf + self._nothing_but_gradient(student, *of_z) + self._nothing_but_gradient(teacher, *of_v)
+        )
 
-    def _nothing_but_gradient(self, factors: tuple[float, float] | None, x, absent, total, other, rows) -> Tensor:
-        """0, whose T d/dx is factors[0] softmax(x/T) - factors[1] other; nan without factors, in the rows that are asked for."""
+    def _nothing_but_gradient(
+        self, factors: tuple[float, float] | None, x, absent, total, other, rows
+    ) -> Tensor:
+        """0, whose T d/dx is factors[0] softmax(x/T) - factors[1] other; nan without factors, in the rows
+        that are asked for."""
         if factors is None:
             u = torch.where(rows.unsqueeze(-1) & ~absent, x - x.detach(), 1.0).sqrt()
             return (u - u * 1.0).sum(-1)
-        term = factors[0] * total.log().squeeze(-1) - factors[1] / self.temperature * (other.detach() * x).sum(-1)
+        term = factors[0] * total.log().squeeze(-1) - factors[1] / self.temperature * (
+            other.detach() * x
+        ).sum(-1)
         return term - term.detach()
 
     def _gap(self, p: Tensor, q: Tensor, d: Tensor) -> Tensor:
@@ -360,28 +438,40 @@ class _Row:
         return torch.where(near, p * torch.expm1(torch.where(near, d, 0.0)), q - p)
 
     def _least(self, sign: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The classes where sign d is smallest, as far as the logits as given tell them apart; q restricted to them; q of the others."""
+        """The classes where sign d is smallest, as far as the logits as given tell them apart; q restricted
+        to them; q of the others."""
         less, more = (self.no_z, self.no_v) if sign > 0 else (self.no_v, self.no_z)
         gap = torch.where(more, math.inf, torch.where(less, -math.inf, sign * (self.z - self.v).detach()))
         least = (gap == gap.amin(-1, keepdim=True)) & ~self.masked
         gap = torch.where(least, sign * _lost_digits(self.z, self.v), math.inf)
         least &= gap == gap.amin(-1, keepdim=True)
         top = torch.where(least, self.z.detach(), -math.inf).amax(-1, keepdim=True)
-        share = torch.where(least, ((self.z.detach() - torch.where(top > -math.inf, top, 0.0)) / self.temperature).exp(), 0.0)
+        share = torch.where(
+            least, ((self.z.detach() - torch.where(top > -math.inf, top, 0.0)) / self.temperature).exp(), 0.0
+        )
         share = share / torch.where(top > -math.inf, share.sum(-1, keepdim=True), 1.0)
         return least, share, torch.where(least, 0.0, self.soft[1]).sum(-1, keepdim=True)
 
     def _hard(self, labels: Tensor):
-        """(label, r, x, x of the label, others): x = z - z_r, others the sum of e^x over j != r, r the label where that is a largest class.
+        """(label, r, x, x of the label, others): x = z - z_r, others the sum of e^x over j != r, r the label
+        where that is a largest class.
 
         The other classes alone are then what value and gradient are made of where q of the label rounds to 1.
         """
         label = labels.clamp(0, self.z.shape[-1] - 1).unsqueeze(-1)
         z = torch.where(self.no_z, -math.inf, self.z.detach())
         r = torch.where(z.gather(-1, label) == self.top_z, label, z.argmax(-1, keepdim=True))
-        x = torch.where(self.no_z, 0.0, self.z - self.z.gather(-1, r))  # of a masked class e^x may be inf, whose derivative times 0 is nan
-        of_label = self.given_z.gather(-1, label) - self.z.gather(-1, r)  # -inf, with its gradient of 1, where the label is masked
-        return label, r, x, of_label, torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1, keepdim=True)
+        # of a masked class e^x may be inf, whose derivative times 0 is nan
+        x = torch.where(self.no_z, 0.0, self.z - self.z.gather(-1, r))
+        # -inf, with its gradient of 1, where the label is masked
+        of_label = self.given_z.gather(-1, label) - self.z.gather(-1, r)
+        return (
+            label,
+            r,
+            x,
+            of_label,
+            torch.where(self.no_z, 0.0, x.exp()).scatter(-1, r, 0.0).sum(-1, keepdim=True),
+        )
 
     def cross_entropy(self, labels: Tensor) -> Tensor:
         """Hard cross entropy at T = 1, (rows,); nan for a label outside the vocabulary."""
@@ -397,7 +487,8 @@ class _Row:
         return torch.where(label == labels.unsqueeze(-1), q.scatter(-1, label, at_label), math.nan)
 
     def _evenly(self):
-        """(log-sum-exp at T = 1 and mean of the logits, less the largest one; softmax, 1 / N) over the N classes that are not masked."""
+        """(log-sum-exp at T = 1 and mean of the logits, less the largest one; softmax, 1 / N) over the N
+        classes that are not masked."""
         e = self._exp(self.z, self.top_z, self.no_z, 1.0)
         present = (~self.no_z).to(self.z.dtype)
         each = present / present.sum(-1, keepdim=True)
@@ -444,7 +535,8 @@ class _Row:
         return n, torch.where(self.masked, 0.0, x - x.sum(-1, keepdim=True) / n)
 
     def _limit(self, form: math_of.Form) -> Tensor:
-        """(k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching; +inf for masks that differ, where k = 0 for those that matter."""
+        """(k/2) Var(z - v), or |z - v|^2 / (2 V) for logit matching; +inf for masks that differ, where k = 0
+        for those that matter."""
         n, x = self._differences(form)
         value = form.limit / 2 * (x * x).sum(-1) / n.squeeze(-1)
         differ = self.only_z | self.only_v
@@ -454,7 +546,8 @@ class _Row:
 
 
 def _where_infinite(form: math_of.Form) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-    """(a, b) of T dD/dz = a q - b p and of T dD/dv = a p - b q where D is +inf; None for nan, where an infinite moment is in it."""
+    """(a, b) of T dD/dz = a q - b p and of T dD/dv = a p - b q where D is +inf; None for nan, where an
+    infinite moment is in it."""
     if form.family in ("kl", "cross_entropy"):
         return (1, 1), None
     if form.family == "support":
@@ -462,7 +555,8 @@ def _where_infinite(form: math_of.Form) -> tuple[tuple[float, float] | None, tup
     if form.family == "extreme":
         return ((-1, 0), (1, 0)) if form.reverse else ((1, 0), (-1, 0))
     if form.family == "renyi":
-        mirrored = form.factor * form.order / (1 - form.order) if form.order != 1 else 1.0  # of alpha below 1e-16, reversed
+        # of alpha below 1e-16, reversed
+        mirrored = form.factor * form.order / (1 - form.order) if form.order != 1 else 1.0
         return (form.factor, form.factor), (mirrored, mirrored)
     return None, (1, 1) if form.family == "mixture" else None  # reverse KL, alpha
 
@@ -487,6 +581,9 @@ def _psi(x: Tensor) -> Tensor:
 
 
 def _log_total(e: Tensor, x: Tensor, top: Tensor, masked: Tensor) -> Tensor:
-    """log sum e with the largest term, 1, left out of the sum: log1p of the others keeps its digits when they are few."""
+    """log sum e with the largest term, 1, left out of the sum: log1p of the others keeps its digits when they
+    are few."""
     largest = (x == top) & ~masked
-    return torch.log1p(torch.where(largest, e - 1, e).sum(-1, keepdim=True) + (largest.sum(-1, keepdim=True) - 1))
+    return torch.log1p(
+        torch.where(largest, e - 1, e).sum(-1, keepdim=True) + (largest.sum(-1, keepdim=True) - 1)
+    )

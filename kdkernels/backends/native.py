@@ -28,7 +28,11 @@ def library() -> abi.Library | str:
         found = abi.Library(LIBRARY, "cpu")
     except OSError as error:
         return str(error)
-    return found if found.isa != "none" else "the processor has none of the instruction sets the library was built for"
+    return (
+        found
+        if found.isa != "none"
+        else "the processor has none of the instruction sets the library was built for"
+    )
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
@@ -41,13 +45,17 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> s
 
 def loss(student, teacher, labels, weight, grad, *options, stats=None, mirror=None) -> Tensor:
     """The operator's contract (ops.py)."""
-    call, out, alive = abi.loss_call(student, teacher, labels, weight, grad, *options, stats=stats, threads=torch.get_num_threads())
+    call, out, alive = abi.loss_call(
+        student, teacher, labels, weight, grad, *options, stats=stats, threads=torch.get_num_threads()
+    )
     if mirror is not None:
         alive = *alive, abi.with_mirror(call, mirror)
     status = library().loss(ctypes.byref(call))
     if status == _BAD_LABEL:
         label = alive[2].view(-1)[call.bad_row].item()
-        raise ValueError(f"labels: row {call.bad_row} has label {label}; labels are in [0, {call.vocab}) or ignore_index")
+        raise ValueError(
+            f"labels: row {call.bad_row} has label {label}; labels are in [0, {call.vocab}) or ignore_index"
+        )
     if status:
         raise RuntimeError(f"kd_loss refused the call (status {status})")
     return out

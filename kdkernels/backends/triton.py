@@ -1,7 +1,8 @@
-"""Triton: CUDA, ROCm and XPU from one source (triton_kernels.py, triton_careful.py); CPU tensors under its interpreter, for tests.
+"""Triton: CUDA, ROCm and XPU from one source (triton_kernels.py, triton_careful.py); CPU tensors under its
+interpreter, for tests.
 
-Everything that depends on a temperature, an order or a weight is a number computed here, in fp64, and handed over at run time; only flags
-and the geometry of a tile are compiled. Nothing here waits for the device.
+Everything that depends on a temperature, an order or a weight is a number computed here, in fp64, and handed
+over at run time; only flags and the geometry of a tile are compiled. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ name = "triton"
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
 MOST_REGISTERS = 128  # of a thread, with 512 of them on a multiprocessor
-HEAVY_REGISTERS = 168  # with 384, for mixtures, orders, hard labels and transforms, where a program has no more
-# for mixtures, and transformed rows that are whole or give both gradients, with hard labels, which spill with 168: two programs to a
-# multiprocessor
+# with 384, for mixtures, orders, hard labels and transforms, where a program has no more
+HEAVY_REGISTERS = 168
+# for mixtures, and transformed rows that are whole or give both gradients, with hard labels, which spill with
+# 168: two programs to a multiprocessor
 HEAVIEST_REGISTERS = 224
 FILE_REGISTERS = 64 << 10  # of a multiprocessor
 SOFTMAX_BLOCK = 2048
@@ -86,7 +88,8 @@ def figures(device: torch.device) -> Device:
     known = [getattr(properties, x, None) for x in ("multi_processor_count", "gpu_subslice_count")]
     cache = getattr(properties, "L2_cache_size", None) or 32 << 20
     if getattr(properties, "gcnArchName", "").startswith(("gfx94", "gfx95")):
-        cache = 256 << 20  # all processors share the cache behind the second level, which is divided among them
+        # all processors share the cache behind the second level, which is divided among them
+        cache = 256 << 20
     return Device(next((x for x in known if x), 64), cache, getattr(properties, "warp_size", None) or 32)
 
 
@@ -111,7 +114,8 @@ class Numbers(NamedTuple):
     centered: bool = True  # logit matching compares the logits themselves
 
 
-# of a tilt or a mixture's l, for a float's range to hold what is made of them; beyond, D is proportional to it or no longer changes
+# of a tilt or a mixture's l, for a float's range to hold what is made of them; beyond, D is proportional to
+# it or no longer changes
 SMALLEST, LARGEST = 1e-25, 1e36
 
 
@@ -121,11 +125,21 @@ def numbers(text: str, temperature: float) -> Numbers:
     if math.isinf(temperature):
         limit = form.limit or 0.0
         return Numbers(
-            "MOMENTS", int(form.reverse), tilt=float(limit != 0), value=limit or 1.0, grad=limit, centered=form.family != "logit_matching"
+            "MOMENTS",
+            int(form.reverse),
+            tilt=float(limit != 0),
+            value=limit or 1.0,
+            grad=limit,
+            centered=form.family != "logit_matching",
         )
     k = single(1 / temperature)
-    # a row is computed at one temperature, 1 / k; where D is proportional to 1 / T^2, what that lacks is a factor
-    correction = 1 / (k * temperature) if temperature >= 64 and form.family not in ("tvd", "support", "extreme") else 1.0
+    # a row is computed at one temperature, 1 / k; where D is proportional to 1 / T^2, what that lacks is a
+    # factor
+    correction = (
+        1 / (k * temperature)
+        if temperature >= 64 and form.family not in ("tvd", "support", "extreme")
+        else 1.0
+    )
     call = functools.partial(Numbers, c=single(k * math.log2(math.e)), k=k)
     simple = functools.partial(call, value=form.factor * correction**2, grad=form.factor * correction)
     if form.family in ("support", "extreme"):
@@ -138,14 +152,17 @@ def numbers(text: str, temperature: float) -> Numbers:
         side = TEACHER if form.order > 0.5 else STUDENT if form.order >= -1 else STEEP
         exact = max(-LARGEST, min(form.order if side else 1 - form.order, LARGEST))
         tilt = single(exact) if abs(exact) >= SMALLEST else SMALLEST
-        found = simple("ALPHA" if form.family == "alpha" else "POWER", side, tilt=tilt, inverse_tilt=single(1 / tilt))
+        found = simple(
+            "ALPHA" if form.family == "alpha" else "POWER", side, tilt=tilt, inverse_tilt=single(1 / tilt)
+        )
         less = exact / SMALLEST if tilt == SMALLEST and form.family == "renyi" else 1.0
         return found._replace(value=found.value * less, grad=found.grad * less)
     return simple("ENTROPY" if form.family == "cross_entropy" else "KL", TEACHER)
 
 
 def mutual(n: Numbers, m: Numbers) -> str | None:
-    """The family that gives both gradients of a call with numbers n, m those of its mirror; None where they share no sums."""
+    """The family that gives both gradients of a call with numbers n, m those of its mirror; None where they
+    share no sums."""
     if n.family == "ENTROPY":
         return "MUTUAL_ENTROPY"
     if n.family in MIXTURES:
@@ -161,11 +178,14 @@ def _mixture(sides: math_of.Sides, simple: Callable[..., Numbers]) -> Numbers:
         found = simple("KL", TEACHER if base else STUDENT)
         return found._replace(value=found.value * sides.other, grad=found.grad * sides.other)
     shares = dict(base_share=single(sides.base), other_share=single(sides.other))
-    return simple("SKEWED" if sides.shares else "MIXTURE", base, tilt=single(max(sides.mix, SMALLEST)), **shares)
+    return simple(
+        "SKEWED" if sides.shares else "MIXTURE", base, tilt=single(max(sides.mix, SMALLEST)), **shares
+    )
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
-    """(x, inner, (outer stride, inner stride)): row = outer * inner + i; inner is the same for any number of rows where it can be."""
+    """(x, inner, (outer stride, inner stride)): row = outer * inner + i; inner is the same for any number of
+    rows where it can be."""
     if x.dim() > 3:
         x = x.flatten(0, -3)
     if x.dim() == 3 and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
@@ -174,7 +194,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
 
 
 def _layout(tensors: list[Tensor], R: int, vocab: int) -> tuple[int, int, list[int]]:
-    """(inner, access, outer and inner strides of each tensor): how their rows lie, and whether 16 bytes can be taken at a time."""
+    """(inner, access, outer and inner strides of each tensor): how their rows lie, and whether 16 bytes can
+    be taken at a time."""
     found = [_rows(x) for x in tensors]
     inner = min(n for _, n, _ in found)
     strides = [s if n == inner else (inner * s[1], s[1]) for _, n, s in found]
@@ -182,7 +203,13 @@ def _layout(tensors: list[Tensor], R: int, vocab: int) -> tuple[int, int, list[i
         strides = [(0, s[1]) for s in strides]
     aligned = all(x.data_ptr() % (R * x.element_size()) == 0 for x in tensors)
     alike = len({(s[0] % R, s[1] % R) for s in strides}) == 1
-    access = SCALAR if not (aligned and alike) else EVEN if vocab % R == 0 and not any(strides[0][i] % R for i in (0, 1)) else WINDOW
+    access = (
+        SCALAR
+        if not (aligned and alike)
+        else EVEN
+        if vocab % R == 0 and not any(strides[0][i] % R for i in (0, 1))
+        else WINDOW
+    )
     return inner, access, [x for s in strides for x in s]
 
 
@@ -214,7 +241,9 @@ class Launch:
         return dict(num_warps=self.warps, enable_fp_fusion=True, **limit)
 
     def run(self, device: torch.device) -> None:
-        kernel(self.kernel)[(self.grid,)](**self.arguments, **self.options(device.type == "cuda" and not torch.version.hip))
+        kernel(self.kernel)[(self.grid,)](
+            **self.arguments, **self.options(device.type == "cuda" and not torch.version.hip)
+        )
 
 
 def _arguments(
@@ -235,7 +264,8 @@ def _arguments(
     stats=None,
     other=None,
 ) -> tuple[Numbers, int, dict, dict]:
-    """(the numbers of a call, how its rows lie, what every kernel takes of it, where the gradient `other` lies)."""
+    """(the numbers of a call, how its rows lie, what every kernel takes of it, where the gradient `other`
+    lies)."""
     n, m = numbers(divergence, temperature), Modifiers(*modifiers)
     hard = labels is not None and (hard_scale != 0 or hard_grad_scale != 0 or stats is not None)
     capped, scaled = m.student_softcap or m.teacher_softcap, (m.student_scale, m.teacher_scale) != (1.0, 1.0)
@@ -255,7 +285,9 @@ def _arguments(
         STATS=out if stats is None else stats,
         rows=out.numel(),
         inner=inner,
-        **dict(zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides[:6], strict=True)),
+        **dict(
+            zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides[:6], strict=True)
+        ),
         vocab=vocab,
         width=student.shape[-1],
         k=n.k,
@@ -285,7 +317,12 @@ def _arguments(
         TRANSFORM=CAPPED if capped else SCALED if scaled else 0,
         TELL=stats is not None,
     )
-    return n, access, arguments, dict(H=tensors[3], h_outer=strides[6], h_inner=strides[7], h_width=tensors[3].shape[-1])
+    return (
+        n,
+        access,
+        arguments,
+        dict(H=tensors[3], h_outer=strides[6], h_inner=strides[7], h_width=tensors[3].shape[-1]),
+    )
 
 
 def _careful(arguments: dict, every: bool, **changes) -> Launch:
@@ -295,11 +332,14 @@ def _careful(arguments: dict, every: bool, **changes) -> Launch:
     mixture = FAMILIES[arguments["FAMILY"]] in MIXTURES
     registers = HEAVY_REGISTERS if mixture or arguments["TRANSFORM"] else MOST_REGISTERS
     taken = dict(MARKS=arguments["LOSS"], BLOCK=CAREFUL_BLOCK) | arguments | lines | changes
-    return Launch("careful_rows", rows if every else -(-rows // CAREFUL_ROWS), taken, CAREFUL_WARPS, registers)
+    return Launch(
+        "careful_rows", rows if every else -(-rows // CAREFUL_ROWS), taken, CAREFUL_WARPS, registers
+    )
 
 
 def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
-    """What `loss` launches, in its order, on a device of such figures. call: the operator's arguments, and the losses to be written."""
+    """What `loss` launches, in its order, on a device of such figures. call: the operator's arguments, and
+    the losses to be written."""
     student, teacher, out = call[0], call[1], call[-1]
     together = None if mirror is None else mutual(numbers(*call[5:7]), numbers(*mirror[5:7]))
     n, access, arguments, where = _arguments(*call, stats, mirror[4] if together else None)
@@ -321,10 +361,13 @@ def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
     rest = [*rest, _careful(arguments, False)]
     rows, vocab, hard, transform = out.numel(), arguments["vocab"], arguments["HARD"], arguments["TRANSFORM"]
     mixture = n.family in MIXTURES
-    # a mixture's three sweeps with labels leave a whole row half of the registers, and so do modifiers and statistics, and both gradients
+    # a mixture's three sweeps with labels leave a whole row half of the registers, and so do modifiers and
+    # statistics, and both gradients
     modified = transform or stats is not None or hard == SMOOTHED
     whole = REGISTERS_WHOLE // (2 if mixture and hard or together else 1) // (2 if modified else 1)
-    chosen = plan(rows, vocab, student.element_size(), teacher.element_size(), access == WINDOW, device, whole)
+    chosen = plan(
+        rows, vocab, student.element_size(), teacher.element_size(), access == WINDOW, device, whole
+    )
     carry = bool(transform) or torch.float32 in (student.dtype, teacher.dtype)
     light = n.family in ("KL", "ENTROPY", "MOMENTS") and together != "MUTUAL_ENTROPY"
     heavy = hard or transform or not light or chosen.whole and (stats is not None or together)
@@ -333,20 +376,36 @@ def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
     if heavy and hard and (mixture or transform and (chosen.whole or together)):
         registers = HEAVIEST_REGISTERS
     family = FAMILIES.index(together or n.family)
-    arguments = arguments | where | dict(FAMILY=family, MUTUAL=together is not None, mutual_scale=teacher_scale)
-    arguments = arguments | dict(c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R)
+    arguments = (
+        arguments | where | dict(FAMILY=family, MUTUAL=together is not None, mutual_scale=teacher_scale)
+    )
+    arguments = arguments | dict(
+        c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R
+    )
     if chosen.parts == 1:
-        return [*first, Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers), *rest]
+        return [
+            *first,
+            Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers),
+            *rest,
+        ]
     arguments |= dict(
         STATE=torch.empty(rows * chosen.parts * SLOTS, dtype=torch.float64, device=out.device),
         COUNTERS=torch.zeros(1 + 2 * rows, dtype=torch.int32, device=out.device),
         PARTS=chosen.parts,
     )
     if not interpreting():
-        return [*first, Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers), *rest]
+        return [
+            *first,
+            Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers),
+            *rest,
+        ]
     # programs that run one after another cannot wait for each other
     phases = (PUBLISH, AGAIN, MIX, FINISH) if mixture else (PUBLISH, AGAIN, FINISH)
-    return [*first, *(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in phases), *rest]
+    return [
+        *first,
+        *(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in phases),
+        *rest,
+    ]
 
 
 def loss(student, *call, stats=None, mirror=None):
@@ -356,7 +415,9 @@ def loss(student, *call, stats=None, mirror=None):
     out = torch.empty(math.prod(student.shape[:-1]), dtype=torch.float64, device=student.device)
     if out.numel():
         with _on(student.device):
-            for launch in launches(student, *call, out, device=figures(student.device), stats=stats, mirror=mirror):
+            for launch in launches(
+                student, *call, out, device=figures(student.device), stats=stats, mirror=mirror
+            ):
                 launch.run(student.device)
     return out
 
@@ -369,13 +430,20 @@ def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> 
         return out
     if math.isinf(temperature):  # uniform over the classes that are not masked
         x = logits.float()
-        return out.zero_() if upstream is not None else torch.where(x > -math.inf, x - x, x).log_softmax(-1).to(logits.dtype)
+        return (
+            out.zero_()
+            if upstream is not None
+            else torch.where(x > -math.inf, x - x, x).log_softmax(-1).to(logits.dtype)
+        )
     x, u = logits.contiguous(), out if upstream is None else upstream.contiguous()
     k = single(1 / temperature)
     more = dict(BACKWARD=upstream is not None, BLOCK=SOFTMAX_BLOCK)
     with _on(logits.device):
         Launch(
-            "log_softmax_rows", out.numel() // vocab, dict(X=x, U=u, OUT=out, vocab=vocab, k=k, k_low=1 / temperature - k) | more, 8
+            "log_softmax_rows",
+            out.numel() // vocab,
+            dict(X=x, U=u, OUT=out, vocab=vocab, k=k, k_low=1 / temperature - k) | more,
+            8,
         ).run(x.device)
     return out
 
@@ -388,4 +456,6 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     elif count:
         with _on(grad.device):
             grid = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * figures(grad.device).processors)
-            Launch("scale_all", grid, dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run(grad.device)
+            Launch("scale_all", grid, dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run(
+                grad.device
+            )

@@ -1,4 +1,5 @@
-"""Rows out of a float's range, and what has no sum of terms: the textbook's order of operations, in fp64. The twin of csrc/careful.h."""
+"""Rows out of a float's range, and what has no sum of terms: the textbook's order of operations, in fp64. The
+twin of csrc/careful.h."""
 
 from __future__ import annotations
 
@@ -54,12 +55,15 @@ def careful_rows(
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
     k, tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
+    WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
     TRANSFORM: tl.constexpr, TELL: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The operator's contract in the textbook's order and fp64, for every row or for those whose loss in MARKS is lost; ROWS to a program.
+    """The operator's contract in the textbook's order and fp64, for every row or for those whose loss in
+    MARKS is lost; ROWS to a program.
 
-    A MUTUAL_ENTROPY is seen from the teacher: the gradient is that of -sum q log p in the logits of q, and the value reverse KL's.
+    A MUTUAL_ENTROPY is seen from the teacher: the gradient is that of -sum q log p in the logits of q, and
+    the value reverse KL's.
     """
     first = tl.program_id(0) * ROWS
     some = tl.full([], 1, tl.int32)
@@ -81,10 +85,14 @@ def careful_rows(
                 tl.store(LOSS + row, weight)
             elif lost > 0:
                 careful_row(
-                    side(Z + (row // inner * z_outer + row % inner * z_inner), z_scale, z_softcap, z_steepness, TRANSFORM),
-                    side(V + (row // inner * v_outer + row % inner * v_inner), v_scale, v_softcap, v_steepness, TRANSFORM), G + g_at,
-                    LABELS, LOSS, STATS + row * COLUMNS, row, weight, vocab, wide(k), wide(tilt), wide(base_share), wide(other_share),
-                    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, wide(smoothing), wide(z_loss), factor,
+                    side(Z + (row // inner * z_outer + row % inner * z_inner), z_scale, z_softcap,
+                    z_steepness, TRANSFORM),
+                    side(V + (row // inner * v_outer + row % inner * v_inner), v_scale, v_softcap,
+                    v_steepness, TRANSFORM), G + g_at,
+                    LABELS, LOSS, STATS + row * COLUMNS, row, weight, vocab, wide(k), wide(tilt),
+                    wide(base_share), wide(other_share),
+                    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, wide(smoothing),
+                    wide(z_loss), factor,
                     FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, BLOCK,
                 )  # fmt: skip
 
@@ -107,7 +115,8 @@ def near_expm1(p, x):
 
 @triton.jit
 def chosen_classes(z, v, least, FAMILY: tl.constexpr, REVERSE: tl.constexpr):
-    """The classes that w is q restricted to: p's support (reversed: q's), or where d is least (greatest), as the logits are given."""
+    """The classes that w is q restricted to: p's support (reversed: q's), or where d is least (greatest), as
+    the logits are given."""
     if FAMILY == SUPPORT:
         return z > -INF if REVERSE else v > -INF
     else:
@@ -134,13 +143,16 @@ def mixed64(p, q, d, both, mix, base, other, FAMILY: tl.constexpr, BASE_Z: tl.co
         m1 = expm164(x)
         u = log1p64(mix * m1)
         psi_u = tl.where(tl.abs(u) < 0.5, psi_series(u), mix * m1 - u)
-        term = mixture_term(b, o, x, m1, psi_series(x), u, psi_u, x - u, mix, base, other, magnitude, select, FAMILY == SKEWED)
+        term = mixture_term(
+            b, o, x, m1, psi_series(x), u, psi_u, x - u, mix, base, other, magnitude, select, FAMILY == SKEWED
+        )
         return term, mixture_slope(m1, u, psi_u, x - u, mix, base, other, BASE_Z, FAMILY == SKEWED)
 
 
 @triton.jit
 def tell_side(STATS, X, top, broken, k, vocab, FAMILY: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the log-sum-exp, entropy and top-1 class of one side, two columns apart; at T = inf its classes count alike."""
+    """Writes the log-sum-exp, entropy and top-1 class of one side, two columns apart; at T = inf its classes
+    count alike."""
     k = 0.0 if FAMILY == MOMENTS else k
     s = tl.zeros([BLOCK], tl.float64)
     moved, best, place = s, s - INF, tl.full([BLOCK], NOWHERE, tl.int32)
@@ -164,7 +176,8 @@ def tell_side(STATS, X, top, broken, k, vocab, FAMILY: tl.constexpr, BLOCK: tl.c
 def careful_row(
     Z, V, G, LABELS, LOSS, STATS, row, weight, vocab, k, tilt, base_share, other_share,
     value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss, factor,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, TELL: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
+    GRAD: tl.constexpr, TELL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = 1.0 - tilt if BASE_Z else tilt
@@ -206,7 +219,9 @@ def careful_row(
             if FAMILY >= SUPPORT:
                 chosen = chosen_classes(z, v, least, FAMILY, BASE_Z)
                 rest += tl.where(chosen, 0.0, ev if FAMILY == SUPPORT and BASE_Z else ez)
-                top_set = tl.maximum(top_set, tl.where(chosen, v if FAMILY == SUPPORT and BASE_Z else z, -INF))
+                top_set = tl.maximum(
+                    top_set, tl.where(chosen, v if FAMILY == SUPPORT and BASE_Z else z, -INF)
+                )
     sum_z, sum_v, sum_d = tl.sum(sz, 0), tl.sum(sv, 0), tl.sum(sd, 0)
     if FAMILY == MOMENTS:
         count = tl.maximum(sum_v, 1.0)
@@ -217,7 +232,14 @@ def careful_row(
 
     infinite = has_lone_q if logs(FAMILY, BASE_Z) else has_lone_p
     most = wide(INF)  # what an infinite value is; the factor of a negative order's is negative
-    log_r, mu, sum_u, set_top, sum_set, outside = shift * 0.0, shift * 0.0, shift * 0.0 + 1.0, mz, shift * 0.0, shift * 0.0
+    log_r, mu, sum_u, set_top, sum_set, outside = (
+        shift * 0.0,
+        shift * 0.0,
+        shift * 0.0 + 1.0,
+        mz,
+        shift * 0.0,
+        shift * 0.0,
+    )
     moved, gain = shift * 0.0, shift * 0.0 + 1.0
     if FAMILY == POWER or FAMILY == ALPHA:
         mu = tl.max(top_u, 0)
@@ -266,9 +288,13 @@ def careful_row(
                 if FAMILY >= POWER:
                     w = tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u
                     if BASE_Z:
-                        _, _, term = power_terms(q, p, w * R, -d, tilt, 1.0 / tilt, psi_series, magnitude, select, False)
+                        _, _, term = power_terms(
+                            q, p, w * R, -d, tilt, 1.0 / tilt, psi_series, magnitude, select, False
+                        )
                     else:
-                        _, _, term = power_terms(p, q, w * R, d, tilt, 1.0 / tilt, psi_series, magnitude, select, False)
+                        _, _, term = power_terms(
+                            p, q, w * R, d, tilt, 1.0 / tilt, psi_series, magnitude, select, False
+                        )
                     term = tl.where(both, term / (1.0 - tilt), tl.where(v == -INF, q / order, p / b))
                 elif mixes(FAMILY):
                     term, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
@@ -333,7 +359,8 @@ def careful_row(
         if TELL:
             tl.store(STATS + 1, tl.where(broken, float("nan"), hard_value))
         hard_value, hard_factor, hard_label, each = joined(
-            hard_value, own_share, hard, tl.sum(depths, 0), tl.maximum(tl.sum(classes, 0), 1.0), mz, label_logit, weight * hard_grad_scale,
+            hard_value, own_share, hard, tl.sum(depths, 0), tl.maximum(tl.sum(classes, 0), 1.0), mz,
+            label_logit, weight * hard_grad_scale,
             smoothing, z_loss, HARD,
         )  # fmt: skip
         hard_value = tl.where(broken, float("nan"), hard_value)
@@ -365,8 +392,13 @@ def careful_row(
                         x, w = zero, p
                         if FAMILY >= POWER:
                             x = tl.where(infinite, 0.0, b * d - log_r)
-                            w = tl.where(infinite, p, tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u)
-                        if FAMILY >= POWER and BASE_Z:  # w is nearer to q, and q itself as the order goes to 0
+                            w = tl.where(
+                                infinite,
+                                p,
+                                tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0) / sum_u,
+                            )
+                        # w is nearer to q, and q itself as the order goes to 0
+                        if FAMILY >= POWER and BASE_Z:
                             x = tl.where(infinite, INF, -order * d - log_r)
                             g = tl.where(both & (tl.abs(x) < 0.5), -near_expm1(q, x), q - w)
                         else:
@@ -375,7 +407,9 @@ def careful_row(
                 g = tl.where(z == -INF, 0.0, gain * g)
             g = soft * g
             if HARD:
-                g += tl.where(cols == label, hard_label, tl.where(z > -INF, hard_factor * tl.exp(z - mz) - each, 0.0))
+                g += tl.where(
+                    cols == label, hard_label, tl.where(z > -INF, hard_factor * tl.exp(z - mz) - each, 0.0)
+                )
             if len(Z) > 2:
                 g *= slope
             tl.store(G + cols, g.to(tl.float32).to(G.dtype.element_ty), mask=cols < vocab)

@@ -1,34 +1,42 @@
 """The Triton kernels: a row in two sweeps by one program or by several, or from registers; log-softmax.
 
-A row is its base b (the teacher, or the student for orders up to 1/2: the smaller tilt) and the other distribution o. Relative to
-references M, an integer near the largest b c, and K, near the mean of (o - b)/T, with k = 1/T and c = k log2(e),
+A row is its base b (the teacher, or the student for orders up to 1/2: the smaller tilt) and the other
+distribution o. Relative to references M, an integer near the largest b c, and K, near the mean of (o - b)/T,
+with k = 1/T and c = k log2(e),
 
-    e = 2^{b c - M}    y = (o - b) k - K    eo = e e^y = w 2^{o c - M - N}    with an integer N near K log2(e), and w what N lacks
+    e = 2^{b c - M}    y = (o - b) k - K    eo = e e^y = w 2^{o c - M - N}    with an integer N near K
+                       log2(e), and w what N lacks
 
-and em = eo - e, et = e (e^{tilt y} - 1) and the terms of F come out of divergence.py to their own digits. Each of b c - M, o c - M - N
-and y is one fused multiply-add: nothing is rounded before it is small, however large the logits. The first sweep sums e, eo, em and et:
-what K still lacks is h = log(sum eo / sum e), from em where it is small. The second sweep, backwards, from the cache where the row still
-is, has K + h for a reference, so that y = log o - log b; it sums the terms of F, all of one sign, and writes the gradient, which is linear
-in em, et and e. Without a gradient the first sweep sums the terms of F as well, and the second runs only where they would cancel. A row
-of few classes whose K was far from the mark, or whose R is far from 1, has its first sweep repeated with K + h (`poor`).
+and em = eo - e, et = e (e^{tilt y} - 1) and the terms of F come out of divergence.py to their own digits.
+Each of b c - M, o c - M - N and y is one fused multiply-add: nothing is rounded before it is small, however
+large the logits. The first sweep sums e, eo, em and et: what K still lacks is h = log(sum eo / sum e), from
+em where it is small. The second sweep, backwards, from the cache where the row still is, has K + h for a
+reference, so that y = log o - log b; it sums the terms of F, all of one sign, and writes the gradient, which
+is linear in em, et and e. Without a gradient the first sweep sums the terms of F as well, and the second runs
+only where they would cancel. A row of few classes whose K was far from the mark, or whose R is far from 1,
+has its first sweep repeated with K + h (`poor`).
 
-Reverse KL is KL seen from the student: the first sweep sums its terms, and e y too, and the gradient e (A y + C) is the second's. The
-mixture family and TVD are not linear in what K lacks: with h from a first sweep, a second sums D and the mean of xi, and a third writes
-the gradient q (xi - mean). The weights and l of a mixture are numbers of the call; `tilt` is l there.
+Reverse KL is KL seen from the student: the first sweep sums its terms, and e y too, and the gradient e (A y +
+C) is the second's. The mixture family and TVD are not linear in what K lacks: with h from a first sweep, a
+second sums D and the mean of xi, and a third writes the gradient q (xi - mean). The weights and l of a
+mixture are numbers of the call; `tilt` is l there.
 
-A MUTUAL call writes the teacher's gradient as well: of KL and reverse KL, which are then the same sums, e (A y + C) to the base and
-A em + C e to the other; in the power family what the call with both exchanged would write; of mixtures p (xi - mean) with the base's xi.
+A MUTUAL call writes the teacher's gradient as well: of KL and reverse KL, which are then the same sums, e (A
+y + C) to the base and A em + C e to the other; in the power family what the call with both exchanged would
+write; of mixtures p (xi - mean) with the base's xi.
 
-Where a model scales or caps its logits, that is done to each as it is read, in every sweep, in fp32, so that b and o above are what a model
-would have given in fp32; the second sweep has the derivative from the same exponential. All that is left of a hard term with label
-smoothing and z-loss are two more sums of the first sweep and scalars of the row. Statistics (stats.py) are sums of the first sweep too; of
-the largest logit a lane keeps the tile that had it, and the class is looked for in that tile's run afterwards.
+Where a model scales or caps its logits, that is done to each as it is read, in every sweep, in fp32, so that
+b and o above are what a model would have given in fp32; the second sweep has the derivative from the same
+exponential. All that is left of a hard term with label smoothing and z-loss are two more sums of the first
+sweep and scalars of the row. Statistics (stats.py) are sums of the first sweep too; of the largest logit a
+lane keeps the tile that had it, and the class is looked for in that tile's run afterwards.
 
-A class at -inf has e or eo = 0 and needs no test; tails are such classes. What is out of a float's range (differences of 88 nats, nan,
-+inf) shows as a sum that is not finite: the row's loss is left `lost`, and triton_careful.py computes it.
+A class at -inf has e or eo = 0 and needs no test; tails are such classes. What is out of a float's range
+(differences of 88 nats, nan, +inf) shows as a sum that is not finite: the row's loss is left `lost`, and
+triton_careful.py computes it.
 
-Sums are fp32 in lanes (R classes to a lane and tile), then fp64, as are the scalars of a row. A tile is [RB, R]: R classes to a 16-byte
-access, so that what is taken along R stays in a thread.
+Sums are fp32 in lanes (R classes to a lane and tile), then fp64, as are the scalars of a row. A tile is [RB,
+R]: R classes to a 16-byte access, so that what is taken along R stays in a thread.
 """
 
 from __future__ import annotations
@@ -51,7 +59,9 @@ def _jit(f):
 kl_terms, power_terms, mixture_term, mixture_slope = (
     _jit(f) for f in (math_of.kl_terms, math_of.power_terms, math_of.mixture_term, math_of.mixture_slope)
 )
-psi_short, psi_series, log_short = (_jit(f) for f in (math_of.psi_short, math_of.psi_series, math_of.log_short))
+psi_short, psi_series, log_short = (
+    _jit(f) for f in (math_of.psi_short, math_of.psi_series, math_of.log_short)
+)
 
 
 @triton.jit
@@ -69,13 +79,30 @@ KL, ENTROPY, MUTUAL_KL, MUTUAL_ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, AL
 )
 STUDENT = tl.constexpr(triton_plan.STUDENT)
 EVEN, WINDOW, SCALAR = (tl.constexpr(x) for x in (triton_plan.EVEN, triton_plan.WINDOW, triton_plan.SCALAR))
-AGAIN, MIX, FINISH, BOTH = (tl.constexpr(x) for x in (triton_plan.AGAIN, triton_plan.MIX, triton_plan.FINISH, triton_plan.BOTH))
-SMOOTHED, SCALED, CAPPED = (tl.constexpr(x) for x in (triton_plan.SMOOTHED, triton_plan.SCALED, triton_plan.CAPPED))
+AGAIN, MIX, FINISH, BOTH = (
+    tl.constexpr(x) for x in (triton_plan.AGAIN, triton_plan.MIX, triton_plan.FINISH, triton_plan.BOTH)
+)
+SMOOTHED, SCALED, CAPPED = (
+    tl.constexpr(x) for x in (triton_plan.SMOOTHED, triton_plan.SCALED, triton_plan.CAPPED)
+)
 SUM_SLOTS, SLOTS = tl.constexpr(triton_plan.SUM_SLOTS), tl.constexpr(triton_plan.SLOTS)
 COLUMNS = tl.constexpr(stats.COLUMNS)
-NUMBERS = ["rows", "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width"]  # compiled for any value
+# compiled for any value
+NUMBERS = [
+    "rows",
+    "inner",
+    "z_outer",
+    "z_inner",
+    "v_outer",
+    "v_inner",
+    "g_outer",
+    "g_inner",
+    "vocab",
+    "width",
+]
 MUTUAL_NUMBERS = [*NUMBERS, "h_outer", "h_inner", "h_width"]
-ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS"]  # a number of each: where they begin, as of labels[1:], makes no other kernel
+# a number of each: where they begin, as of labels[1:], makes no other kernel
+ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -157,7 +184,8 @@ def entropic(FAMILY):
 
 @triton.constexpr_function
 def logs(FAMILY, BASE_Z):
-    """Whether the base's gradient asks for e times a logarithm, less its mean: of KL and the cross entropy."""
+    """Whether the base's gradient asks for e times a logarithm, less its mean: of KL and the cross
+    entropy."""
     return FAMILY in (MUTUAL_KL.value, MUTUAL_ENTROPY.value) or FAMILY == KL.value and bool(BASE_Z)
 
 
@@ -184,7 +212,8 @@ def first_has_terms(FAMILY, BASE_Z, GRAD):
 
 @triton.jit
 def side(X, scale, softcap, steepness, TRANSFORM: tl.constexpr):
-    """The student or the teacher of a row: (pointer,), (pointer, scale) or (pointer, scale, -softcap, -2 / softcap), 0 where it has none.
+    """The student or the teacher of a row: (pointer,), (pointer, scale) or (pointer, scale, -softcap, -2 /
+    softcap), 0 where it has none.
 
     Its length is known when compiled, and says what is to be done.
     """
@@ -198,7 +227,8 @@ def side(X, scale, softcap, steepness, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def of_sides(student, teacher, GRAD: tl.constexpr, MUTUAL: tl.constexpr):
-    """What belongs to the gradients a call asks for: (the student's,), (the student's, the teacher's), or, without the student's, three.
+    """What belongs to the gradients a call asks for: (the student's,), (the student's, the teacher's), or,
+    without the student's, three.
 
     As with `side`, the length is known when compiled.
     """
@@ -222,10 +252,11 @@ def with_weight(weight, scales):
 
 @triton.jit
 def transformed(x, X, psi: tl.constexpr):
-    """(softcap tanh(scale x / softcap), its derivative over scale) of logits of a side; -inf, +inf and nan stay what they are.
+    """(softcap tanh(scale x / softcap), its derivative over scale) of logits of a side; -inf, +inf and nan
+    stay what they are.
 
-    With e = e^{-2 u}, tanh u = (1 - e) / (1 + e) has the digits of small logits as 1 - e has them, and the derivative, 4 e / (1 + e)^2,
-    those of large ones. The factors of the gradient have the scale already.
+    With e = e^{-2 u}, tanh u = (1 - e) / (1 + e) has the digits of small logits as 1 - e has them, and the
+    derivative, 4 e / (1 + e)^2, those of large ones. The factors of the gradient have the scale already.
     """
     if len(X) == 1:
         return x, 1.0
@@ -245,19 +276,24 @@ def transformed(x, X, psi: tl.constexpr):
 
 @triton.jit
 def load(X, at, edge, vocab, ACCESS: tl.constexpr, CACHE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr):
-    """The classes of the tile that begins at place `at` of the row's window; class 0 is at place `edge`. -inf beyond the row."""
+    """The classes of the tile that begins at place `at` of the row's window; class 0 is at place `edge`. -inf
+    beyond the row."""
     run = at + tl.arange(0, RB)[:, None] * R
     cols = run + tl.arange(0, R)[None, :]
     if ACCESS == SCALAR:
         return tl.load(X + cols, mask=cols < vocab, other=-INF, eviction_policy=CACHE).to(tl.float32)
     else:
-        # the mask is that of whole runs, which keeps the access whole; the 16 bytes that hold a class may be read
+        # the mask is that of whole runs, which keeps the access whole; the 16 bytes that hold a class may be
+        # read
         if X.dtype.element_ty == tl.bfloat16:
             # two to a word, each one instruction from being a float; compilers take two
             words = (at // 2) + tl.arange(0, RB)[:, None] * (R // 2) + tl.arange(0, R // 2)[None, :]
             W = X.to(tl.pointer_type(tl.int32), bitcast=True)
-            pairs = tl.load(W + words, mask=run < edge + vocab, other=-8323200, eviction_policy=CACHE)  # -inf, -inf
-            x = tl.join((pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)).reshape([RB, R])
+            # -inf, -inf
+            pairs = tl.load(W + words, mask=run < edge + vocab, other=-8323200, eviction_policy=CACHE)
+            x = tl.join(
+                (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+            ).reshape([RB, R])
         else:
             x = tl.load(X + cols, mask=run < edge + vocab, other=-INF, eviction_policy=CACHE).to(tl.float32)
         if ACCESS == WINDOW:
@@ -287,9 +323,13 @@ def pair(
     BASE, OTHER, b0, o0, at, edge, vocab,
     ACCESS: tl.constexpr, CACHE: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """(b, o, the slopes of their transforms) of a tile; the one tile of a WHOLE row is in registers already, as it was loaded."""
+    """(b, o, the slopes of their transforms) of a tile; the one tile of a WHOLE row is in registers already,
+    as it was loaded."""
     if not WHOLE:
-        b0, o0 = load(BASE[0], at, edge, vocab, ACCESS, CACHE, RB, R), load(OTHER[0], at, edge, vocab, ACCESS, CACHE, RB, R)
+        b0, o0 = (
+            load(BASE[0], at, edge, vocab, ACCESS, CACHE, RB, R),
+            load(OTHER[0], at, edge, vocab, ACCESS, CACHE, RB, R),
+        )
     b, slope_b = transformed(b0, BASE, psi_short)
     o, slope_o = transformed(o0, OTHER, psi_short)
     return b, o, slope_b, slope_o
@@ -297,7 +337,8 @@ def pair(
 
 @triton.jit
 def scaled_difference(b, o, k, K, K_low, CARRY: tl.constexpr, WHOLLY: tl.constexpr):
-    """(o - b) k - K; fp32 logits carry the rounding of o - b, which a common offset would make larger than what is left.
+    """(o - b) k - K; fp32 logits carry the rounding of o - b, which a common offset would make larger than
+    what is left.
 
     K_low counts then, and where what is left is not linear in the gradient: WHOLLY.
     """
@@ -317,9 +358,11 @@ def terms(
     b, o, a, e, eo, top, k, K, K_low, tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, VALUE: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term only where VALUE.
+    """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term
+    only where VALUE.
 
-    Where the base's gradient is one of `logs`, et is e y; of the cross entropy e (y + log b), with the base's `top` for a reference.
+    Where the base's gradient is one of `logs`, et is e y; of the cross entropy e (y + log b), with the base's
+    `top` for a reference.
     """
     y = scaled_difference(b, o, k, K, K_low, CARRY, splits(FAMILY, BASE_Z))
     if FAMILY == MOMENTS:
@@ -334,7 +377,9 @@ def terms(
             y = tl.minimum(y, BIG)  # +inf, and the nan of a class that neither has; e is 0 there
         if FAMILY >= POWER:
             eu = tl.math.exp2(tl.fma(y, tilt * LOG2E, a))
-            em, et, term = power_terms(e, eo, eu, y, tilt, inverse_tilt, psi_short, magnitude, select, BASE_Z == STUDENT)
+            em, et, term = power_terms(
+                e, eo, eu, y, tilt, inverse_tilt, psi_short, magnitude, select, BASE_Z == STUDENT
+            )
             return e, em, et, eu, term
         else:
             em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
@@ -348,7 +393,8 @@ def sample(
     BASE, OTHER, b0, o0, edge, vocab, c, k,
     FAMILY: tl.constexpr, CENTERED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(top, K, largest o) from 16 runs of 32 classes, or from all: the largest b, and the mean of (o - b) k under e."""
+    """(top, K, largest o) from 16 runs of 32 classes, or from all: the largest b, and the mean of (o - b) k
+    under e."""
     if not WHOLE:
         cols = tl.arange(0, 16)[:, None] * (vocab // 16) + tl.arange(0, 32)[None, :]
         b0 = tl.load(BASE[0] + edge + cols, mask=cols < vocab, other=-INF).to(tl.float32)
@@ -366,7 +412,8 @@ def sample(
 
 @triton.jit
 def exponent_shift(K, K_low, c, k):
-    """(N, w): K (+ K_low) in base 2 as an integer, and e^K 2^-N. The scale of logits is c, so that is what K is brought to."""
+    """(N, w): K (+ K_low) in base 2 as an integer, and e^K 2^-N. The scale of logits is c, so that is what K
+    is brought to."""
     x = (wide(K) + K_low) / k * c
     N = tl.floor(x + 0.5)
     return N.to(tl.float32), tl.exp((N - x) / LOG2E).to(tl.float32)
@@ -382,8 +429,8 @@ def last_tile(first, last, TILE: tl.constexpr):
 
 @triton.jit
 def interior(first, last, final, ACCESS: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
-    """The tiles between the first and the last, which of a window need no mask: the others have a loop of their own, in every layout
-    but the even one, so that layouts add in the same order."""
+    """The tiles between the first and the last, which of a window need no mask: the others have a loop of
+    their own, in every layout but the even one, so that layouts add in the same order."""
     if ACCESS != EVEN and not WHOLE:
         return first + TILE, final
     else:
@@ -392,9 +439,11 @@ def interior(first, last, final, ACCESS: tl.constexpr, WHOLE: tl.constexpr, TILE
 
 @triton.jit
 def first_tile(
-    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, top0, K, K_low, N, w, hard_M, c, k,
+    at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, top0, K,
+    K_low, N, w, hard_M, c, k,
     tilt, inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr,
+    CARRY: tl.constexpr,
     ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums with the tile at `at` added, and the references they are relative to."""
@@ -416,7 +465,8 @@ def first_tile(
         M, M_o = new, new_o
         s, d, p, u, f = s * scale, d * scale, p * scale, u * scale, f * scale
         a = tl.fma(b, c, -M[:, None])
-        # o has a largest of its own here: where K is far from h, the sum of eo would be one of rounded exponents
+        # o has a largest of its own here: where K is far from h, the sum of eo would be one of rounded
+        # exponents
         a_o = tl.fma(o, c, -M_o[:, None])
         e, eo = tl.math.exp2(a), tl.math.exp2(a_o)
         so = so * scale_o + tl.sum(eo, 1)
@@ -425,7 +475,21 @@ def first_tile(
             moved_o += tl.sum(eo * tl.maximum(a_o, -BIG), 1)
         eo *= (tl.math.exp2(M_o - M - N) * w)[:, None]
     e, em, et, eu, term = terms(
-        b, o, a, e, eo, top0, k, K, K_low if splits(FAMILY, BASE_Z) else 0.0, tilt, inverse_tilt, FAMILY, BASE_Z, VALUE, CARRY
+        b,
+        o,
+        a,
+        e,
+        eo,
+        top0,
+        k,
+        K,
+        K_low if splits(FAMILY, BASE_Z) else 0.0,
+        tilt,
+        inverse_tilt,
+        FAMILY,
+        BASE_Z,
+        VALUE,
+        CARRY,
     )
     s += tl.sum(e, 1)
     d += tl.sum(em, 1)
@@ -458,7 +522,8 @@ def deeper(s, top, new, k):
 
 @triton.jit
 def first_largest(best, run, x, at):
-    """(the largest logit of each lane, the tile that has it first) with the tile at `at` added; tiles come in any order."""
+    """(the largest logit of each lane, the tile that has it first) with the tile at `at` added; tiles come in
+    any order."""
     new = tl.max(x, 1)
     return tl.maximum(best, new), tl.where((new > best) | ((new == best) & (at < run)), at, run)
 
@@ -475,15 +540,18 @@ def first_class(X, best, run, edge, vocab, RB: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def first_sweep(
-    BASE, OTHER, b0, o0, first, last, edge, vocab, label, top0, top_o0, K, K_low, hard_M, c, k, tilt, inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    BASE, OTHER, b0, o0, first, last, edge, vocab, label, top0, top_o0, K, K_low, hard_M, c, k, tilt,
+    inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr,
+    CARRY: tl.constexpr,
     ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """(largest b, largest o, sums of e, eo, em, et, eu, the hard term's, the terms of F, for statistics).
 
-    All but the hard term's are over 2^M of the largest b. Those are of its e over the classes but the label, and, for label smoothing, of
-    its exponents over the classes that are not masked, and how many they are. Statistics take sums of e b c and eo o c (at T = inf: how
-    many classes are not masked), and of each side the largest logit and the first class that has it.
+    All but the hard term's are over 2^M of the largest b. Those are of its e over the classes but the label,
+    and, for label smoothing, of its exponents over the classes that are not masked, and how many they are.
+    Statistics take sums of e b c and eo o c (at T = inf: how many classes are not masked), and of each side
+    the largest logit and the first class that has it.
     """
     N, w = exponent_shift(K, K_low, c, k)
     top = tl.full([RB], 0.0, tl.float32) + top0
@@ -497,15 +565,19 @@ def first_sweep(
     inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
     for at in tl.range(inner, end, RB * R):
         top, top_o, M, M_o, s, so, d, p, u, hard, f, told = first_tile(
-            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, top0, K, K_low, N, w, hard_M,
+            at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label,
+            top0, K, K_low, N, w, hard_M,
             c, k, tilt, inverse_tilt,
-            FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
+            FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS,
+            WHOLE, RB, R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             top, top_o, M, M_o, s, so, d, p, u, hard, f, told = first_tile(
-                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab, label, top0, K, K_low, N, w,
-                hard_M, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, ACCESS, WHOLE, RB, R,
+                at, top, top_o, M, M_o, s, so, d, p, u, hard, f, told, BASE, OTHER, b0, o0, edge, vocab,
+                label, top0, K, K_low, N, w,
+                hard_M, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, ACCESS, WHOLE,
+                RB, R,
             )  # fmt: skip
     largest, largest_o = tl.max(top, 0), tl.max(top_o, 0)
     unit = tl.full([RB], 1.0, tl.float32)
@@ -527,19 +599,23 @@ def first_sweep(
             moved_o = tl.sum((told[1] + M_o.to(tl.float64) * so) * unit_o, 0) * so_over_e
     sum_p = total(p * unit)
     if FAMILY == MUTUAL_ENTROPY:
-        # from a largest that the sample had far too low, logarithms have lost their digits: again, from the true one
+        # from a largest that the sample had far too low, logarithms have lost their digits: again, from the
+        # true one
         sum_p = tl.where((largest - top0) * k < 16.0, sum_p + deeper(total(s * unit), top0, largest, k), INF)
     return (
-        largest, largest_o, total(s * unit), total(so * unit_o) * so_over_e, total(d * unit), sum_p, total(u * unit),
+        largest, largest_o, total(s * unit), total(so * unit_o) * so_over_e, total(d * unit), sum_p,
+        total(u * unit),
         (total(hard[0]), exponents, classes), total(f * unit), (moved, moved_o, best, best_o, place, place_o),
     )  # fmt: skip
 
 
 @triton.jit
 def second_tile(
-    at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, factors, direct, hard,
+    at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, factors,
+    direct, hard,
     c, k, tilt, inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums with the tile at `at` added; writes its gradients."""
@@ -551,7 +627,9 @@ def second_tile(
         em, et, eu = e, e * y, e
     else:
         eo = tl.math.exp2(tl.fma(o, c, -(M + N))) * w
-        e, em, et, eu, term = terms(b, o, a, e, eo, top, k, K, K_low, tilt, inverse_tilt, FAMILY, BASE_Z, True, CARRY)
+        e, em, et, eu, term = terms(
+            b, o, a, e, eo, top, k, K, K_low, tilt, inverse_tilt, FAMILY, BASE_Z, True, CARRY
+        )
         d += tl.sum(et if FAMILY >= POWER and BASE_Z else em, 1)
         f += tl.sum(term, 1)
     if entropic(FAMILY):
@@ -574,13 +652,15 @@ def second_tile(
 
 @triton.jit
 def soft_gradient(b, o, e, em, et, eu, factors, direct, FAMILY: tl.constexpr, OF_BASE: tl.constexpr):
-    """Of the divergence, in what the softmax of the base, or of the other, is of; `factors` as `coefficients` gives them."""
+    """Of the divergence, in what the softmax of the base, or of the other, is of; `factors` as `coefficients`
+    gives them."""
     A, P, C = factors
     if FAMILY >= POWER:
         et = tl.where(direct, eu, et)
     if OF_BASE:
         g = P * et + C * e
-        return tl.where(b == -INF, 0.0, g) if logs(FAMILY, True) else g  # what is masked is not moved; others have 0 there at once
+        # what is masked is not moved; others have 0 there at once
+        return tl.where(b == -INF, 0.0, g) if logs(FAMILY, True) else g
     else:
         g = A * em + C * e
         if FAMILY >= POWER:
@@ -589,8 +669,20 @@ def soft_gradient(b, o, e, em, et, eu, factors, direct, FAMILY: tl.constexpr, OF
 
 
 @triton.jit
-def with_hard(g, z, slope, at, label_at, hard, CURVED: tl.constexpr, HARD: tl.constexpr, RB: tl.constexpr, R: tl.constexpr):
-    """The gradient of a tile, in what the softmax is of, with the hard term's (see `hard_of`), as one in the logits."""
+def with_hard(
+    g,
+    z,
+    slope,
+    at,
+    label_at,
+    hard,
+    CURVED: tl.constexpr,
+    HARD: tl.constexpr,
+    RB: tl.constexpr,
+    R: tl.constexpr,
+):
+    """The gradient of a tile, in what the softmax is of, with the hard term's (see `hard_of`), as one in the
+    logits."""
     if HARD:
         M, factor, at_label, each = hard
         cols = at + tl.arange(0, RB)[:, None] * R + tl.arange(0, R)[None, :]
@@ -605,13 +697,17 @@ def with_hard(g, z, slope, at, label_at, hard, CURVED: tl.constexpr, HARD: tl.co
 
 @triton.jit
 def second_sweep(
-    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, factors, direct, hard, c, k, tilt, inverse_tilt,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, factors, direct, hard, c, k,
+    tilt, inverse_tilt,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Sums of em and of the terms of F; for the base's entropy: of e but the largest, how many are largest, of -e log2(e / the largest).
+    """Sums of em and of the terms of F; for the base's entropy: of e but the largest, how many are largest,
+    of -e log2(e / the largest).
 
-    Writes the gradients, with `factors` (A, P, C) for each: A em + P et + C e, or A em + P eu + C e, and the hard term's.
+    Writes the gradients, with `factors` (A, P, C) for each: A em + P et + C e, or A em + P eu + C e, and the
+    hard term's.
     """
     N, w = exponent_shift(K, K_low, c, k)
     M = tl.ceil(top * c)
@@ -622,28 +718,34 @@ def second_sweep(
     from_end = last_tile(inner, end, RB * R)
     for forward in tl.range(inner, end, RB * R):
         d, f, others, ties, own = second_tile(
-            from_end - (forward - inner), d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w,
+            from_end - (forward - inner), d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab,
+            label, top, M, K, K_low, N, w,
             factors, direct, hard, c, k, tilt, inverse_tilt,
-            FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
+            FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB,
+            R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
             d, f, others, ties, own = second_tile(
-                at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N, w, factors, direct,
+                at, d, f, others, ties, own, BASE, OTHER, G, b0, o0, edge, vocab, label, top, M, K, K_low, N,
+                w, factors, direct,
                 hard, c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
     sum_d, sum_f = total(d), total(f)
     if FAMILY >= POWER and BASE_Z:
-        sum_d = sum_f + sum_d * inverse_tilt  # of et so far; a term is em - et / tilt, and em is asked for nowhere else
+        # of et so far; a term is em - et / tilt, and em is asked for nowhere else
+        sum_d = sum_f + sum_d * inverse_tilt
     return sum_d, sum_f, total(others), total(ties), total(own)
 
 
-# ---------------------------------------------------------------- the mixture family: a sweep for its sums, and one for the gradient
+# ---------------------------------------------------------------- the mixture family: a sweep for its sums,
+# and one for the gradient
 
 
 @triton.jit
 def log1p_psi(r):
-    """(u, psi(u)) of u = log(1 + r), r >= -1/2, each to its own digits: 1 + r is a power of 2 times what `log_short` takes."""
+    """(u, psi(u)) of u = log(1 + r), r >= -1/2, each to its own digits: 1 + r is a power of 2 times what
+    `log_short` takes."""
     bits = (r + 1.0).to(tl.int32, bitcast=True)
     power = (bits - ROOT_HALF) >> 23
     f = tl.where(power == 0, r, (bits - (power << 23)).to(tl.float32, bitcast=True) - 1.0)
@@ -655,13 +757,15 @@ def log1p_psi(r):
 @triton.jit
 def mixed_terms(
     b, o, M, K, K_low, N, w, c, k, mix, base, other,
-    FAMILY: tl.constexpr, SUMS: tl.constexpr, OF_BASE: tl.constexpr, OF_OTHER: tl.constexpr, CARRY: tl.constexpr,
+    FAMILY: tl.constexpr, SUMS: tl.constexpr, OF_BASE: tl.constexpr, OF_OTHER: tl.constexpr,
+    CARRY: tl.constexpr,
 ):  # fmt: skip
     """(e, eo, xi of the base, xi of the other, the terms summed) of a tile, each only where it is asked for.
 
-    The gradient in the base is e (xi - the mean of xi under e), that in the other the same with eo. The terms are those of D; TVD's are of
-    what o has more, of what b has more, and of b where o has more. y is cut off where e^y would be beyond reach: e and eo hold the rest,
-    also of a class that only one has, and are 0 for one that neither has.
+    The gradient in the base is e (xi - the mean of xi under e), that in the other the same with eo. The terms
+    are those of D; TVD's are of what o has more, of what b has more, and of b where o has more. y is cut off
+    where e^y would be beyond reach: e and eo hold the rest, also of a class that only one has, and are 0 for
+    one that neither has.
     """
     y = scaled_difference(b, o, k, K, K_low, CARRY, True)
     e, eo = b, o
@@ -692,18 +796,24 @@ def mixed_terms(
             of_o = mixture_slope(m1, u, psi_u, ahead, mix, base, other, False, FAMILY == SKEWED)
         term = u
         if SUMS:
-            term = mixture_term(e, eo, x, m1, s, u, psi_u, ahead, mix, base, other, magnitude, select, FAMILY == SKEWED)
+            term = mixture_term(
+                e, eo, x, m1, s, u, psi_u, ahead, mix, base, other, magnitude, select, FAMILY == SKEWED
+            )
         return e, eo, of_b, of_o, (term,)
 
 
 @triton.jit
 def mixed_tile(
-    at, sums, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, factors, hard, c, k, mix, base, other,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    at, sums, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, factors, hard, c, k, mix, base,
+    other,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums with the tile at `at` added; or, for GRAD, its gradients written."""
-    b, o, slope_b, slope_o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first" if GRAD else "evict_last", WHOLE, RB, R)
+    b, o, slope_b, slope_o = pair(
+        BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first" if GRAD else "evict_last", WHOLE, RB, R
+    )
     q, p, xi, xi_p, terms = mixed_terms(
         b, o, M, K, K_low, N, w, c, k, mix, base, other,
         FAMILY, not GRAD, writes(len(G), not BASE_Z), writes(len(G), BASE_Z), CARRY,
@@ -739,14 +849,17 @@ def mixed_tile(
 
 @triton.jit
 def mixed_sweep(
-    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, factors, hard, c, k, mix, base, other,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    BASE, OTHER, G, b0, o0, first, last, edge, vocab, label, top, K, K_low, factors, hard, c, k, mix, base,
+    other,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the terms of D, of what b has more, of b where o has more, and of q, q xi, p, p xi for the gradients that are asked for; or,
-    for GRAD, these, q (A xi + C), with `factors` (A, C) for each.
+    """Sums of the terms of D, of what b has more, of b where o has more, and of q, q xi, p, p xi for the
+    gradients that are asked for; or, for GRAD, these, q (A xi + C), with `factors` (A, C) for each.
 
-    The sums are taken backwards, as the end of the row is what the first sweep has just seen, and the gradients forwards again.
+    The sums are taken backwards, as the end of the row is what the first sweep has just seen, and the
+    gradients forwards again.
     """
     N, w = exponent_shift(K, K_low, c, k)
     M = tl.ceil(top * c)
@@ -757,9 +870,11 @@ def mixed_sweep(
     from_end = last_tile(inner, end, RB * R)
     for forward in tl.range(inner, end, RB * R):
         sums = mixed_tile(
-            forward if GRAD else from_end - (forward - inner), sums, BASE, OTHER, G, b0, o0, edge, vocab, label,
+            forward if GRAD else from_end - (forward - inner), sums, BASE, OTHER, G, b0, o0, edge, vocab,
+            label,
             M, K, K_low, N, w, factors, hard, c, k, mix, base, other,
-            FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB, R,
+            FAMILY, BASE_Z, HARD, GRAD, CARRY, EVEN if ACCESS == WINDOW and not WHOLE else ACCESS, WHOLE, RB,
+            R,
         )  # fmt: skip
     if ACCESS != EVEN and not WHOLE:
         for at in tl.range(first, last, tl.maximum(final - first, RB * R)):
@@ -767,12 +882,21 @@ def mixed_sweep(
                 at, sums, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, factors,
                 hard, c, k, mix, base, other, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
-    return total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3]), total(sums[4]), total(sums[5]), total(sums[6])
+    return (
+        total(sums[0]),
+        total(sums[1]),
+        total(sums[2]),
+        total(sums[3]),
+        total(sums[4]),
+        total(sums[5]),
+        total(sums[6]),
+    )
 
 
 @triton.jit
 def mixed_value(s, sums, FAMILY: tl.constexpr):
-    """D. TVD is what one of the two has more, or the other; of the two sums the one over less of o, by whose weight it is in error."""
+    """D. TVD is what one of the two has more, or the other; of the two sums the one over less of o, by whose
+    weight it is in error."""
     f, lack, less = sums[0], sums[1], sums[2]
     if FAMILY == TVD:
         f = tl.where(less + f > 0.5 * s, lack, f)
@@ -809,7 +933,8 @@ def settled(s, so, d, u, hard, top, K, c, tilt, FAMILY: tl.constexpr):
     if FAMILY != MOMENTS:
         ok = ok & finite(s) & finite(so) & (so > 0.0) & (tl.abs(top * c) < MOST) & (tl.abs(K) < MOST)
     if FAMILY >= POWER:
-        # log R = log(u/s) - tilt log(so/s): exponents of 40 nats are within a float's range, and their rounding (see `poor`) within bounds
+        # log R = log(u/s) - tilt log(so/s): exponents of 40 nats are within a float's range, and their
+        # rounding (see `poor`) within bounds
         ok = ok & (u > 0.0) & (tl.abs(tl.log(u / s) - tilt * tl.log(so / s)) < 40.0)
     return ok
 
@@ -841,7 +966,8 @@ def judged(
         if mixes(FAMILY):
             again |= (s - tl.math.exp2(tl.fma(top, c, -tl.ceil(top * c))) < 1e-5 * s) & (h != 0.0)
     elif GRAD:
-        again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)[1]  # the second sweep does not mend it
+        # the second sweep does not mend it
+        again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)[1]
     else:
         again = ok != ok
     return ok, h, log_r, ok & again
@@ -868,9 +994,10 @@ def log_power_sum(s, p, u, h, tilt):
 def poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY: tl.constexpr):
     """Whether the first sweep should be repeated with K + h for its reference.
 
-    Where |h| is large, h is a logarithm of rounded exponentials, 1e-7 of each, and so are q and w. That shows where both distributions
-    are a few classes; elsewhere the gradient is large, or errors average. Where log R is large, so are the exponents of w: with the
-    references of the second sweep, a dominant class of w has the same error, bit for bit, in its sum and in the gradient.
+    Where |h| is large, h is a logarithm of rounded exponentials, 1e-7 of each, and so are q and w. That shows
+    where both distributions are a few classes; elsewhere the gradient is large, or errors average. Where log
+    R is large, so are the exponents of w: with the references of the second sweep, a dominant class of w has
+    the same error, bit for bit, in its sum and in the gradient.
     """
     if FAMILY == MOMENTS:
         return s < 0.0
@@ -882,7 +1009,8 @@ def poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY: tl.constexpr):
 
 @triton.jit
 def divergence(s, d, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr):
-    """(D, whether its sum cancels) from sums whose y still has h to lose. f is (1 - tilt) F s for other orders than 1."""
+    """(D, whether its sum cancels) from sums whose y still has h to lose. f is (1 - tilt) F s for other
+    orders than 1."""
     if FAMILY == MOMENTS:
         F = tl.maximum(f / s - 0.5 * h * h, 0.0) if CENTERED else f / s
         F = tl.where(f < INF, F, INF)  # masks that differ
@@ -914,8 +1042,11 @@ def divergence(s, d, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constex
 
 
 @triton.jit
-def first_value(s, d, p, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr):
-    """`divergence` of a first sweep's sums; reverse KL is also h - sum e y / s, which holds its digits where it is large."""
+def first_value(
+    s, d, p, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr
+):
+    """`divergence` of a first sweep's sums; reverse KL is also h - sum e y / s, which holds its digits where
+    it is large."""
     value, again = divergence(s, d, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
     if reverses(FAMILY, BASE_Z):
         whole = h - p / s
@@ -929,17 +1060,21 @@ def first_value(s, d, p, f, h, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.con
 def last_value(s, d, f, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr):
     """`divergence` of a second sweep's sums, of which d is next to nothing, or far from 1 what R is.
 
-    Where a tiny order meets classes that only the student has, terms are so large that d, a difference of theirs, is their rounding.
+    Where a tiny order meets classes that only the student has, terms are so large that d, a difference of
+    theirs, is their rounding.
     """
     if FAMILY >= POWER and BASE_Z:
         d = tl.where(tl.abs(d) < 0.5 * s, d, 0.0)
-    return divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)[0]
+    return divergence(s, d, f, missing(s, s + d, d, FAMILY, CENTERED), log_r, tilt, FAMILY, BASE_Z, CENTERED)[
+        0
+    ]
 
 
 @triton.jit
 def coefficients(s, left, mean, log_r, direct, scale, tilt, FAMILY: tl.constexpr, OF_BASE: tl.constexpr):
-    """(A, P, C): scale T dD in the base's logits is P et + C e, in the other's A em + P et + C e, where y is d + left; with eu for et where
-    `direct`. mean: of what et is e times, where the base's gradient is one of `logs`; not finite where D is infinite.
+    """(A, P, C): scale T dD in the base's logits is P et + C e, in the other's A em + P et + C e, where y is
+    d + left; with eu for et where `direct`. mean: of what et is e times, where the base's gradient is one of
+    `logs`; not finite where D is infinite.
     """
     unit = scale / s
     if FAMILY == MOMENTS:
@@ -971,14 +1106,16 @@ def far(log_r):
 
 @triton.jit
 def repeated(K, K_low, h, again, c, k, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CARRY: tl.constexpr):
-    """(K, K_low) of the next first sweep. What K + h rounds off matters where one class has nearly everything."""
+    """(K, K_low) of the next first sweep. What K + h rounds off matters where one class has nearly
+    everything."""
     high, low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
     return tl.where(again, high, K), tl.where(again, low, K_low) if splits(FAMILY, BASE_Z) else K_low
 
 
 @triton.jit
 def shifted(K, K_low, h, stay, c, k, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CARRY: tl.constexpr):
-    """(K, K_low, left): K + K_low + h as the second sweep takes it, and what that leaves of it; K where it is to `stay`.
+    """(K, K_low, left): K + K_low + h as the second sweep takes it, and what that leaves of it; K where it is
+    to `stay`.
 
     h is c's, which k is a rounding away from.
     """
@@ -993,7 +1130,8 @@ def shifted(K, K_low, h, stay, c, k, FAMILY: tl.constexpr, BASE_Z: tl.constexpr,
 
 @triton.jit
 def entropy(others, ties, own, top, c):
-    """sum p (log sum e - log e), the sum without its largest term, which would swamp the others. The sums are over 2^M of top."""
+    """sum p (log sum e - log e), the sum without its largest term, which would swamp the others. The sums are
+    over 2^M of top."""
     unit = tl.exp((wide(top) * c - tl.ceil(top * c)) / LOG2E)
     rest = others / unit + (ties - 1.0)
     return own / unit / LOG2E / (1.0 + rest) + log1p64(rest)
@@ -1010,10 +1148,13 @@ def hard_term(hard, label_logit, hard_M):
 
 
 @triton.jit
-def joined(value, own, others, depths, classes, reference, label_logit, scale, smoothing, z_loss, HARD: tl.constexpr):
-    """(1 - smoothing) CE + smoothing (lse - mean z) + z_loss lse^2 from CE, e^{z - reference} of the label and of all others together,
-    and the sum of z - reference over so many classes; and its gradient, times `scale`: (factor of e^{z - reference}, that at the label,
-    less so much at each class). What the label lacks to 1 comes from the others alone.
+def joined(
+    value, own, others, depths, classes, reference, label_logit, scale, smoothing, z_loss, HARD: tl.constexpr
+):
+    """(1 - smoothing) CE + smoothing (lse - mean z) + z_loss lse^2 from CE, e^{z - reference} of the label
+    and of all others together, and the sum of z - reference over so many classes; and its gradient, times
+    `scale`: (factor of e^{z - reference}, that at the label, less so much at each class). What the label
+    lacks to 1 comes from the others alone.
     """
     log_sum = tl.log(own + others)
     each = value * 0.0
@@ -1022,7 +1163,9 @@ def joined(value, own, others, depths, classes, reference, label_logit, scale, s
         each = scale * smoothing / classes
     log_sum += reference
     gain, unit = 2.0 * z_loss * log_sum, scale / (own + others)
-    at_label = unit * (own * (smoothing + gain) - others * (1.0 - smoothing)) - tl.where(label_logit == -INF, 0.0, each)
+    at_label = unit * (own * (smoothing + gain) - others * (1.0 - smoothing)) - tl.where(
+        label_logit == -INF, 0.0, each
+    )
     return value + z_loss * log_sum * log_sum, unit * (1.0 + gain), at_label, each
 
 
@@ -1038,14 +1181,18 @@ def weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HAR
 
 @triton.jit
 def tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
-    """Writes the log-sum-exps, entropies and top-1 classes of a row (stats.py), so and K those of the same first sweep."""
+    """Writes the log-sum-exps, entropies and top-1 classes of a row (stats.py), so and K those of the same
+    first sweep."""
     moved, moved_o, _, _, place, place_o = told
     log_sum, log_sum_o = tl.log(moved), tl.log(moved_o)
     entropy, entropy_o = log_sum, log_sum_o
     if FAMILY != MOMENTS:
         M = wide(tl.ceil(top * c))
         log_sum, log_sum_o = tl.log(s) + M / LOG2E, tl.log(so) + (M + (wide(K) + K_low) / k * c) / LOG2E
-        entropy, entropy_o = tl.maximum(log_sum - moved / s / LOG2E, 0.0), tl.maximum(log_sum_o - moved_o / so / LOG2E, 0.0)
+        entropy, entropy_o = (
+            tl.maximum(log_sum - moved / s / LOG2E, 0.0),
+            tl.maximum(log_sum_o - moved_o / so / LOG2E, 0.0),
+        )
     base = 0 if BASE_Z else 1
     tl.store(STATS + 2 + base, log_sum)
     tl.store(STATS + 3 - base, log_sum_o)
@@ -1068,7 +1215,8 @@ def tell_terms(STATS, value, cross_entropy, factor, HARD: tl.constexpr):
 
 @triton.jit
 def row_at(row, inner, outer_stride, inner_stride, R: tl.constexpr, ACCESS: tl.constexpr):
-    """(offset of the row's window, place of class 0 in it): the window begins on 16 bytes unless ACCESS is SCALAR."""
+    """(offset of the row's window, place of class 0 in it): the window begins on 16 bytes unless ACCESS is
+    SCALAR."""
     start = row // inner * outer_stride + row % inner * inner_stride
     if ACCESS == SCALAR:
         return start, 0
@@ -1092,14 +1240,19 @@ def label_of(LABELS, Z, row, edge, vocab):
 @triton.jit(do_not_specialize=MUTUAL_NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_rows(
     Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width, h_width,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale, hard_scale, hard_grad_scale,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width,
+    h_width,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale,
+    hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
+    WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
+    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr, WHOLE: tl.constexpr,
     RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The operator's contract (ops.py); a row that `careful_rows` has to compute is left as it is, and its loss says so."""
+    """The operator's contract (ops.py); a row that `careful_rows` has to compute is left as it is, and its
+    loss says so."""
     for index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         row = long(index)
         weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
@@ -1115,10 +1268,13 @@ def loss_rows(
             tl.store(LOSS + row, weight)
         else:
             one_row(
-                side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale, v_softcap, v_steepness, TRANSFORM),
-                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS, row, weight, edge, vocab,
+                side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale,
+                v_softcap, v_steepness, TRANSFORM),
+                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS, row, weight,
+                edge, vocab,
                 c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit,
-                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing, z_loss, factor,
+                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing,
+                z_loss, factor,
                 FAMILY, BASE_Z, CENTERED, HARD, GRAD or MUTUAL, TELL, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
 
@@ -1126,9 +1282,12 @@ def loss_rows(
 @triton.jit
 def one_row(
     Z, V, G, LABELS, LOSS, STATS, row, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale, smoothing, z_loss,
-    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
-    TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale,
+    hard_grad_scale, smoothing, z_loss,
+    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
+    GRAD: tl.constexpr,
+    TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, WHOLE: tl.constexpr, RB: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     if BASE_Z:
         BASE, OTHER = Z, V
@@ -1136,7 +1295,10 @@ def one_row(
         BASE, OTHER = V, Z
     b0, o0 = 0.0, 0.0
     if WHOLE:
-        b0, o0 = load(BASE[0], 0, edge, vocab, ACCESS, "", RB, R), load(OTHER[0], 0, edge, vocab, ACCESS, "", RB, R)
+        b0, o0 = (
+            load(BASE[0], 0, edge, vocab, ACCESS, "", RB, R),
+            load(OTHER[0], 0, edge, vocab, ACCESS, "", RB, R),
+        )
     label, label_logit = -1, LOW
     if HARD:
         label, label_logit = label_of(LABELS, Z, row, edge, vocab)
@@ -1148,23 +1310,32 @@ def one_row(
     told = s, s, s, s, s, s
     K_low = K * 0.0
     ok, going = label == -2, label != -2
-    # unrolled, the compiler keeps what all threads have in common in one place, which saves 1.6 instructions a logit; whole rows,
-    # which are short of registers, are better off with a loop
-    # a value of reverse KL alone has no second turn: unrolled, it would be in a branch never taken, which Triton 3.6 does not compile
-    for turn in tl.range(1 if reverses(FAMILY, BASE_Z) and not (GRAD or WHOLE) else 2, loop_unroll_factor=1 if WHOLE else 2):
+    # unrolled, the compiler keeps what all threads have in common in one place, which saves 1.6 instructions
+    # a logit; whole rows, which are short of registers, are better off with a loop a value of reverse KL
+    # alone has no second turn: unrolled, it would be in a branch never taken, which Triton 3.6 does not
+    # compile
+    for turn in tl.range(
+        1 if reverses(FAMILY, BASE_Z) and not (GRAD or WHOLE) else 2, loop_unroll_factor=1 if WHOLE else 2
+    ):
         if going:
             top, top_o, s, so, d, p, u, hard, f, told = first_sweep(
-                BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
-                FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), TELL, CARRY, ACCESS, WHOLE, RB, R,
+                BASE, OTHER, b0, o0, 0, edge + vocab, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k,
+                tilt, inverse_tilt,
+                FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), TELL, CARRY, ACCESS, WHOLE, RB,
+                R,
             )  # fmt: skip
-            ok, h, log_r, going = judged(s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt, FAMILY, BASE_Z, CENTERED, GRAD)
+            ok, h, log_r, going = judged(
+                s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt, FAMILY, BASE_Z, CENTERED, GRAD
+            )
             K, K_low = repeated(K, K_low, h, going & (turn == 0), c, k, FAMILY, BASE_Z, CARRY)
     loss = lost_row()
     if ok:
         scales = with_weight(weight, grad_scales)
         if TELL:
             tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY, BASE_Z)
-        hard_value, cross_entropy, hard_gradient = hard_of(hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD)
+        hard_value, cross_entropy, hard_gradient = hard_of(
+            hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD
+        )
         value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
         if mixes(FAMILY):
             K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
@@ -1173,9 +1344,12 @@ def one_row(
                 c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
         elif again | GRAD | entropic(FAMILY):
-            K, K_low, factors, direct = plan_second(s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY)
+            K, K_low, factors, direct = plan_second(
+                s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
+            )
             d, f, others, ties, own = second_sweep(
-                BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, factors, direct, hard_gradient,
+                BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, factors, direct,
+                hard_gradient,
                 c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
             if not (reverses(FAMILY, BASE_Z) and GRAD):
@@ -1191,7 +1365,8 @@ def one_row(
 @triton.jit
 def mixed_row(
     BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scales, hard, c, k, mix, base, other,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """D of a row of the mixture family, whose first sweep has found K; writes its gradient."""
@@ -1202,7 +1377,8 @@ def mixed_row(
     value = mixed_value(s, sums, FAMILY)
     if GRAD:
         mixed_sweep(
-            BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, mixed_coefficients(s, sums, scales), hard,
+            BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, mixed_coefficients(s,
+            sums, scales), hard,
             c, k, mix, base, other, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     return value
@@ -1210,13 +1386,29 @@ def mixed_row(
 
 @triton.jit
 def plan_second(
-    s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr
+    s,
+    p,
+    h,
+    log_r,
+    value,
+    K,
+    K_low,
+    scales,
+    c,
+    k,
+    tilt,
+    FAMILY: tl.constexpr,
+    BASE_Z: tl.constexpr,
+    GRAD: tl.constexpr,
+    CARRY: tl.constexpr,
 ):
-    """(K, K_low, factors, direct): what a second sweep refers to, and there the coefficients of each gradient."""
+    """(K, K_low, factors, direct): what a second sweep refers to, and there the coefficients of each
+    gradient."""
     direct = far(log_r)
     mean = p / s
     if reverses(FAMILY, BASE_Z) and GRAD:
-        # y as it was summed: near its mean, K, where its rounding is least, and the same in the gradient as in the mean
+        # y as it was summed: near its mean, K, where its rounding is least, and the same in the gradient as
+        # in the mean
         mean = tl.where(finite(value), mean, float("nan"))
         return K, K_low, (coefficients(s, h, mean, log_r, direct, scales[0], tilt, FAMILY, True),), direct
     else:
@@ -1226,7 +1418,12 @@ def plan_second(
         if len(scales) < 2:
             return high, low, (own,), direct
         else:
-            return high, low, (own, coefficients(s, left, mean, log_r, direct, scales[1], tilt, FAMILY, not BASE_Z)), direct
+            return (
+                high,
+                low,
+                (own, coefficients(s, left, mean, log_r, direct, scales[1], tilt, FAMILY, not BASE_Z)),
+                direct,
+            )
 
 
 @triton.jit
@@ -1239,9 +1436,14 @@ def hard_of(hard, label_logit, hard_M, scale, smoothing, z_loss, HARD: tl.conste
         others, exponents, classes = hard
         cross_entropy, own = hard_term(others, label_logit, hard_M)
         value, factor, at_label, each = joined(
-            cross_entropy, own, others, exponents / LOG2E, classes, wide(hard_M) / LOG2E_SINGLE, label_logit, scale, smoothing, z_loss, HARD
+            cross_entropy, own, others, exponents / LOG2E, classes, wide(hard_M) / LOG2E_SINGLE, label_logit,
+            scale, smoothing, z_loss, HARD
         )  # fmt: skip
-        return value, cross_entropy, (hard_M, factor.to(tl.float32), at_label.to(tl.float32), each.to(tl.float32))
+        return (
+            value,
+            cross_entropy,
+            (hard_M, factor.to(tl.float32), at_label.to(tl.float32), each.to(tl.float32)),
+        )
     else:
         return hard[0], hard[0], (0.0, 0.0, 0.0, 0.0)
 
@@ -1252,19 +1454,24 @@ def hard_of(hard, label_logit, hard_M, scale, smoothing, z_loss, HARD: tl.conste
 @triton.jit(do_not_specialize=MUTUAL_NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_parts(
     Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNTERS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width, h_width,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale, hard_scale, hard_grad_scale,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width,
+    h_width,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale,
+    hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
+    WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
+    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    ACCESS: tl.constexpr, PARTS: tl.constexpr,
     PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """`loss_rows` with PARTS programs to a row, which exchange their sums through STATE, [rows, PARTS, SLOTS].
+    """`loss_rows` with PARTS programs to a row, which exchange their sums through STATE, [rows, PARTS,
+    SLOTS].
 
-    A part is a ticket, drawn in order, so that the parts a program waits for have all begun, or will on a program that waits for nobody.
-    COUNTERS, zeros: tickets, then for each row how many parts have published their sums and how many have finished. The interpreter,
-    which runs programs one after another, launches the phases one after another: the sums, those of the rows that are `poor` again, and
-    the rest.
+    A part is a ticket, drawn in order, so that the parts a program waits for have all begun, or will on a
+    program that waits for nobody. COUNTERS, zeros: tickets, then for each row how many parts have published
+    their sums and how many have finished. The interpreter, which runs programs one after another, launches
+    the phases one after another: the sums, those of the rows that are `poor` again, and the rest.
     """
     if PHASE == BOTH:
         ticket = tl.atomic_add(COUNTERS, 1)
@@ -1288,11 +1495,14 @@ def loss_parts(
             tl.store(LOSS + row, weight)
         else:
             one_part(
-                side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale, v_softcap, v_steepness, TRANSFORM),
-                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS, STATE + row * (PARTS * SLOTS),
+                side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale,
+                v_softcap, v_steepness, TRANSFORM),
+                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS,
+                STATE + row * (PARTS * SLOTS),
                 COUNTERS + 1 + 2 * row, row, part, weight, edge, vocab,
                 c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit,
-                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing, z_loss, factor,
+                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing,
+                z_loss, factor,
                 FAMILY, BASE_Z, CENTERED, HARD, GRAD or MUTUAL, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         if PHASE == BOTH:
@@ -1304,8 +1514,10 @@ def loss_parts(
 @triton.jit
 def one_part(
     Z, V, G, LABELS, LOSS, STATS, STATE, COUNTERS, row, part, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale, smoothing, z_loss,
-    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale,
+    hard_grad_scale, smoothing, z_loss,
+    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
+    GRAD: tl.constexpr,
     TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
     RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -1333,8 +1545,10 @@ def one_part(
         if going:
             if (PHASE == BOTH) | (turn == PHASE):
                 publish(
-                    BASE, OTHER, SUMS + part * SLOTS, first, last, edge, vocab, label, label_logit, top, top_o, K, K_low, hard_M,
-                    c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD), TELL, CARRY, ACCESS, RB, R,
+                    BASE, OTHER, SUMS + part * SLOTS, first, last, edge, vocab, label, label_logit, top,
+                    top_o, K, K_low, hard_M,
+                    c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, first_has_terms(FAMILY, BASE_Z, GRAD),
+                    TELL, CARRY, ACCESS, RB, R,
                 )  # fmt: skip
             if PHASE == BOTH:
                 tl.debug_barrier()
@@ -1342,11 +1556,15 @@ def one_part(
                 while arrived < (turn + 1) * PARTS:
                     arrived = tl.atomic_add(COUNTERS, 0, sem="acquire")
             if (PHASE >= MIX) | (turn < PHASE):
-                top, top_o, K, K_low, s, so, d, p, u, hard, f, told = merged_sums(SUMS, part, c, k, FAMILY, HARD, TELL, PARTS)
+                top, top_o, K, K_low, s, so, d, p, u, hard, f, told = merged_sums(
+                    SUMS, part, c, k, FAMILY, HARD, TELL, PARTS
+                )
                 # in later phases the gradient may have taken the logits' place
                 hard_M = tl.load(SUMS + part * SLOTS + 10).to(tl.float32)
                 label_logit = tl.load(SUMS + part * SLOTS + 11).to(tl.float32)
-                ok, h, log_r, going = judged(s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt, FAMILY, BASE_Z, CENTERED, GRAD)
+                ok, h, log_r, going = judged(
+                    s, so, d, p, u, hard, f, top, top_o, K, c, k, tilt, FAMILY, BASE_Z, CENTERED, GRAD
+                )
                 if turn == 0:
                     K, K_low = repeated(K, K_low, h, going, c, k, FAMILY, BASE_Z, CARRY)
     if PHASE >= MIX:
@@ -1355,10 +1573,13 @@ def one_part(
                 if part == 0:
                     tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY, BASE_Z)
             finish(
-                BASE, OTHER, G, LOSS, STATS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last, weight, edge, vocab,
+                BASE, OTHER, G, LOSS, STATS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last,
+                weight, edge, vocab,
                 label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
-                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale,
-                smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales,
+                hard_scale, hard_grad_scale,
+                smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS,
+                PHASE, RB, R,
             )  # fmt: skip
         else:
             tl.store(LOSS + row, lost_row())
@@ -1366,13 +1587,15 @@ def one_part(
 
 @triton.jit
 def publish(
-    BASE, OTHER, SLOT, first, last, edge, vocab, label, label_logit, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
+    BASE, OTHER, SLOT, first, last, edge, vocab, label, label_logit, top, top_o, K, K_low, hard_M, c, k,
+    tilt, inverse_tilt,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, VALUE: tl.constexpr, TELL: tl.constexpr,
     CARRY: tl.constexpr, ACCESS: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The first sweep of a part."""
     top, top_o, s, so, d, p, u, hard, f, told = first_sweep(
-        BASE, OTHER, 0.0, 0.0, first, last, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt, inverse_tilt,
+        BASE, OTHER, 0.0, 0.0, first, last, edge, vocab, label, top, top_o, K, K_low, hard_M, c, k, tilt,
+        inverse_tilt,
         FAMILY, BASE_Z, HARD, VALUE, TELL, CARRY, ACCESS, False, RB, R,
     )  # fmt: skip
     tl.store(SLOT, wide(top))
@@ -1398,12 +1621,15 @@ def publish(
 
 @triton.jit
 def merged(STATE, slot: tl.constexpr, unit, PARTS: tl.constexpr):
-    """The sum over parts of one number, in a fixed order; past the first-level cache, which another program's stores do not reach."""
+    """The sum over parts of one number, in a fixed order; past the first-level cache, which another program's
+    stores do not reach."""
     return tl.sum(unit * tl.load(STATE + slot + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg"), 0)
 
 
 @triton.jit
-def merged_sums(SUMS, part, c, k, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL: tl.constexpr, PARTS: tl.constexpr):
+def merged_sums(
+    SUMS, part, c, k, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL: tl.constexpr, PARTS: tl.constexpr
+):
     """What `first_sweep` returns, of all parts together, and (K, K_low)."""
     tops = tl.load(SUMS + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
     tops_o = tl.load(SUMS + 1 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg")
@@ -1414,7 +1640,12 @@ def merged_sums(SUMS, part, c, k, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL
         unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
     p = merged(SUMS, 6, unit, PARTS)
     if FAMILY == MUTUAL_ENTROPY:
-        p += tl.sum(deeper(unit * tl.load(SUMS + 3 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg"), tops, top, k), 0)
+        p += tl.sum(
+            deeper(
+                unit * tl.load(SUMS + 3 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg"), tops, top, k
+            ),
+            0,
+        )
     exponents, classes = wide(0.0), wide(0.0)
     if HARD == SMOOTHED:
         exponents, classes = merged(SUMS, 13, one, PARTS), merged(SUMS, 14, one, PARTS)
@@ -1425,9 +1656,11 @@ def merged_sums(SUMS, part, c, k, FAMILY: tl.constexpr, HARD: tl.constexpr, TELL
         best, place = merged_class(SUMS, 17, PARTS)
         best_o, place_o = merged_class(SUMS, 18, PARTS)
     return (
-        top, top_o, tl.load(SUMS + part * SLOTS + 2).to(tl.float32), tl.load(SUMS + part * SLOTS + 12).to(tl.float32),
+        top, top_o, tl.load(SUMS + part * SLOTS + 2).to(tl.float32),
+        tl.load(SUMS + part * SLOTS + 12).to(tl.float32),
         merged(SUMS, 3, unit, PARTS), merged(SUMS, 4, unit, PARTS), merged(SUMS, 5, unit, PARTS), p,
-        merged(SUMS, 7, unit, PARTS), (merged(SUMS, 8, one, PARTS), exponents, classes), merged(SUMS, 9, unit, PARTS),
+        merged(SUMS, 7, unit, PARTS), (merged(SUMS, 8, one, PARTS), exponents, classes), merged(SUMS, 9,
+        unit, PARTS),
         (moved, moved_o, best, best_o, place, place_o),
     )  # fmt: skip
 
@@ -1445,21 +1678,27 @@ def merged_class(SUMS, slot: tl.constexpr, PARTS: tl.constexpr):
 def finish(
     BASE, OTHER, G, LOSS, STATS, STATE, DONE, row, part, first, last, weight, edge, vocab,
     label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale, hard_grad_scale, smoothing, z_loss,
-    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale,
+    hard_grad_scale, smoothing, z_loss,
+    factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
+    GRAD: tl.constexpr,
     TELL: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
     RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The other sweeps of a part; whoever is last adds the parts up."""
-    hard_value, cross_entropy, hard_gradient = hard_of(hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD)
+    hard_value, cross_entropy, hard_gradient = hard_of(
+        hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD
+    )
     scales = with_weight(weight, grad_scales)
     if mixes(FAMILY):
         K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
         last_one = part == 0
         if PHASE != FINISH:
             sums = mixed_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, scales, hard_gradient,
-                c, k, tilt, base_share, other_share, FAMILY, BASE_Z, False, False, CARRY, ACCESS, False, RB, R,
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, scales,
+                hard_gradient,
+                c, k, tilt, base_share, other_share, FAMILY, BASE_Z, False, False, CARRY, ACCESS, False, RB,
+                R,
             )  # fmt: skip
             publish_second(STATE + part * SLOTS, sums)
         if PHASE == BOTH:
@@ -1476,20 +1715,27 @@ def finish(
             if GRAD:
                 factors = mixed_coefficients(s, sums, scales)
                 mixed_sweep(
-                    BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors, hard_gradient,
-                    c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, False, RB, R,
+                    BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors,
+                    hard_gradient,
+                    c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, False,
+                    RB, R,
                 )  # fmt: skip
             if last_one:
-                tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+                tl.store(
+                    LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
+                )
                 if TELL:
                     tell_terms(STATS, value, cross_entropy, factor, HARD)
     elif PHASE >= FINISH:
         value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
         last_one = part == 0
         if again | GRAD | entropic(FAMILY):
-            K, K_low, factors, direct = plan_second(s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY)
+            K, K_low, factors, direct = plan_second(
+                s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
+            )
             d, f, others, ties, own = second_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors, direct, hard_gradient,
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors, direct,
+                hard_gradient,
                 c, k, tilt, inverse_tilt, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, False, RB, R,
             )  # fmt: skip
             if not (reverses(FAMILY, BASE_Z) and GRAD):
@@ -1502,7 +1748,9 @@ def finish(
                     if entropic(FAMILY):
                         value += entropy(others, ties, own, top, c)
         if last_one:
-            tl.store(LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD))
+            tl.store(
+                LOSS + row, weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
+            )
             if TELL:
                 tell_terms(STATS, value, cross_entropy, factor, HARD)
 
@@ -1518,7 +1766,8 @@ def merged_second(STATE, PARTS: tl.constexpr):
     """What the sweep after the first returns, of all parts together."""
     one = tl.full([PARTS], 1.0, tl.float64)
     return (
-        merged(STATE, 0, one, PARTS), merged(STATE, 1, one, PARTS), merged(STATE, 2, one, PARTS), merged(STATE, 3, one, PARTS),
+        merged(STATE, 0, one, PARTS), merged(STATE, 1, one, PARTS), merged(STATE, 2, one, PARTS),
+        merged(STATE, 3, one, PARTS),
         merged(STATE, 4, one, PARTS), merged(STATE, 5, one, PARTS), merged(STATE, 6, one, PARTS),
     )  # fmt: skip
 
@@ -1540,12 +1789,16 @@ def log_softmax_rows(X, U, OUT, vocab, k, k_low, BACKWARD: tl.constexpr, BLOCK: 
     s, upstream = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for at in tl.range(0, vocab, BLOCK):
         cols = at + tl.arange(0, BLOCK)
-        x = tl.load(X + start + cols, mask=cols < vocab, other=-INF, eviction_policy="evict_last").to(tl.float32)
+        x = tl.load(X + start + cols, mask=cols < vocab, other=-INF, eviction_policy="evict_last").to(
+            tl.float32
+        )
         new = tl.maximum(top, x)
         s = s * tl.exp(times(top - new, k, k_low)) + tl.exp(times(x - new, k, k_low))
         top = new
         if BACKWARD:
-            upstream += tl.load(U + start + cols, mask=cols < vocab, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            upstream += tl.load(
+                U + start + cols, mask=cols < vocab, other=0.0, eviction_policy="evict_last"
+            ).to(tl.float32)
     largest = tl.max(top, 0)
     lanes = s.to(tl.float64) * tl.exp(times(top - largest, k, k_low))
     every = tl.where(largest > LOW, tl.sum(lanes, 0), float("nan"))
@@ -1560,10 +1813,14 @@ def log_softmax_rows(X, U, OUT, vocab, k, k_low, BACKWARD: tl.constexpr, BLOCK: 
     u = total(upstream)
     for at in tl.range(0, vocab, BLOCK):
         cols = at + tl.arange(0, BLOCK)
-        x = tl.load(X + start + cols, mask=cols < vocab, other=-INF, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(X + start + cols, mask=cols < vocab, other=-INF, eviction_policy="evict_first").to(
+            tl.float32
+        )
         a = times(x - largest, k, k_low)
         if BACKWARD:
-            upstream = tl.load(U + start + cols, mask=cols < vocab, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            upstream = tl.load(
+                U + start + cols, mask=cols < vocab, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
             out = (upstream - tl.exp(a) * (u / every).to(tl.float32)) * k
         else:
             out = a - log_sum.to(tl.float32)
@@ -1572,7 +1829,8 @@ def log_softmax_rows(X, U, OUT, vocab, k, k_low, BACKWARD: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=["count"])
 def scale_all(X, FACTOR, count, BLOCK: tl.constexpr):
-    """X *= FACTOR, a number on the device; nothing is read of X where that is 1, nearly always: few programs find it out."""
+    """X *= FACTOR, a number on the device; nothing is read of X where that is 1, nearly always: few programs
+    find it out."""
     factor = tl.load(FACTOR)
     if factor != 1.0:
         start = long(tl.program_id(0)) * BLOCK

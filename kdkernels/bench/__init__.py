@@ -1,4 +1,5 @@
-"""`python -m kdkernels bench`: the fused loss against PyTorch's own spellings, on this machine, loss and gradient as one.
+"""`python -m kdkernels bench`: the fused loss against PyTorch's own spellings, on this machine, loss and
+gradient as one.
 
     contenders.py   the spellings
     reference.py    the same numbers in extended precision
@@ -6,9 +7,10 @@
     report.py       the table, the JSON file, the plot
     linear.py       --linear: from hidden states, instead
 
-The fused loss is checked before anything is printed, and no speed-up is printed for a wrong one; every contender's own errors stand
-beside its time. All are timed in one run. Bandwidth is 3 N V b bytes (both logits read once, the gradient written once) over the
-time, as a fraction of this machine's measured copy speed.
+The fused loss is checked before anything is printed, and no speed-up is printed for a wrong one; every
+contender's own errors stand beside its time. All are timed in one run. Bandwidth is 3 N V b bytes (both
+logits read once, the gradient written once) over the time, as a fraction of this machine's measured copy
+speed.
 """
 
 from __future__ import annotations
@@ -23,16 +25,36 @@ SHAPES = ("512x32768", "256x128256", "64x262144")  # Llama 2, Llama 3, Gemma 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="ROWSxVOCAB, default %(default)s")
     parser.add_argument("--dtypes", nargs="+", default=("fp32", "bf16"), choices=DTYPES)
-    parser.add_argument("--divergences", nargs="+", default=("kl", "renyi(0.5)"), help='as in fused_kd_loss, default "kl" "renyi(0.5)"')
-    parser.add_argument("--temperatures", nargs="+", type=float, default=(2.0,), help="default 2; inf is possible")
+    parser.add_argument(
+        "--divergences",
+        nargs="+",
+        default=("kl", "renyi(0.5)"),
+        help='as in fused_kd_loss, default "kl" "renyi(0.5)"',
+    )
+    parser.add_argument(
+        "--temperatures", nargs="+", type=float, default=(2.0,), help="default 2; inf is possible"
+    )
     parser.add_argument("--device", help="default: the accelerator where there is one, else cpu")
-    parser.add_argument("--backends", nargs="+", default=("auto",), metavar="NAME", help="of the fused loss, each a line; default auto")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds on a CPU, in which the contenders take turns")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=("auto",),
+        metavar="NAME",
+        help="of the fused loss, each a line; default auto",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed rounds on a CPU, in which the contenders take turns"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
-        "--linear", nargs="*", metavar="TOKENSxVOCABxWIDTH", help="the loss of hidden states instead, with a table of memory on paper"
+        "--linear",
+        nargs="*",
+        metavar="TOKENSxVOCABxWIDTH",
+        help="the loss of hidden states instead, with a table of memory on paper",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results there, with the machine's description")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results there, with the machine's description"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw time and error there (.svg, .png, .pdf)")
 
 
@@ -53,7 +75,9 @@ def main(args: argparse.Namespace) -> dict:
     try:
         cases = [
             measure.Case(*measure.shape(s), dtype, divergence, T)
-            for s, dtype, divergence, T in product(args.shapes, args.dtypes, args.divergences, args.temperatures)
+            for s, dtype, divergence, T in product(
+                args.shapes, args.dtypes, args.divergences, args.temperatures
+            )
         ]
     except ValueError as error:
         raise SystemExit(f"bench: {error}") from None

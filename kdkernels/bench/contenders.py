@@ -1,6 +1,7 @@
 """The distillation loss as PyTorch code spells it: what the fused one is measured against.
 
-Each is a function (student logits, teacher logits) -> mean over rows of T^2 D, T^2 being what Hinton, Vinyals and Dean multiply by.
+Each is a function (student logits, teacher logits) -> mean over rows of T^2 D, T^2 being what Hinton, Vinyals
+and Dean multiply by.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ COMPILED = "torch.compile"
 
 
 def fused(divergence: Divergence, T: float, backend: str = "auto") -> Loss:
-    return functools.partial(fused_kd_loss, divergence=divergence, temperature=T, t_squared=True, backend=backend)
+    return functools.partial(
+        fused_kd_loss, divergence=divergence, temperature=T, t_squared=True, backend=backend
+    )
 
 
 def fused_name(backend: str) -> str:
@@ -31,7 +34,8 @@ def fused_name(backend: str) -> str:
 
 
 def jsd_beta(divergence: Divergence) -> float | None:
-    """What Liger and TRL call this divergence, whose generalised JSD is KL for 0 and reverse KL for 1; None where they have it not."""
+    """What Liger and TRL call this divergence, whose generalised JSD is KL for 0 and reverse KL for 1; None
+    where they have it not."""
     form = divergence.form
     if form.family == "kl":
         return 0.0
@@ -41,23 +45,30 @@ def jsd_beta(divergence: Divergence) -> float | None:
 
 
 def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
-    """The eager ways to write the loss, by name; the best one, which is also the best when compiled, comes last."""
+    """The eager ways to write the loss, by name; the best one, which is also the best when compiled, comes
+    last."""
     form, scale = divergence.form, T * T
 
     def kl(z, v):
         return scale * F.kl_div(F.log_softmax(z / T, -1), F.softmax(v / T, -1), reduction="batchmean")
 
     def kl_of_logs(z, v):
-        return scale * F.kl_div(F.log_softmax(z / T, -1), F.log_softmax(v / T, -1), reduction="batchmean", log_target=True)
+        return scale * F.kl_div(
+            F.log_softmax(z / T, -1), F.log_softmax(v / T, -1), reduction="batchmean", log_target=True
+        )
 
     def reverse_kl(z, v):
-        return scale * F.kl_div(F.log_softmax(v / T, -1), F.log_softmax(z / T, -1), reduction="batchmean", log_target=True)
+        return scale * F.kl_div(
+            F.log_softmax(v / T, -1), F.log_softmax(z / T, -1), reduction="batchmean", log_target=True
+        )
 
     def cross_entropy(z, v):
         return scale * F.cross_entropy(z / T, F.softmax(v / T, -1))
 
     def log_power_sum(z, v):
-        return (form.order * F.log_softmax(v / T, -1) + (1 - form.order) * F.log_softmax(z / T, -1)).logsumexp(-1)
+        return (
+            form.order * F.log_softmax(v / T, -1) + (1 - form.order) * F.log_softmax(z / T, -1)
+        ).logsumexp(-1)
 
     def renyi(z, v):
         return scale * form.factor * (log_power_sum(z, v) / (form.order - 1)).mean()
@@ -69,7 +80,9 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
         log_q, log_p = F.log_softmax(z / T, -1), F.log_softmax(v / T, -1)
         log_m = torch.logaddexp(log_p + math.log(1 - form.mix), log_q + math.log(form.mix))
         sides = ((form.teacher, log_p), (form.student, log_q))
-        return scale * sum(c * F.kl_div(log_m, x, reduction="batchmean", log_target=True) for c, x in sides if c)
+        return scale * sum(
+            c * F.kl_div(log_m, x, reduction="batchmean", log_target=True) for c, x in sides if c
+        )
 
     def tvd(z, v):
         return scale * (F.softmax(z / T, -1) - F.softmax(v / T, -1)).abs().sum(-1).mean() / 2
@@ -94,7 +107,8 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
 
 
 def libraries(divergence: Divergence, T: float) -> dict[str, Loss]:
-    """Kernels of others that take logits or what PyTorch makes of them, where they are installed. For GPUs: they are written in Triton."""
+    """Kernels of others that take logits or what PyTorch makes of them, where they are installed. For GPUs:
+    they are written in Triton."""
     beta = jsd_beta(divergence)
     if not importlib.util.find_spec("liger_kernel") or beta is None or math.isinf(T):
         return {}
@@ -112,7 +126,11 @@ def libraries(divergence: Divergence, T: float) -> dict[str, Loss]:
 
         return T * T * LigerJSDFunction.apply(*log_softmaxes(z, v), None, beta)
 
-    return {"log_softmax + Liger KLDiv": kl, "log_softmax + Liger JSD": jsd} if beta == 0 else {"log_softmax + Liger JSD": jsd}
+    return (
+        {"log_softmax + Liger KLDiv": kl, "log_softmax + Liger JSD": jsd}
+        if beta == 0
+        else {"log_softmax + Liger JSD": jsd}
+    )
 
 
 def compiled(loss: Loss) -> Loss:

@@ -1,8 +1,9 @@
-"""`python -m kdkernels bench --linear`: from hidden states to loss and gradients, with and without the logits of all tokens.
+"""`python -m kdkernels bench --linear`: from hidden states to loss and gradients, with and without the logits
+of all tokens.
 
-Memory first, on paper, for 8192 tokens in bf16; then time, peak memory and errors, measured. "floor" is the projections, with fp32
-logits, the products with a gradient that is there already, and the fused loss of fp32 logits that are there already, timed apart and
-added.
+Memory first, on paper, for 8192 tokens in bf16; then time, peak memory and errors, measured. "floor" is the
+projections, with fp32 logits, the products with a gradient that is there already, and the fused loss of fp32
+logits that are there already, timed apart and added.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .measure import TORCH_DTYPES, Bench
 SHAPES = ("2048x32768x256", "1024x128256x256")
 PAPER_TOKENS, PAPER_VOCABS, PAPER_WIDTHS = 8192, (32768, 128256, 262144), (1024, 4096)
 LOGIT_BYTES = 4  # of a chunk's, whatever the dtype of the products
-# relative, (loss, hidden states' gradient, weight's): the first by the chunk's sums, the others by the gradient's rounding
+# relative, (loss, hidden states' gradient, weight's): the first by the chunk's sums, the others by the
+# gradient's rounding
 TOLERANCES = {"fp32": (2e-5, 2e-5, 2e-5), "bf16": (2e-5, 1e-2, 1e-2), "fp16": (2e-5, 2e-3, 2e-3)}
 CHECKED_TOKENS = 256  # of the fp64 reference at a time
 
@@ -41,7 +43,10 @@ class Case:
     temperature: float
 
     def __str__(self) -> str:
-        return f"{self.divergence}, T = {self.temperature:g}, {self.tokens} tokens x {self.vocab} x {self.width} {self.dtype}"
+        return (
+            f"{self.divergence}, T = {self.temperature:g}, {self.tokens} tokens x {self.vocab} x "
+            f"{self.width} {self.dtype}"
+        )
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         """A student that has learned most of its teacher."""
@@ -63,8 +68,11 @@ def shape(text: str) -> tuple[int, int, int]:
     return tokens, vocab, width
 
 
-def memory(tokens: int, vocab: int, width: int, itemsize: int = 2, budget: int = linear.GPU_BUDGET) -> dict[str, int]:
-    """Peak bytes beyond hidden states and weights, by what they are for, both models of one width and dtype."""
+def memory(
+    tokens: int, vocab: int, width: int, itemsize: int = 2, budget: int = linear.GPU_BUDGET
+) -> dict[str, int]:
+    """Peak bytes beyond hidden states and weights, by what they are for, both models of one width and
+    dtype."""
     logits, gradients = tokens * vocab * itemsize, (tokens + vocab) * width * itemsize
     chunk = linear.chunk_tokens(tokens, vocab, 2 * LOGIT_BYTES, budget)
     # 16-bit: the weight's gradient is summed in fp32, and cast when the chunks are gone
@@ -73,7 +81,9 @@ def memory(tokens: int, vocab: int, width: int, itemsize: int = 2, budget: int =
     held = tokens * width * itemsize
     return {
         "chunk": chunk,
-        "kdkernels": held + max(chunks + total, total + vocab * width * itemsize) if several else chunks + gradients,
+        "kdkernels": held + max(chunks + total, total + vocab * width * itemsize)
+        if several
+        else chunks + gradients,
         "full logits, in place": 2 * logits + gradients,
         "full logits": 3 * logits + gradients,
         # kl_div(log_target=True), as measured
@@ -89,26 +99,38 @@ def paper() -> str:
     ]
     for vocab, width in product(PAPER_VOCABS, PAPER_WIDTHS):
         found = memory(PAPER_TOKENS, vocab, width)
-        lines.append(f"{f'{vocab} x {width}':>16s}{found['chunk']:>8d}" + "".join(f"{found[x] / 2**30:>24.2f}" for x in names))
+        lines.append(
+            f"{f'{vocab} x {width}':>16s}{found['chunk']:>8d}"
+            + "".join(f"{found[x] / 2**30:>24.2f}" for x in names)
+        )
     return "\n".join(lines)
 
 
 def steps(case: Case, backends: tuple[str, ...] = ("auto",)) -> dict[str, Step]:
-    """Our and PyTorch's ways from hidden states to the loss, by name; the fused loss of the first backend comes first."""
+    """Our and PyTorch's ways from hidden states to the loss, by name; the fused loss of the first backend
+    comes first."""
     which, T = divergence.parse(case.divergence), case.temperature
     eager = contenders.spellings(which, T)
     spelling, spelled = list(eager.items())[-1]
     options = dict(divergence=which, temperature=T, t_squared=True)
 
     def fused(backend: str, **more) -> Step:
-        return lambda h, w, th, tw: linear.fused_linear_kd_loss(h, w, th, tw, backend=backend, **options, **more)
+        return lambda h, w, th, tw: linear.fused_linear_kd_loss(
+            h, w, th, tw, backend=backend, **options, **more
+        )
 
     rounded = (
-        {} if case.dtype == "fp32" else {f"{contenders.fused_name(backends[0])}, logits_dtype=None": fused(backends[0], logits_dtype=None)}
+        {}
+        if case.dtype == "fp32"
+        else {
+            f"{contenders.fused_name(backends[0])}, logits_dtype=None": fused(backends[0], logits_dtype=None)
+        }
     )
 
     def full(inplace: bool) -> Step:
-        return lambda h, w, th, tw: functional.fused_kd_loss(h @ w.t(), th @ tw.t(), inplace=inplace, backend=backends[0], **options)
+        return lambda h, w, th, tw: functional.fused_kd_loss(
+            h @ w.t(), th @ tw.t(), inplace=inplace, backend=backends[0], **options
+        )
 
     return (
         {contenders.fused_name(x): fused(x) for x in backends}
@@ -122,10 +144,11 @@ def steps(case: Case, backends: tuple[str, ...] = ("auto",)) -> dict[str, Step]:
 
 
 def libraries(case: Case, device: torch.device) -> dict[str, Step]:
-    """Losses of others from hidden states, where they are installed; those that are Triton kernels and nothing else on GPUs alone.
+    """Losses of others from hidden states, where they are installed; those that are Triton kernels and
+    nothing else on GPUs alone.
 
-    Liger-Kernel's chunked and fused linear JSD, TRL's chunked divergence: a generalised JSD with beta. flash-linear-attention's KL, which
-    has no temperature: it takes the hidden states over T.
+    Liger-Kernel's chunked and fused linear JSD, TRL's chunked divergence: a generalised JSD with beta.
+    flash-linear-attention's KL, which has no temperature: it takes the hidden states over T.
     """
     which, T = divergence.parse(case.divergence), case.temperature
     beta = contenders.jsd_beta(which)
@@ -138,7 +161,11 @@ def libraries(case: Case, device: torch.device) -> dict[str, Step]:
     def chunked(h, w, th, tw):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        return T * T * LigerFusedLinearJSDLoss(0.0, 1.0, beta, temperature=T, compiled=False)(h, w, th, tw, labels(h))
+        return (
+            T
+            * T
+            * LigerFusedLinearJSDLoss(0.0, 1.0, beta, temperature=T, compiled=False)(h, w, th, tw, labels(h))
+        )
 
     def fused(h, w, th, tw):
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
@@ -166,7 +193,8 @@ def libraries(case: Case, device: torch.device) -> dict[str, Step]:
 
 
 def exact(case: Case, inputs: list[Tensor]) -> tuple[float, Tensor, Tensor]:
-    """(loss, its gradients in hidden states and weight) in fp64, of the textbook's spelling, some tokens at a time."""
+    """(loss, its gradients in hidden states and weight) in fp64, of the textbook's spelling, some tokens at a
+    time."""
     loss = list(contenders.spellings(divergence.parse(case.divergence), case.temperature).values())[-1]
     h, w, th, tw = (x.detach().double() for x in inputs)
     total, dh, w = 0.0, torch.empty_like(h), w.requires_grad_()
@@ -199,7 +227,9 @@ def run(bench: Bench, case: Case) -> dict:
         h.grad = w.grad = None
         loss = step(*inputs)
         loss.backward(torch.full_like(loss, scale))
-        found = [float((x.grad.double() / scale - g).norm() / g.norm()) for x, g in zip((h, w), grads, strict=True)]
+        found = [
+            float((x.grad.double() / scale - g).norm() / g.norm()) for x, g in zip((h, w), grads, strict=True)
+        ]
         return abs(float(loss.detach()) / total - 1), *found
 
     for name in list(ways):
@@ -213,7 +243,10 @@ def run(bench: Bench, case: Case) -> dict:
     h.grad = w.grad = None
     for name in map(contenders.fused_name, bench.backends):
         if not all(error <= limit for error, limit in zip(errors[name], TOLERANCES[case.dtype], strict=True)):
-            raise SystemExit(f"{name} is wrong here ({case}): relative errors of loss and gradients {errors[name]}, no time is given")
+            raise SystemExit(
+                f"{name} is wrong here ({case}): relative errors of loss and gradients "
+                f"{errors[name]}, no time is given"
+            )
 
     def timed(step: Step) -> Callable[[], None]:
         def once() -> None:
@@ -244,7 +277,10 @@ def run(bench: Bench, case: Case) -> dict:
     times = bench._times(steady | {"projections": projections, "loss": loss_alone}, bench.repeats)
     floor = times.pop("projections")[0] + times.pop("loss")[0]
     chunk = linear.chunk_tokens(
-        case.tokens, case.vocab, 2 * LOGIT_BYTES, linear.CPU_BUDGET if bench.device.type == "cpu" else linear.GPU_BUDGET
+        case.tokens,
+        case.vocab,
+        2 * LOGIT_BYTES,
+        linear.CPU_BUDGET if bench.device.type == "cpu" else linear.GPU_BUDGET,
     )
     return asdict(case) | {
         "device": bench.machine["device"],
@@ -264,20 +300,23 @@ def run(bench: Bench, case: Case) -> dict:
 
 def table(case: Case, result: dict) -> str:
     lines = [
-        f"\n{case}; {result['device']}, floor {result['floor_ms']:.0f} ms, chunks of {result['chunk']} tokens",
+        f"\n{case}; {result['device']}, floor {result['floor_ms']:.0f} ms, chunks of "
+        f"{result['chunk']} tokens",
         f"{'':38s}{'ms':>9s}{'of floor':>10s}{'MiB':>9s}{'loss err':>10s}{'dh err':>9s}{'dW err':>9s}",
     ]
     for name, x in result["contenders"].items():
         size = "" if x["memory_bytes"] is None else f"{x['memory_bytes'] / 2**20:.0f}"
-        numbers = f"{x['ms']:9.1f}{x['of_floor']:10.2f}{size:>9s}{x['loss_error']:10.0e}{x['hidden_error']:9.0e}{x['weight_error']:9.0e}"
-        lines.append(f"{name:38s}{numbers}")
+        errors = f"{x['loss_error']:10.0e}{x['hidden_error']:9.0e}{x['weight_error']:9.0e}"
+        lines.append(f"{name:38s}{x['ms']:9.1f}{x['of_floor']:10.2f}{size:>9s}{errors}")
     return "\n".join(lines)
 
 
 def main(args) -> dict:
     try:
         shapes = [shape(x) for x in (args.linear or SHAPES)]
-        cases = [Case(*s, *rest) for s, *rest in product(shapes, args.dtypes, args.divergences, args.temperatures)]
+        cases = [
+            Case(*s, *rest) for s, *rest in product(shapes, args.dtypes, args.divergences, args.temperatures)
+        ]
         for case in cases:
             functional.options(case.divergence, case.temperature, True)
     except ValueError as error:
@@ -286,7 +325,8 @@ def main(args) -> dict:
     results = {"machine": bench.machine, "cases": []}
     print(paper())
     print(
-        f"\n{bench.machine['device']}, {bench.machine['threads']} threads; errors: relative, against fp64; memory: peak beyond the inputs"
+        f"\n{bench.machine['device']}, {bench.machine['threads']} threads; errors: relative, against "
+        "fp64; memory: peak beyond the inputs"
     )
     for case in cases:
         results["cases"].append(run(bench, case))

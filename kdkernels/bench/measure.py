@@ -23,7 +23,8 @@ from .contenders import COMPILED, Loss
 from .reference import check, reference
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# what the fused loss must reach before its time counts, relative, (loss, gradient): its bound, and one rounding of a 16-bit gradient
+# what the fused loss must reach before its time counts, relative, (loss, gradient): its bound, and one
+# rounding of a 16-bit gradient
 TOLERANCES = {"fp32": (2e-5, 3e-6), "bf16": (2e-5, 4e-3), "fp16": (2e-5, 1e-3)}
 CHECKED_ROWS = 4
 Key = TypeVar("Key")
@@ -47,7 +48,8 @@ class Case:
         return f"{self.divergence}, T = {self.temperature:g}, {self.rows} x {self.vocab} {self.dtype}"
 
     def logits(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(student, teacher): a teacher as peaked as a language model, and a student that has learned most of it."""
+        """(student, teacher): a teacher as peaked as a language model, and a student that has learned most of
+        it."""
         z, v = (x.to(TORCH_DTYPES[self.dtype]) for x in logits(self.rows, self.vocab, device=device))
         return z.requires_grad_(), v
 
@@ -65,11 +67,24 @@ def shape(text: str) -> tuple[int, int]:
 class Bench:
     """The machine the cases run on, and how many timed rounds each gets."""
 
-    def __init__(self, device: str | None = None, repeats: int = 5, compiled: bool = True, backends: tuple[str, ...] = ("auto",)):
+    def __init__(
+        self,
+        device: str | None = None,
+        repeats: int = 5,
+        compiled: bool = True,
+        backends: tuple[str, ...] = ("auto",),
+    ):
         """SystemExit for a backend that cannot run there."""
         if device is None:
-            device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-        self.device, self.repeats, self.compiled, self.backends = torch.device(device), repeats, compiled, backends
+            device = (
+                torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+            )
+        self.device, self.repeats, self.compiled, self.backends = (
+            torch.device(device),
+            repeats,
+            compiled,
+            backends,
+        )
         for name in backends:
             try:
                 resolve(name, self.device)
@@ -102,8 +117,13 @@ class Bench:
                 print(report.left_out(name, error), flush=True)
                 del losses[name]
         for name in fused:
-            if not all(error <= limit for error, limit in zip(errors[name], TOLERANCES[case.dtype], strict=True)):
-                raise SystemExit(f"{name} is wrong here ({case}): relative errors of loss and gradient {errors[name]}, no time is given")
+            if not all(
+                error <= limit for error, limit in zip(errors[name], TOLERANCES[case.dtype], strict=True)
+            ):
+                raise SystemExit(
+                    f"{name} is wrong here ({case}): relative errors of loss and gradient "
+                    f"{errors[name]}, no time is given"
+                )
 
         if self.compiled:
             on_step(COMPILED)
@@ -139,17 +159,27 @@ class Bench:
             },
         }
 
-    def _times(self, steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float, float]]:
-        """Seconds of each (median, 20th and 80th percentile). On a CPU they take turns, one untimed round first."""
+    def _times(
+        self, steps: dict[str, Callable[[], object]], repeats: int
+    ) -> dict[str, tuple[float, float, float]]:
+        """Seconds of each (median, 20th and 80th percentile). On a CPU they take turns, one untimed round
+        first."""
         quantiles = [0.5, 0.2, 0.8]
         if self.device.type != "cpu":
-            from triton.testing import do_bench  # flushes the cache between calls, times with the device's own events
+            # flushes the cache between calls, times with the device's own events
+            from triton.testing import do_bench
 
-            return {name: tuple(x / 1e3 for x in do_bench(step, quantiles=quantiles)) for name, step in steps.items()}
-        return {name: tuple(np.quantile(x, quantiles).tolist()) for name, x in take_turns(steps, repeats).items()}
+            return {
+                name: tuple(x / 1e3 for x in do_bench(step, quantiles=quantiles))
+                for name, step in steps.items()
+            }
+        return {
+            name: tuple(np.quantile(x, quantiles).tolist()) for name, x in take_turns(steps, repeats).items()
+        }
 
     def _peak_memory(self, step: Callable[[], object]) -> int | None:
-        """Bytes that a step holds at its peak beyond what was held before (it has run before); None where the system does not tell."""
+        """Bytes that a step holds at its peak beyond what was held before (it has run before); None where the
+        system does not tell."""
         recycle.clear()
         gc.collect()
         if self.device.type == "cpu":
@@ -173,7 +203,8 @@ def _step(loss: Loss, z: Tensor, v: Tensor) -> Callable[[], None]:
 
 
 class _Check:
-    """Relative errors of a contender: its loss on a few rows, and those rows' gradients out of the whole batch."""
+    """Relative errors of a contender: its loss on a few rows, and those rows' gradients out of the whole
+    batch."""
 
     def __init__(self, case: Case, z: Tensor, v: Tensor):
         self.z, self.v, which, T = z, v, divergence.parse(case.divergence), case.temperature
@@ -185,7 +216,9 @@ class _Check:
     def errors(self, loss: Loss) -> tuple[float, float]:
         try:
             few = loss(self.z[self.few], self.v[self.few])
-            few.backward()  # so that torch.compile has seen two batch sizes, as in use; what it then makes is its fastest and leanest
+            # so that torch.compile has seen two batch sizes, as in use; what it then makes is its fastest and
+            # leanest
+            few.backward()
             whole = loss(self.z, self.v)
             self.z.grad = None
             whole.backward(torch.full_like(whole, self.scale))
@@ -197,8 +230,11 @@ class _Check:
         )
 
 
-def logits(rows: int, vocab: int, spread: float = 0.5, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(student, teacher), whose logits differ by `spread`; drawn on the device, as a CPU takes seconds for 4096 x 128256."""
+def logits(
+    rows: int, vocab: int, spread: float = 0.5, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """(student, teacher), whose logits differ by `spread`; drawn on the device, as a CPU takes seconds for
+    4096 x 128256."""
     g = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, rows, vocab, device=device, generator=g)
     v = draw() * 3
@@ -218,7 +254,8 @@ def take_turns(steps: dict[Key, Callable[[], object]], repeats: int) -> dict[Key
 
 
 def resident_peak(step: Callable[[], object]) -> int | None:
-    """Bytes of memory that a call holds at its peak beyond what the process held before; None where the system does not tell."""
+    """Bytes of memory that a call holds at its peak beyond what the process held before; None where the
+    system does not tell."""
 
     def status(key: str) -> int:
         with open("/proc/self/status") as lines:

@@ -11,15 +11,19 @@ from .contenders import FUSED
 
 def header(machine: dict) -> str:
     return (
-        f"{machine['device']}, {machine['threads']} threads; kdkernels {machine['kdkernels']} ({machine['cpu_library']}), "
+        f"{machine['device']}, {machine['threads']} threads; kdkernels {machine['kdkernels']} "
+        f"({machine['cpu_library']}), "
         f"torch {machine['torch']}\n"
-        "speed-up: of kdkernels over the line. of copy: 3 N V b bytes over the time, as a fraction of copy speed.\n"
+        "speed-up: of kdkernels over the line. of copy: 3 N V b bytes over the time, as a fraction of "
+        "copy speed.\n"
         "memory: peak beyond the inputs, in gradients. errors: relative, against extended precision."
     )
 
 
 def title(case: dict) -> str:
-    return f"{case['divergence']}, T = {case['temperature']:g}, {case['rows']} x {case['vocab']} {case['dtype']}"
+    return (
+        f"{case['divergence']}, T = {case['temperature']:g}, {case['rows']} x {case['vocab']} {case['dtype']}"
+    )
 
 
 def is_base(name: str, contender: dict) -> bool:
@@ -47,14 +51,16 @@ def table(case: dict) -> str:
 
 
 def check_json(path: str) -> None:
-    """A file that could not be written is an error before the measuring, not after; a device or a pipe would be replaced by a file."""
+    """A file that could not be written is an error before the measuring, not after; a device or a pipe would
+    be replaced by a file."""
     file = Path(path)
     if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise SystemExit(f"--json: a file in a folder that is there, got {path!r}")
 
 
 def write_json(results: dict, path: str) -> None:
-    """In one step, so that a run that is ended keeps what it had; where the path is a link, to what it names."""
+    """In one step, so that a run that is ended keeps what it had; where the path is a link, to what it
+    names."""
     file = os.path.realpath(path)
     new = Path(f"{file}.new")
     new.write_text(json.dumps(results, indent=1) + "\n")
@@ -76,7 +82,8 @@ def plot(results: dict, path: str) -> None:
     """Time of a step and error of its gradient, a group of bars for each case, both on logarithmic axes."""
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "kdkernels"}  # text as text, and the same bits every time
+    # text as text, and the same bits every time
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "kdkernels"}
     cases = results["cases"]
     names = list(dict.fromkeys(name for case in cases for name in case["contenders"]))
     colours = ["#0072B2", "#E69F00", "#D55E00", "#999999", "#CC79A7", "#56B4E9"]  # Okabe and Ito
@@ -88,9 +95,20 @@ def plot(results: dict, path: str) -> None:
             y, colour = i + height * (j - (len(bars) - 1) / 2), colours[names.index(name) % len(colours)]
             axes[0].barh(y, x["ms"], height, color=colour)
             axes[1].barh(y, max(x["grad_error"], 1e-9), height, color=colour)
-            ratio = "" if is_base(name, x) else f"  {x['speed_up']:.0f} x" if x["speed_up"] >= 10 else f"  {x['speed_up']:.1f} x"
+            ratio = (
+                ""
+                if is_base(name, x)
+                else f"  {x['speed_up']:.0f} x"
+                if x["speed_up"] >= 10
+                else f"  {x['speed_up']:.1f} x"
+            )
             axes[0].text(x["ms"], y, f" {x['ms']:.0f}{ratio}", va="center", fontsize=7)
-    axes[0].set(xscale="log", xlabel="ms, loss + gradient", yticks=range(len(cases)), yticklabels=[title(case) for case in cases])
+    axes[0].set(
+        xscale="log",
+        xlabel="ms, loss + gradient",
+        yticks=range(len(cases)),
+        yticklabels=[title(case) for case in cases],
+    )
     axes[0].set_xlim(right=axes[0].get_xlim()[1] * 2)  # room for the numbers
     axes[1].set(xscale="log", xlabel="relative error of the gradient")
     axes[0].set_ylim(len(cases) - 0.5, -0.5)
@@ -99,7 +117,9 @@ def plot(results: dict, path: str) -> None:
         axis.tick_params(labelsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[i % len(colours)]) for i in range(len(names))]
     machine = results["machine"]
-    figure.suptitle(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=9)
+    figure.suptitle(
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=9
+    )
     figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     plain = dict.fromkeys(("Creator", "Date", "Format", "Type")) if path.endswith(".svg") else None

@@ -1,4 +1,5 @@
-"""Builds the kernels for host threads with g++, once for a state of the sources: library(), in_place_of_cuda(), walk(sanitizer)."""
+"""Builds the kernels for host threads with g++, once for a state of the sources: library(),
+in_place_of_cuda(), walk(sanitizer)."""
 
 import fcntl
 import hashlib
@@ -18,14 +19,16 @@ from kdkernels.backends import cuda
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FLAGS = (
-    "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized "
+    "-std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas -Wno-psabi "
+    "-Wno-maybe-uninitialized "
     f"-fno-math-errno -fno-trapping-math -ffp-contract=fast -I{HERE}"
 ).split()
 COMPILER = shutil.which("g++")
 
 
 def _once(name: str, build) -> Path:
-    """build(folder), unless these sources have been through it: processes of a test run share what comes of it."""
+    """build(folder), unless these sources have been through it: processes of a test run share what comes of
+    it."""
     sources = sorted([*(ROOT / "csrc").rglob("*"), *HERE.glob("*.*")])
     state = hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.is_file())).hexdigest()[:16]
     base = ROOT / "build" / "simt"
@@ -52,10 +55,20 @@ def _run(*command) -> None:
 def library() -> Path:
     def build(folder: Path) -> None:
         pieces = [(s, b, o) for s in ("kPlain", "kTilted", "kMixed") for b in (2, 4) for o in (2, 4)]
-        jobs = [[f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}", "-o", folder / f"{s}{b}{o}.o"] for s, b, o in pieces]
+        jobs = [
+            [f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}", "-o", folder / f"{s}{b}{o}.o"]
+            for s, b, o in pieces
+        ]
         jobs.append(["-o", folder / "api.o"])
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda job: _run(COMPILER, *FLAGS, "-O1", "-DKD_FIBERS", "-c", HERE / "library.cpp", *job), jobs))
+            list(
+                pool.map(
+                    lambda job: _run(
+                        COMPILER, *FLAGS, "-O1", "-DKD_FIBERS", "-c", HERE / "library.cpp", *job
+                    ),
+                    jobs,
+                )
+            )
         _run(COMPILER, "-shared", "-pthread", *folder.glob("*.o"), "-o", folder / "simt.so")
 
     return _once("library", build) / "simt.so"
@@ -75,7 +88,9 @@ def walk(sanitizer: str) -> Path:
     """walk.cpp under "address" or "thread"."""
 
     def build(folder: Path) -> None:
-        _run(COMPILER, *FLAGS, "-O1", "-g", f"-fsanitize={sanitizer}", HERE / "walk.cpp", "-o", folder / "walk")
+        _run(
+            COMPILER, *FLAGS, "-O1", "-g", f"-fsanitize={sanitizer}", HERE / "walk.cpp", "-o", folder / "walk"
+        )
 
     return _once(sanitizer, build) / "walk"
 

@@ -1,4 +1,5 @@
-// A CUDA thread as a thread: what the sanitizers watch. Barriers are pthread's, through which ThreadSanitizer sees.
+// A CUDA thread as a thread: what the sanitizers watch. Barriers are pthread's, through which ThreadSanitizer
+// sees.
 #pragma once
 #include <pthread.h>
 #include <sched.h>
@@ -13,6 +14,7 @@ class Barrier {
   ~Barrier() { pthread_barrier_destroy(&barrier_); }
   Barrier(const Barrier &) = delete;
   void wait() { pthread_barrier_wait(&barrier_); }
+
  private:
   pthread_barrier_t barrier_;
 };
@@ -21,7 +23,11 @@ inline void let_others() { sched_yield(); }
 // body by n threads at once, each of which has called enter with its number.
 template <class Enter, class Body> void side_by_side(int n, Enter enter, Body body) {
   std::vector<std::thread> threads;
-  for (int i = 0; i < n; i++) threads.emplace_back([&, i] { enter(i); body(); });
+  for (int i = 0; i < n; i++)
+    threads.emplace_back([&, i] {
+      enter(i);
+      body();
+    });
   for (auto &t : threads) t.join();
 }
 

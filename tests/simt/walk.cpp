@@ -1,5 +1,6 @@
-// Walks the kernels through every geometry on host threads, in a program of its own, for AddressSanitizer and ThreadSanitizer. What is
-// computed is checked elsewhere (test_cuda.py); here only that each row's loss is positive and its gradient sums to nothing (but for slopes).
+// Walks the kernels through every geometry on host threads, in a program of its own, for AddressSanitizer and
+// ThreadSanitizer. What is computed is checked elsewhere (test_cuda.py); here only that each row's loss is
+// positive and its gradient sums to nothing (but for slopes).
 //
 //     walk [race | overrun]     with a fault that a sanitizer must report
 #define KD_TEST_GEOMETRY 1
@@ -11,27 +12,32 @@ namespace {
 
 using kd::device::kBothRows;
 
-struct Case { int capability, processors, shared_per_block, shared_per_processor, clusters, rows, vocab, kind; };
+struct Case {
+  int capability, processors, shared_per_block, shared_per_processor, clusters, rows, vocab, kind;
+};
 constexpr int kHopper = 227 << 10, kHopperAll = 228 << 10;
 const Case kCases[] = {
-    {80, 2, kHopper, kHopperAll, 1, 5, 203, 1},      // a warp to a row, two rows to a block
-    {80, 2, kHopper, kHopperAll, 1, 3, 500, 2},      // a block to a row
-    {80, 2, kHopper, kHopperAll, 1, 2, 2001, 2},     // of several tiles, read twice
-    {80, 8, kHopper, kHopperAll, 1, 3, 1503, 2},     // three blocks to a row
-    {80, 4, kHopper, kHopperAll, 1, 3, 3001, 2},     // two blocks of several tiles
-    {80, 4, 6 << 10, kHopperAll, 1, 2, 2001, 2},    // no room for a tile ahead
-    {90, 8, kHopper, kHopperAll, 2, 7, 500, 3},      // clusters of 1, 2 and 4; more rows than clusters
+    {80, 2, kHopper, kHopperAll, 1, 5, 203, 1},   // a warp to a row, two rows to a block
+    {80, 2, kHopper, kHopperAll, 1, 3, 500, 2},   // a block to a row
+    {80, 2, kHopper, kHopperAll, 1, 2, 2001, 2},  // of several tiles, read twice
+    {80, 8, kHopper, kHopperAll, 1, 3, 1503, 2},  // three blocks to a row
+    {80, 4, kHopper, kHopperAll, 1, 3, 3001, 2},  // two blocks of several tiles
+    {80, 4, 6 << 10, kHopperAll, 1, 2, 2001, 2},  // no room for a tile ahead
+    {90, 8, kHopper, kHopperAll, 2, 7, 500, 3},   // clusters of 1, 2 and 4; more rows than clusters
     {90, 8, kHopper, kHopperAll, 2, 7, 1003, 3},
-    {90, 8, 14 << 10, kHopperAll, 1, 5, 2000, 3},      // a ring of two
+    {90, 8, 14 << 10, kHopperAll, 1, 5, 2000, 3},  // a ring of two
     {90, 8, kHopper, kHopperAll, 1, 3, 3999, 4},
 };
 
 struct Rng {
   uint32_t state = 1;
-  float next() { state = state * 1664525 + 1013904223; return float(state >> 8) / (1 << 24) * 6 - 3; }
+  float next() {
+    state = state * 1664525 + 1013904223;
+    return float(state >> 8) / (1 << 24) * 6 - 3;
+  }
 };
 
-template <class T> T *buffer(int64_t n) {            // to the byte, on 16
+template <class T> T *buffer(int64_t n) {  // to the byte, on 16
   void *p = nullptr;
   gpu::require(!posix_memalign(&p, 256, n * sizeof(T)), "no memory");
   return (T *)p;
@@ -42,11 +48,16 @@ double value(const void *p, int32_t dtype, int64_t i) {
 }
 
 // A divergence: its family and numbers, as Form has them.
-struct Member { int32_t family; double order = 1, mix = 0, teacher = 0, student = 0; };
-const Member kKl{0}, kCe{1}, kJsd{4, 1, .5, .5, .5}, kReverseKl{4, 1, 0, 0, 1}, kSkewReverse{4, 1, .9, 0, 1}, kSkewKl{4, 1, .1, 1, 0}, kTvdMember{5};
+struct Member {
+  int32_t family;
+  double order = 1, mix = 0, teacher = 0, student = 0;
+};
+const Member kKl{0}, kCe{1}, kJsd{4, 1, .5, .5, .5}, kReverseKl{4, 1, 0, 0, 1}, kSkewReverse{4, 1, .9, 0, 1},
+    kSkewKl{4, 1, .1, 1, 0}, kTvdMember{5};
 
 // turned: the divergence with both exchanged, where the teacher's gradient is asked for too
-void run(const Case &k, int32_t dtype, const Member &d, double temperature, bool in_place, bool masked, double softcap = 0, const Member *turned = nullptr) {
+void run(const Case &k, int32_t dtype, const Member &d, double temperature, bool in_place, bool masked,
+         double softcap = 0, const Member *turned = nullptr) {
   gpu::device = {k.capability, k.processors, k.shared_per_block, k.shared_per_processor, k.clusters};
   const int size = dtype == KD_F32 ? 4 : 2;
   const int64_t n = int64_t(k.rows) * k.vocab;
@@ -57,41 +68,82 @@ void run(const Case &k, int32_t dtype, const Member &d, double temperature, bool
   for (int64_t i = 0; i < n; i++) {
     float a = rng.next(), b = a + rng.next() / 4;
     if (masked && i % k.vocab % 3 == 1) a = b = -INFINITY;
-    if (dtype == KD_F32) { ((float *)z)[i] = a; ((float *)v)[i] = b; }
-    else { ((uint16_t *)z)[i] = uint16_t(gpu::to_bf16(a)); ((uint16_t *)v)[i] = uint16_t(gpu::to_bf16(b)); }
+    if (dtype == KD_F32) {
+      ((float *)z)[i] = a;
+      ((float *)v)[i] = b;
+    } else {
+      ((uint16_t *)z)[i] = uint16_t(gpu::to_bf16(a));
+      ((uint16_t *)v)[i] = uint16_t(gpu::to_bf16(b));
+    }
   }
-  for (int r = 0; r < k.rows; r++) { labels[r] = masked ? 0 : r * 37 % k.vocab; weight[r] = r == 1 ? 0 : 1; }
+  for (int r = 0; r < k.rows; r++) {
+    labels[r] = masked ? 0 : r * 37 % k.vocab;
+    weight[r] = r == 1 ? 0 : 1;
+  }
   kd_call c{};
-  c.student = z; c.teacher = v; c.grad = g; c.labels = labels; c.weight = weight; c.loss = loss;
-  c.rows = k.rows; c.inner = k.rows; c.vocab = c.grad_width = k.vocab;
+  c.student = z;
+  c.teacher = v;
+  c.grad = g;
+  c.labels = labels;
+  c.weight = weight;
+  c.loss = loss;
+  c.rows = k.rows;
+  c.inner = k.rows;
+  c.vocab = c.grad_width = k.vocab;
   c.student_stride[1] = c.teacher_stride[1] = c.grad_stride[1] = k.vocab;
   c.student_dtype = c.teacher_dtype = dtype;
-  c.family = d.family; c.order = d.order; c.mix = d.mix; c.teacher_part = d.teacher; c.student_part = d.student; c.factor = c.limit = 1;
+  c.family = d.family;
+  c.order = d.order;
+  c.mix = d.mix;
+  c.teacher_part = d.teacher;
+  c.student_part = d.student;
+  c.factor = c.limit = 1;
   c.student_scale = c.teacher_scale = 1;
-  c.student_softcap = softcap; c.label_smoothing = softcap ? .1 : 0; c.stats = softcap || masked ? buffer<double>(k.rows * KD_STATS) : nullptr;
-  c.temperature = temperature; c.value_scale = c.grad_scale = 1;
+  c.student_softcap = softcap;
+  c.label_smoothing = softcap ? .1 : 0;
+  c.stats = softcap || masked ? buffer<double>(k.rows * KD_STATS) : nullptr;
+  c.temperature = temperature;
+  c.value_scale = c.grad_scale = 1;
   c.hard_scale = c.hard_grad_scale = .1;
   kd_call other = c;
   if (turned) {
-    std::swap(other.student, other.teacher); std::swap(other.student_softcap, other.teacher_softcap);
-    other.grad = buffer<char>(n * size); other.labels = nullptr; other.loss = other.stats = nullptr;
-    other.family = turned->family; other.order = turned->order; other.mix = turned->mix; other.teacher_part = turned->teacher; other.student_part = turned->student;
+    std::swap(other.student, other.teacher);
+    std::swap(other.student_softcap, other.teacher_softcap);
+    other.grad = buffer<char>(n * size);
+    other.labels = nullptr;
+    other.loss = other.stats = nullptr;
+    other.family = turned->family;
+    other.order = turned->order;
+    other.mix = turned->mix;
+    other.teacher_part = turned->teacher;
+    other.student_part = turned->student;
     other.hard_scale = other.hard_grad_scale = other.label_smoothing = 0;
     c.mirror = &other;
   }
   const kd_figures f{k.capability, k.processors, k.shared_per_block, k.shared_per_processor};
   kd_geometry geometry{};
-  gpu::require(!kd_plan(&c, &f, &geometry) && (geometry.kind == k.kind || geometry.kind == 0 || (turned && geometry.kind == kBothRows)), "not the geometry that the case is about");
+  gpu::require(!kd_plan(&c, &f, &geometry) &&
+                   (geometry.kind == k.kind || geometry.kind == 0 || (turned && geometry.kind == kBothRows)),
+               "not the geometry that the case is about");
   c.workspace_size = kd_workspace(&c);
   gpu::require(c.workspace_size >= 0, "no geometry");
   c.workspace = buffer<char>(c.workspace_size + 1);
   gpu::require(kd_loss(&c) == KD_OK, "kd_loss refused");
-  for (const void *p : {(const void *)g, (const void *)other.grad}) for (int r = 0; r < k.rows && (p == g || turned); r++) {
-    double sum = 0, all = 0;
-    for (int64_t i = 0; i < k.vocab; i++) { const double x = value(p, dtype, r * int64_t(k.vocab) + i); sum += x; all += std::fabs(x); }
-    gpu::require(r == 1 ? loss[r] == 0 && all == 0 : loss[r] > 0 && all > 0 && (softcap || std::fabs(sum) < 1e-2 * all), "a row is wrong");
-  }
-  for (void *p : {(void *)z, (void *)v, (void *)labels, (void *)weight, (void *)loss, (void *)c.stats, c.workspace}) std::free(p);
+  for (const void *p : {(const void *)g, (const void *)other.grad})
+    for (int r = 0; r < k.rows && (p == g || turned); r++) {
+      double sum = 0, all = 0;
+      for (int64_t i = 0; i < k.vocab; i++) {
+        const double x = value(p, dtype, r * int64_t(k.vocab) + i);
+        sum += x;
+        all += std::fabs(x);
+      }
+      gpu::require(r == 1 ? loss[r] == 0 && all == 0
+                          : loss[r] > 0 && all > 0 && (softcap || std::fabs(sum) < 1e-2 * all),
+                   "a row is wrong");
+    }
+  for (void *p :
+       {(void *)z, (void *)v, (void *)labels, (void *)weight, (void *)loss, (void *)c.stats, c.workspace})
+    std::free(p);
   if (!in_place) std::free(g);
   if (turned) std::free(other.grad);
 }
@@ -111,22 +163,24 @@ int main(int argc, char **argv) {
     const int32_t own = room < 64 ? int32_t(KD_BF16) : dtype;
     const Member mixtures[] = {kJsd, kTvdMember, kReverseKl, kSkewReverse};
     run(k, own, i % 3 == 1 ? kCe : kKl, 2, i % 2, false);
-    run(k, own, Member{i % 2 ? 2 : 3, i % 2 ? .3 : 2}, 1, false, i % 3 == 0);   // Renyi, Alpha
+    run(k, own, Member{i % 2 ? 2 : 3, i % 2 ? .3 : 2}, 1, false, i % 3 == 0);  // Renyi, Alpha
     run(k, own, mixtures[i % 4], 1, i % 2 == 0, i % 3 == 1);
     const Member turned[] = {kJsd, kTvdMember, kKl, kSkewKl}, order{2, .3}, complement{2, .7};
     run(k, own, mixtures[i % 4], 1, i % 2, i % 3 == 0, 0, turned + i % 4);
-    if (i % 2) run(k, own, i % 4 == 1 ? kCe : kKl, 2, i % 4 == 3, false, 0, &kReverseKl);
-    else run(k, own, order, 1, i % 4, i % 3 == 2, 0, &complement);
+    if (i % 2)
+      run(k, own, i % 4 == 1 ? kCe : kKl, 2, i % 4 == 3, false, 0, &kReverseKl);
+    else
+      run(k, own, order, 1, i % 4, i % 3 == 2, 0, &complement);
     i++;
   }
   run(kCases[2], KD_BF16, kKl, 1, true, false, 2, &kReverseKl);
   run(kCases[3], KD_F32, kCe, .01, true, false, 0, &kReverseKl);
-  run(kCases[0], KD_F32, kKl, 1, false, false, 2);     // with a transform
+  run(kCases[0], KD_F32, kKl, 1, false, false, 2);  // with a transform
   run(kCases[2], KD_BF16, kJsd, 1, true, false, 2);
   run(kCases[4], KD_BF16, Member{2, 2}, 1, false, false, 2);
-  run(kCases[1], KD_F32, Member{6}, 1, true, true);    // order 0, in fp64 throughout
+  run(kCases[1], KD_F32, Member{6}, 1, true, true);  // order 0, in fp64 throughout
   run(kCases[7], KD_BF16, kKl, INFINITY, false, false);
-  run(kCases[3], KD_F32, kKl, .01, true, false);       // lost to a float's range: left, and computed again
+  run(kCases[3], KD_F32, kKl, .01, true, false);  // lost to a float's range: left, and computed again
   run(kCases[3], KD_F32, kReverseKl, .01, true, false);
   std::puts("walked");
 }
