@@ -30,9 +30,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdkernels import parse
 from kdkernels.backends import triton as backend
 from kdkernels.backends.triton_plan import FAMILIES, MIXTURES, WINDOW, Device
-from kdkernels.ops import mirrored
+from kdkernels.call import Call, Numbers
 from kdkernels.stats import COLUMNS
 from kdkernels.transforms import Modifiers
 
@@ -82,7 +83,6 @@ class Case:
     grad: bool = True
     modifiers: Modifiers | None = None
     stats: bool = False
-    mutual: bool = False
 
     @property
     def text(self) -> str:
@@ -95,7 +95,6 @@ class Case:
         ]
         flags += [
             ("stats", self.stats),
-            ("both sides", self.mutual),
             ("capped", m.student_softcap),
             ("scaled", not m.student_softcap and m.student_scale != 1),
         ]
@@ -109,27 +108,20 @@ class Case:
             for x in (self.student, self.teacher)
         )
         per_row = {x: torch.empty(self.rows, dtype=x, device="meta") for x in (torch.int64, torch.float64)}
-        scales = 1.0, 1.0, *((0.1, 0.1) if self.hard else (0.0, 0.0))
-        weight, mirror = per_row[torch.float64] if self.weighted else None, None
-        if self.mutual:
-            fixed = self.divergence, self.temperature, scales[1], self.vocab, self.modifiers or ()
-            mirror = mirrored(z, v, weight, torch.empty_like(v), *fixed)
-        return backend.launches(
+        hard = 0.1 if self.hard else 0.0
+        losses = torch.empty(self.rows, dtype=torch.float64, device="meta")
+        call = Call(
             z,
             v,
-            per_row[torch.int64] if self.hard else None,
-            weight,
-            torch.empty_like(z) if self.grad else None,
-            self.divergence,
-            self.temperature,
-            *scales,
             self.vocab,
-            self.modifiers or (),
-            torch.empty(self.rows, dtype=torch.float64, device="meta"),
-            device=device,
+            labels=per_row[torch.int64] if self.hard else None,
+            weight=per_row[torch.float64] if self.weighted else None,
+            divergence=parse(self.divergence),
+            numbers=Numbers(self.temperature, 1.0, 1.0, hard, hard, self.modifiers or Modifiers()),
+            grad=torch.empty_like(z) if self.grad else None,
             stats=torch.empty(self.rows, COLUMNS, dtype=torch.float64, device="meta") if self.stats else None,
-            mirror=mirror,
         )
+        return backend.launches(call, losses, device)
 
 
 # whole rows, two sweeps, windows, several programs to a row
@@ -160,21 +152,6 @@ def covering() -> list[Case]:
         Case("tvd"),
         Case(hard=True, modifiers=ALL),
         Case("renyi(0.5)", vocab=2048, hard=True, modifiers=ALL, stats=True),
-        Case(mutual=True),
-        Case("renyi(2.0)", vocab=128256, mutual=True),
-        Case(vocab=2048, hard=True, modifiers=ALL, mutual=True),
-        Case("skew_kl(0.1)", vocab=128256, hard=True, mutual=True),
-    ]
-
-
-def of_both_sides() -> list[Case]:
-    """More of those that give both gradients."""
-    return [
-        Case("cross_entropy", vocab=50257, hard=True, mutual=True),
-        Case("reverse_kl", vocab=2048, mutual=True),
-        Case("jsd(0.5)", mutual=True),
-        Case("tvd", vocab=2048, student="float32", teacher="float32", hard=True, mutual=True),
-        Case(temperature=math.inf, vocab=50257, mutual=True),
     ]
 
 
@@ -218,7 +195,7 @@ def everything() -> list[Case]:
     families = (*((name, 2.0) for name in names), ("kl", math.inf))
     flags = ((False, False, True), (True, True, True), (False, False, False), (True, False, False))
     grid = itertools.product(families, dtypes, VOCABS, flags)
-    return [Case(f, 4096, V, z, v, T, *x) for (f, T), (z, v), V, x in grid] + of_both_sides()
+    return [Case(f, 4096, V, z, v, T, *x) for (f, T), (z, v), V, x in grid]
 
 
 def source(launch: backend.Launch) -> ASTSource:

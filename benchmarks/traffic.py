@@ -21,8 +21,10 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdkernels import parse
 from kdkernels.backends import abi, cuda
 from kdkernels.backends.triton_plan import CACHE_SHARE, Device, Plan, plan
+from kdkernels.call import Call, Numbers
 
 COUNTS = Path(__file__).parent / "results" / "triton_aot.csv"
 CUDA_COUNTS = COUNTS.with_name("cuda_aot.csv")
@@ -129,7 +131,7 @@ def cuda_geometry(rates: Rates, rows: int, vocab: int, divergence: str) -> tuple
     if isinstance(library, str):
         raise LookupError(library)
     z = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
-    call, _, alive = abi.loss_call(z, z, None, None, z, divergence, 2.0, 1.0, 1.0, 0.0, 0.0, vocab)
+    call, _, alive = abi.loss_call(Call(z, z, vocab, None, None, parse(divergence), Numbers(2.0), grad=z))
     figures = (ctypes.c_int32 * 4)(int(rates.target[3:]), rates.device.processors, *SHARED[rates.target])
     found = (ctypes.c_int32 * 10)()
     if library.c.kd_plan(ctypes.byref(call), figures, found):

@@ -50,9 +50,6 @@ struct kd_call {
   int64_t bad_row;           // out: the row of a bad label (on a GPU such a row is nan instead)
   void *stream, *workspace;  // CUDA's stream; kd_workspace() bytes on the device, aligned to 16
   int64_t workspace_size;
-  // the same rows with student and teacher exchanged, whose grad is the teacher's, from the same
-  const kd_call *mirror;
-  // sweeps; its loss, labels and stats are null. Null where only the student has a gradient
 };
 
 // What a row of kd_call::stats holds: D without its factor, CE (nan without hard labels), the log-sum-exps of

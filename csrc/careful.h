@@ -51,7 +51,6 @@ template <class F, class Crew> class Careful {
     inv_v_ = 1 / sv;
     shift_ = std::fabs(sd) < .5 * sv ? log1p_of(sd / sv) : log_of(sz) - log_of(sv);
     log_v_ = log_of(sv);
-    log_z_ = log_of(sz);
     const bool lone_p = crew_.any(lone_p_), lone_q = crew_.any(lone_q_);
     if (plan_.support) {
       const double out = crew_.sum(out_), in = crew_.sum(in_);
@@ -81,12 +80,6 @@ template <class F, class Crew> class Careful {
         moved += x.em;
       });
       moved_ = crew_.sum(moved);
-      // the cross entropy's with both exchanged: the student's entropy counts in its gradient
-      if (plan_.entropy) {
-        F entropy{};
-        classes([&](F z, F) { entropy += own_entropy(z); });
-        entropy_z_ = crew_.sum(entropy);
-      }
       return larger(crew_.sum(terms), 0.);
     }
     top_u_ = crew_.largest(mu_);
@@ -254,11 +247,6 @@ template <class F, class Crew> class Careful {
     return {term, select(no_z & no_v, F{}, select(only_b, b * b_moves, select(only_o, o * o_moves, G))), F{}};
   }
 
-  KD_HD F own_entropy(F z) const {  // -p log p of the student
-    const F p = exp_z(z) * inv_z_;
-    return select(p > 0., p * (log_z_ - (z - top_z_) * k_), F{});
-  }
-
   KD_HD F moved(F z, F v) const {
     const Int no_z = masked(z), no_v = masked(v);
     if (plan_.moments) return select(no_z | no_v, F{}, (gap(z, v) - shift_) * inv_v_ * plan_.factor);
@@ -266,7 +254,7 @@ template <class F, class Crew> class Careful {
     if (plan_.support) return plan_.reverse ? F{} : select(no_v, q, -q * ratio_);
     if (plan_.extreme) return select(no_z, F{}, select(chosen(z, v), -exp_set(z) * in_set_, q)) * sign_;
     if (plan_.mixed) {
-      const F own = mixed(z, v).em - q * moved_ + (plan_.entropy ? own_entropy(z) - q * entropy_z_ : F{});
+      const F own = mixed(z, v).em - q * moved_;
       return select(no_z, F{}, infinite_ ? splat<F>(NAN) : own);
     }
     const F p = exp_v(v) * inv_v_, d = log_ratio(z, v);
@@ -307,7 +295,7 @@ template <class F, class Crew> class Careful {
   F sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
   double base_z_ = 0, base_v_ = 0, apart_ = 0, top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0,
          inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0,
-         moved_ = 0, gain_ = 1, log_z_ = 0, entropy_z_ = 0;
+         moved_ = 0, gain_ = 1;
   bool broken_ = false, broken_student_ = false, infinite_ = false;
 };
 

@@ -6,8 +6,7 @@
 //     sweep   one read of both rows: sums of the block, and its e, em, et (row.h) into the workspace
 //     close   the blocks are merged in order: the value, and three coefficients for each block
 //     emit    the gradient as a linear combination of what was kept, written past the caches
-// The teacher's gradient, where there is one, is emitted from the same sweeps (MirrorJob) before the
-// student's. Logits with a transform are transformed as a block is fetched; what a softcap and label
+// Logits with a transform are transformed as a block is fetched; what a softcap and label
 // smoothing do to a gradient class by class comes between close and emit. Rows of the mixture family are
 // swept twice, from the second-level cache, and the second sweep is what is kept. The workspace is the tail
 // of the gradient itself, whose rows are written last: no memory is asked for beyond the gradient. Blocks
@@ -22,7 +21,6 @@
 #define KD_LEVEL KD_CONCAT(level_, KD_ISA)
 
 #include <cstdlib>
-#include <optional>
 #include "cpu/rows.h"
 #if defined(_OPENMP)
 #include <omp.h>
@@ -59,10 +57,7 @@ inline bool streams(const kd_call &c) {
 }
 
 template <class Real> void run(const kd_call &c, const Plan &plan) {
-  const RowJob<Real> job(c, plan, c.mirror != nullptr);
-  std::optional<MirrorJob<Real>> both;
-  if (c.mirror) both.emplace(*c.mirror, plan, job, sizeof(Real) == 8, streams(*c.mirror));
-  const MirrorJob<Real> *const mirror = both ? &*both : nullptr;
+  const RowJob<Real> job(c, plan);
   const int64_t blocks = job.blocks(), row_bytes = c.grad_width * element_size(c.student_dtype),
                 all = c.rows * row_bytes;
   const bool streaming = streams(c);
@@ -75,7 +70,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   // exponentials; for a fraction f of the blocks it saves f - a f^2, most at f = 1 / (2 a). So it never takes
   // more than half of the rows.
   const int64_t share = split ? (blocks + threads - 1) / threads : blocks;
-  int64_t want = share > 1 && (c.grad || mirror) ? share * job.slot_bytes() + 64 : 0, tail = 0, room = 0;
+  int64_t want = share > 1 && c.grad ? share * job.slot_bytes() + 64 : 0, tail = 0, room = 0;
   if (want && c.grad && c.fresh && !split) {
     tail = smaller((threads * want + row_bytes - 1) / row_bytes, c.rows / 2);
     const int64_t found = smaller(want, tail * row_bytes / threads);
@@ -91,8 +86,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
   char *const tail_start = tail ? (char *)c.grad + (all - tail * row_bytes) : nullptr;
   const int64_t chunk = at_least(1, smaller(16, c.rows / (8 * threads)));
 
-  Part *shared_parts = split ? allocate<Part>(blocks) : nullptr,
-       *shared_mirror_parts = split && mirror ? allocate<Part>(blocks) : nullptr;
+  Part *shared_parts = split ? allocate<Part>(blocks) : nullptr;
   SmoothPart *shared_hard = split ? allocate<SmoothPart>(blocks) : nullptr;
   StatPart *shared_stats = split && c.stats ? allocate<StatPart>(blocks) : nullptr;
   typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardRow(), 1};
@@ -115,10 +109,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
 #pragma omp barrier
         if (me == 0) {
           shared.row = Row();
-          shared.kept = true;
           shared.weight = job.begin(shared, row) ? shared.weight : 0;
-          typename RowJob<Real>::State none{shared_parts};
-          if (mirror && shared.weight == 0) mirror->alone.begin(none, row);
         }
 #pragma omp barrier
         counts = shared.weight != 0;
@@ -136,32 +127,24 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
           if (me == 0) job.close_mixed_row(shared, row, desk);
 #pragma omp barrier
         }
-        if (mirror && mirror->shared.goes_on(shared)) {
-          mirror->shared.emit_blocks(shared, row, lo, hi, desk, mirror->streaming);
-        } else if (mirror) {
-#pragma omp barrier
-          if (me == 0) mirror->run_row(shared, row, desk, shared_mirror_parts);
-#pragma omp barrier
-        }
         if (!shared.row.lost) {
           if (c.grad) job.emit_blocks(shared, row, lo, hi, desk, streaming);
         } else if (me == 0)
           job.careful_row(shared, row, desk, streaming);
       }
     } else {
-      Part *parts = allocate<Part>(blocks), *mirror_parts = mirror ? allocate<Part>(blocks) : nullptr;
+      Part *parts = allocate<Part>(blocks);
       SmoothPart *hard_parts = allocate<SmoothPart>(blocks);
       StatPart *stat_parts = c.stats ? allocate<StatPart>(blocks) : nullptr;
       typename RowJob<Real>::State s{parts, hard_parts, stat_parts, Row(), HardRow(), 1};
 #pragma omp for schedule(dynamic, chunk)
       for (int64_t row = 0; row < c.rows - tail; row++)
-        run_alone(job, s, row, desk, c.grad != nullptr, streaming, mirror, mirror_parts);
+        run_alone(job, s, row, desk, c.grad != nullptr, streaming);
       desk.capacity = tail ? 0 : desk.capacity;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t row = c.rows - tail; row < c.rows; row++)
-        run_alone(job, s, row, desk, c.grad != nullptr, streaming, mirror, mirror_parts);
+        run_alone(job, s, row, desk, c.grad != nullptr, streaming);
       std::free(parts);
-      std::free(mirror_parts);
       std::free(hard_parts);
       std::free(stat_parts);
     }
@@ -169,7 +152,6 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
     stream_fence();
   }
   std::free(shared_parts);
-  std::free(shared_mirror_parts);
   std::free(shared_hard);
   std::free(shared_stats);
 }

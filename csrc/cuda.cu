@@ -3,7 +3,7 @@
 // the other kernels. No torch, no Python; the CUDA runtime is linked in.
 //
 // A call: tickets are zeroed where blocks share rows, the kernel of its geometry runs, then careful_rows
-// looks at the losses and computes the rows that were left, in fp64; of both gradients the teacher's first.
+// looks at the losses and computes the rows that were left, in fp64.
 // Everything is put on the stream of the call; nothing waits for it.
 #define KD_LEVEL device
 #include "cuda/plan.h"
@@ -21,8 +21,6 @@ int launch_piece(const kd_geometry &g, const Job &job, void *stream, int *most) 
     if (most) return gpu::most_clusters(kernel, shape, most);
     return gpu::launch(kernel, shape, stream, job);
   };
-  if constexpr (kShape == kMixed)
-    if (g.kind == kBothRows) return with(loss_rows<typename Sizes<kShape>::BothRows, kShape, kB, kO>);
   switch (g.kind) {
     case kWarpRows: return with(loss_rows<typename Sizes<kShape>::WarpRows, kShape, kB, kO>);
     case kBlockRows: return with(loss_rows<typename Sizes<kShape>::BlockRows, kShape, kB, kO>);
@@ -79,7 +77,6 @@ Job make_job(const kd_call &c) {
   Job job{};
   job.call = c;
   job.plan = make_plan(c, false);
-  job.marks = c.loss;
   // so few classes do not average their roundings out, and are swept again in no time
   if (c.vocab <= 1024) job.plan.patience = 4;
   if (job.plan.mixed) job.mix = narrowed(job.plan.mixture, float());
@@ -109,13 +106,13 @@ int64_t workspace_of(const kd_call &c, const Job &job, const kd_geometry &g) {
 int geometry_on(const kd_call &c, const Job &job, kd_geometry &g) {
   kd_figures f{};
   if (const int error = gpu::figures(c.device, f)) return KD_CUDA_ERROR + error;
-  if (!make_geometry(c, job.plan, job.mutual, f, g)) return KD_BAD_CALL;
+  if (!make_geometry(c, job.plan, f, g)) return KD_BAD_CALL;
   if (g.kind != kCluster && g.kind != kWideCluster) return KD_OK;
   int most = 0;
   if (const int error = launch_loss(g, job, nullptr, &most)) return KD_CUDA_ERROR + error;
   if (most < 1) {
     f.capability = 80;
-    return make_geometry(c, job.plan, job.mutual, f, g) ? KD_OK : KD_BAD_CALL;
+    return make_geometry(c, job.plan, f, g) ? KD_OK : KD_BAD_CALL;
   }
   g.blocks = g.cluster * (c.rows < most ? c.rows : most);
   return KD_OK;
@@ -125,32 +122,6 @@ int64_t workspace_on(const Job &job) {  // negative: a status
   kd_geometry g{};
   const int status = geometry_on(job.call, job, g);
   return status ? -status : workspace_of(job.call, job, g);
-}
-
-// Of a call for both gradients, the teacher's alone.
-Job make_mirror_job(const kd_call &c) {
-  Job job = make_job(*c.mirror);
-  job.call.stream = c.stream;
-  job.call.device = c.device;
-  // which careful.h knows and the sweep does not
-  if (c.family == kCrossEntropy) job.plan.entropy = job.plan.careful = true;
-  job.marks = c.loss;
-  return job;
-}
-int64_t loss_bytes(const kd_call &c) { return round16(c.rows * 8); }
-
-// Both gradients from the same sweeps, where that can be.
-bool share(Job &job) {
-  job.mirror = *job.call.mirror;
-  job.mirror_plan = make_mirror(job.plan, make_plan(job.mirror, false));
-  job.mutual = !job.plan.careful && job.mirror_plan.mirror != kNoMirror;
-  const Mixed<double> &mix = job.plan.mixture;
-  if (job.plan.mixed) {
-    // reverse KL's as well: its e^y - 1 has been written over
-    job.mirror_plan.mirror = kSame;
-    job.mirror_mix = narrowed(make_mixed(mix.tvd, !mix.student_base, mix.l, mix.base, mix.other), float());
-  }
-  return job.mutual;
 }
 
 int run(Job &job) {
@@ -173,11 +144,6 @@ int run(Job &job) {
     if (const int error = launch_loss(g, job, c.stream)) return error == KD_BAD_CALL ? error : cuda(error);
   }
   const gpu::Shape rest{over(c.rows, job.all ? 1 : kLook), CarefulRows::kThreads, 1, CarefulRows::kWarps * 8};
-  if (job.mutual) {
-    const Job other = make_mirror_job(c);
-    if (const int error = gpu::launch(careful_rows<CarefulRows>, rest, c.stream, other)) return cuda(error);
-    job.mutual = 0;
-  }
   return cuda(gpu::launch(careful_rows<CarefulRows>, rest, c.stream, job));
 }
 
@@ -189,40 +155,25 @@ int run(Job &job) {
 
 KD_API int32_t kd_loss(kd_call *c) {
   using namespace kd::KD_LEVEL;
-  if (!understood(c) || (c->mirror && !understood(c->mirror))) return KD_BAD_CALL;
+  if (!understood(c)) return KD_BAD_CALL;
   if (!c->rows) return KD_OK;
   const gpu::OnDevice here(c->device);
   Job job = make_job(*c);
-  if (!c->mirror || share(job)) return run(job);
-  // first: a gradient in place overwrites the student's logits
-  Job other = make_mirror_job(*c);
-  other.call.workspace = (char *)c->workspace + loss_bytes(*c);
-  other.call.workspace_size = c->workspace_size - loss_bytes(*c);
-  if (other.call.workspace_size < 0) return KD_BAD_CALL;
-  other.call.loss = (double *)c->workspace;
-  other.marks = other.call.loss;
-  const int status = run(other);
-  return status ? status : run(job);
+  return run(job);
 }
 
 KD_API int64_t kd_workspace(const kd_call *c) {
   using namespace kd::KD_LEVEL;
-  if (!understood(c) || (c->mirror && !understood(c->mirror))) return -KD_BAD_CALL;
+  if (!understood(c)) return -KD_BAD_CALL;
   if (!c->rows) return 0;
   const gpu::OnDevice here(c->device);
-  Job job = make_job(*c);
-  const bool one = !c->mirror || share(job);
-  const int64_t own = workspace_on(job);
-  if (own < 0 || one) return own;
-  const int64_t other = workspace_on(make_mirror_job(*c)), both = other + loss_bytes(*c);
-  return other < 0 ? other : own > both ? own : both;
+  return workspace_on(make_job(*c));
 }
 
 KD_API int32_t kd_plan(const kd_call *c, const kd_figures *f, kd_geometry *g) {
   using namespace kd::KD_LEVEL;
-  if (!understood(c) || (c->mirror && !understood(c->mirror))) return KD_BAD_CALL;
-  Job job = make_job(*c);
-  return make_geometry(*c, job.plan, c->mirror && share(job), *f, *g) ? KD_OK : KD_BAD_CALL;
+  if (!understood(c)) return KD_BAD_CALL;
+  return make_geometry(*c, make_job(*c).plan, *f, *g) ? KD_OK : KD_BAD_CALL;
 }
 
 KD_API void kd_tune(int32_t wide, int32_t stages) { kd::KD_LEVEL::tuning = {wide, stages}; }

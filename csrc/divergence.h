@@ -329,15 +329,9 @@ inline Mixed<float> narrowed(const Mixed<double> &m, float) {
   return r;
 }
 
-// The teacher's gradient, from the sums for the student's (make_mirror). kNegative: minus the student's (T =
-// inf). kSame: as the student's, of the divergence with both exchanged. kLogRatio: of KL and the cross
-// entropy, -p log(q / p) less its mean. kDifference: of reverse KL, p - q.
-enum Mirror { kNoMirror, kNegative, kSame, kLogRatio, kDifference };
-
 // What a call asks for, with every number that does not depend on the data computed once, in fp64.
 struct Plan {
   bool student_base = false, tilted = false, entropy = false;
-  Mirror mirror = kNoMirror;
   bool mixed = false, tvd = false;  // the mixture family, and TVD in it
   bool alpha = false;               // D is F itself
   bool moments = false;             // T = inf: only the first two moments of z - v count
@@ -393,31 +387,6 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   p.tilt = p.student_base ? p.order : 1 - p.order;
   if (!wide) p.tilt = float(p.tilt);
   return p;
-}
-
-// The plan of call.mirror, whose own is m, that goes on from the sweeps of p, from the same base. kNoMirror:
-// there is none.
-inline Plan make_mirror(const Plan &p, Plan m) {
-  if (p.careful || m.careful) return m;
-  m.student_base = !p.student_base;
-  if (p.moments) {
-    m.mirror = kNegative;
-  } else if (p.tilted || m.tilted) {
-    // of a small order q - w is proportional to the tilt, of which 1 - order, p's, has lost digits
-    if (!p.student_base && !m.alpha && p.tilt > 0) m.factor *= m.tilt / p.tilt;
-    m.tilt = p.tilt;
-    m.mirror = p.tilted && m.tilted ? kSame : kNoMirror;  // not where an order is 1 as it is rounded
-  } else if (!p.mixed) {
-    m.entropy = p.entropy;
-    m.mirror = kLogRatio;
-  } else if (!m.mixed) {
-    m.mixed = true;
-    m.mirror = kDifference;
-  } else {
-    m.mixture = make_mixed(p.tvd, m.student_base, p.mixture.l, p.mixture.base, p.mixture.other);
-    m.mirror = kSame;
-  }
-  return m;
 }
 
 // f of the family, for the scalars of a row; tilt = 0 is KL

@@ -342,11 +342,10 @@ struct Row {
   double top = -INFINITY, total = 0;  // largest base logit, sum of e^{(b - top)/T}
   double shift = 0;                   // log sum b e^{(o - b)/T}, with b normalised: o's log-sum-exp minus b's
   double F = 0, R = 1, log_r = 0, value = 0;
-  double gain = 1;  // of the gradient: T dD/dz = gain (q - w)
-  // M of the mixture family, of the student's gradient and of the teacher's
-  double moved = 0, turned = 0;
-  double above = 0, above_turned = 0;  // TVD: 1 + M of each, to its own digits
-  bool lost = false;                   // outside the range of the step: careful.h
+  double gain = 1;    // of the gradient: T dD/dz = gain (q - w)
+  double moved = 0;   // M of the mixture family
+  double above = 0;   // TVD: 1 + M to its own digits
+  bool lost = false;  // outside the range of the step: careful.h
   // the references were far from shift: sweep again with shift as everyone's
   bool refine = false;
 };
@@ -494,10 +493,7 @@ KD_HD void close_mixed(const Part *parts, int n, const Plan &plan, Row &r, const
   });
   r.value = larger(plan.tvd && sums[3] + sums[0] > .5 ? sums[2] : sums[0], 0.);
   r.moved = sums[1];
-  // the two are D together, and TVD's xi are 1/2 less than what that holds for
-  r.turned = plan.tvd ? -sums[3] : r.value - r.moved;
   r.above = sums[3] + sums[0];
-  r.above_turned = sums[2] - sums[1];
   r.lost |= !std::isfinite(r.value) || !std::isfinite(r.moved);
 }
 
@@ -517,36 +513,14 @@ KD_HD void close_kept(Second how, const Mixed<double> &mix, double s, double t, 
 // T dD/dz = A em + B et + C e over a block, times scale; q (A xi + C) in the mixture family.
 KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, double scale) {
   if (p.empty()) return {0, 0, 0};
-  if (plan.mirror == kDifference) {  // b - o, of e and e^y - 1
-    const double unit = p.unit * scale, h = r.shift - p.offset;
-    return {-unit * exp_of(-h), 0, -unit * expm1_of(-h)};
-  }
   if (plan.mixed) return {p.unit * scale, 0, -p.unit * scale * r.moved, -p.unit * scale * r.above};
   const double unit = p.unit * scale * r.gain, h = r.shift - p.offset;
-  if (plan.mirror == kNegative) return {-unit, 0, unit * h};
   if (plan.moments) return {unit, 0, -unit * h};
   const double A = unit * exp_of(-h), C = unit * expm1_of(-h);
   if (!plan.tilted) return {A, 0, C};
   const double bh = plan.tilt * h, B = -unit * exp_of(-bh - r.log_r), less = unit * expm1_of(-bh - r.log_r);
   if (plan.student_base) return {0, B, -less};
   return {A, B, C - less};
-}
-
-// The teacher's gradient likewise, of a mirror of `plan`, from no more than the row's sums: A e y + C e, with
-// y to base 2, where plan has KL or the cross entropy; q (A xi + C), with the mirror's xi and q, in the
-// mixture family. The means of both sides' terms are D together: that of KL's student is 0.
-KD_HD Coefficients mirror_coefficients(const Part &p, const Row &r, const Plan &plan, const Plan &mirror,
-                                       double scale) {
-  if (p.empty()) return {0, 0, 0};
-  const double unit = p.unit * scale;
-  if (plan.mixed && mirror.mirror == kSame) return {unit, 0, -unit * r.turned, -unit * r.above_turned};
-  if (mirror.mirror == kLogRatio) {
-    const double log_b = plan.entropy ? plan.k * (p.top - r.top) - log_of(r.total) : 0;
-    return {-unit * kLn2, 0, -unit * (p.offset - r.shift + log_b + r.value)};
-  }
-  Row turned = r;
-  turned.gain = mirror.alpha && mirror.tilted ? exp_of(r.log_r) / mirror.order : mirror.factor;
-  return coefficients(p, turned, mirror, scale);
 }
 
 // Of a row that is closed. logs: of its parts, StatParts or what begins like them.

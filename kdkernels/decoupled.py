@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from . import functional, inputs
+from .folding import weights
+from .options import checked_items, options
 from .transforms import wide
 
 
@@ -46,7 +48,7 @@ def decoupled_kd_loss(
     required.
     """
     common = dict(t_squared=t_squared, vocab_size=vocab_size, backend=backend)
-    o = functional.options(
+    o = options(
         temperature=temperature,
         hard_weight=hard_weight,
         ignore_index=ignore_index,
@@ -78,8 +80,8 @@ def decoupled_kd_loss(
         **common,
     )
     vocab = o.vocab_size or teacher_logits.shape[-1]
-    num_items = functional._items(num_items, o)
-    weight, denominator = functional._weights(student_logits, labels, vocab, o, token_weight, num_items)
+    num_items = checked_items(num_items, o)
+    weight, denominator = weights(student_logits, labels, vocab, o, token_weight, num_items)
     # ignore_index is a class of no vocabulary; a wrong label beside it has had its error, or on a device has
     # a row that is nan
     at = torch.where((labels >= 0) & (labels < vocab), labels, 0).unsqueeze(-1)

@@ -23,6 +23,7 @@ families is checked against `FAMILIES` when it is loaded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -125,9 +126,10 @@ class Divergence:
     name: ClassVar[str]
     # of the parameter: bounds, both included, and how they are written
     domain: ClassVar[tuple[float, float, str]]
+    # its one number; 0 where it has none. of(d.name, d.parameter) == d
+    parameter: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        arguments = []
         for field in dataclasses.fields(self):
             value, (low, high, written) = getattr(self, field.name), self.domain
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -137,10 +139,8 @@ class Divergence:
             if not low <= value <= high:
                 raise ValueError(f"{type(self).__name__}: {field.name} must be in {written}, got {value!r}")
             object.__setattr__(self, field.name, float(value))
-            short = f"{value:g}"
-            arguments.append(short if float(short) == value else repr(float(value)))
-        # both once: they are asked for with every call
-        object.__setattr__(self, "_text", f"{self.name}({', '.join(arguments)})" if arguments else self.name)
+            object.__setattr__(self, "parameter", float(value))
+        # once: it is asked for with every call
         object.__setattr__(self, "_form", self._make_form())
 
     def _make_form(self) -> Form:
@@ -159,7 +159,10 @@ class Divergence:
     @property
     def text(self) -> str:
         """The text form: parse(d.text) == d."""
-        return self._text
+        if not dataclasses.fields(self):
+            return self.name
+        short = f"{self.parameter:g}"
+        return f"{self.name}({short if float(short) == self.parameter else repr(self.parameter)})"
 
     def __str__(self) -> str:
         return self.text
@@ -241,7 +244,7 @@ class Renyi(Divergence):
             return _KL
         if a == 0:
             return Form("support", limit=0.0)
-        return Form("extreme", limit=None) if math.isinf(a) else Form("renyi", limit=a, order=a)
+        return Form("extreme", limit=None) if a == math.inf else Form("renyi", limit=a, order=a)
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ class ReverseRenyi(Divergence):
             return _REVERSE_KL
         if a == 0:
             return Form("support", limit=0.0, reverse=True)
-        if math.isinf(a):
+        if a == math.inf:
             return Form("extreme", limit=None, reverse=True)
         return Form("renyi", limit=a, order=1 - a, factor=a / (1 - a))
 
@@ -432,11 +435,11 @@ REGISTRY: dict[str, type[Divergence]] = {
 }
 
 
-def mirror(text: str) -> str:
-    """The text of the divergence whose gradient in its student is this one's in the teacher; the cross
-    entropy's but for H(p)."""
-    divergence = parse(text)
-    return (KL() if isinstance(divergence, CrossEntropy) else divergence).reversed.text
+@functools.lru_cache(maxsize=256)
+def of(name: str, parameter: float) -> Divergence:
+    """The divergence of a name and a parameter, which those without one pass over."""
+    cls = REGISTRY[name]
+    return cls(parameter) if dataclasses.fields(cls) else cls()
 
 
 def parse(text: str) -> Divergence:

@@ -16,9 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional, inputs, ops
+from . import inputs, ops
+from .call import SCHEMA, Asked, addressable, exchanged
 from .divergence import Divergence
-from .functional import AS_THEY_ARE, DTYPES, Factors, Options
+from .folding import MOST_STEEP, boost_of, fold, largest, reduced, steepness, unfolded, value_dtype, weights
+from .gradients import once, times_upstream
+from .options import AS_THEY_ARE, DTYPES, Options, check_rows, checked_items, common_vocab, options
 from .stats import COLUMNS, KDStats, from_columns
 from .transforms import LogitTransform
 
@@ -97,11 +100,11 @@ def _run(
     row_weight: Tensor | None,  # (...) float64
     upstream: Tensor | None,  # (...) float64: one more factor of the rows
     setup: Setup,
-    factors: Factors,
+    asked: Asked,
 ) -> tuple[Tensor, ...]:
     """(rows, gradients as in setup.needs, statistics) as ops.py has them; an empty tensor for what is not
     asked for."""
-    vocab, device, dtype, stats = factors[6], hidden.device, setup.dtype, setup.stats
+    vocab, device, dtype, stats = asked.vocab, hidden.device, setup.dtype, setup.stats
     tokens = math.prod(hidden.shape[:-1])
     labels, row_weight, upstream = (
         x if x is None else x.reshape(tokens) for x in (labels, row_weight, upstream)
@@ -144,6 +147,7 @@ def _run(
     head_bias = None if bias is None else bias[:vocab].to(dtype)
     rows = (torch.empty if index is None else torch.zeros)(tokens, dtype=torch.float64, device=device)
     columns = torch.full((tokens if stats else 0, COLUMNS), math.nan, dtype=torch.float64, device=device)
+    turned = Asked.of(*exchanged(*asked.record()), vocab, asked.backend) if others else None
     models = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
     mine, theirs = (
         _Gradients(
@@ -166,18 +170,13 @@ def _run(
             z = _project(x, head, head_bias, _shaped(first, (stop - start, vocab), logits_dtype))
             v = teacher.logits(at, second)
             y, w = (a if a is None else a[at] for a in (labels, row_weight))
-            grad, dv = z if own else None, None
-            if others:
+            if others:  # first: the student's gradient takes its logits' place
                 dv = _shaped(third, v.shape, others_dtype)
-                rows[at], found = ops.loss_and_grads(z, v, y, w, grad, dv, *factors, stats)
-                if stats:
-                    columns[at] = found
-            elif stats:
-                rows[at], columns[at] = ops.loss_and_stats(z, v, y, w, grad, *factors)
-            elif own:
-                rows[at] = ops.loss_and_grad(z, v, y, w, grad, *factors)
-            else:
-                rows[at] = ops.loss(z, v, y, w, *factors)
+                ops.loss_into(v, z, None, w, *turned, dv, None)
+            found = ops.new_columns(z) if stats else None
+            rows[at] = ops.loss_into(z, v, y, w, *asked, z if own else None, found)
+            if stats:
+                columns[at] = found
             if own:
                 mine.add(mine.narrowed(z, second, dtype), x, head, at, start > 0)
             if others:
@@ -188,7 +187,7 @@ def _run(
                     at,
                     start > 0,
                 )
-    first = second = third = z = v = grad = dv = None  # before gradients are cast
+    first = second = third = z = v = dv = None  # before gradients are cast
     return rows, *mine.finish(count), *theirs.finish(count), columns
 
 
@@ -352,7 +351,7 @@ class _Teacher:
                 f"teacher_logits: must return ({stop - start}, {self.vocab} or more) logits, got "
                 f"{tuple(v.shape)}"
             )
-        return functional._rows_addressable(v.detach().to(self.device))
+        return addressable(v.detach().to(self.device))
 
 
 def _flat(x: Tensor) -> Tensor | None:
@@ -472,9 +471,9 @@ _SETUP = (
     "memory_budget, SymInt? num_counted, "
     "bool stats, bool fitted"
 )
-_library, _optional = ops._library, ", ".join(f"Tensor? {x}" for x in (*_TENSORS[2:], *_ROWS))
+_library, _optional = ops.library, ", ".join(f"Tensor? {x}" for x in (*_TENSORS[2:], *_ROWS))
 _library.define(
-    f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {ops._OPTIONS}) -> "
+    f"linear_loss(Tensor hidden, Tensor weight, {_optional}, {_SETUP}, {SCHEMA}) -> "
     f"({', '.join(['Tensor'] * 8)})"
 )
 
@@ -482,7 +481,7 @@ _library.define(
 @torch.library.impl(_library, "linear_loss", "CompositeExplicitAutograd")
 def _linear_loss(*arguments):
     tensors, rest = len(_TENSORS) + len(_ROWS), len(_TENSORS) + len(_ROWS) + len(Setup._fields)
-    return _run(*arguments[:tensors], Setup(*arguments[tensors:rest]), arguments[rest:])
+    return _run(*arguments[:tensors], Setup(*arguments[tensors:rest]), Asked(*arguments[rest:]))
 
 
 @torch.library.register_fake("kdkernels::linear_loss", lib=_library)
@@ -505,13 +504,14 @@ def _(*arguments):
     )
 
 
-def _pass(tensors: tuple, labels, row_weight, upstream, setup: Setup, factors: Factors):
+def _pass(tensors: tuple, labels, row_weight, upstream, setup: Setup, asked: Asked):
     """`_run`, or what a compiler takes for it."""
     if torch.compiler.is_compiling():
-        return torch.ops.kdkernels.linear_loss.default(
-            *tensors, labels, row_weight, upstream, *setup, *factors
-        )
-    return _run(*tensors, labels, row_weight, upstream, setup, factors)
+        return torch.ops.kdkernels.linear_loss.default(*tensors, labels, row_weight, upstream, *setup, *asked)
+    return _run(*tensors, labels, row_weight, upstream, setup, asked)
+
+
+_NO_NEEDS = (False,) * 6
 
 
 class _Total(torch.autograd.Function):
@@ -519,22 +519,19 @@ class _Total(torch.autograd.Function):
     gradient."""
 
     @staticmethod
-    def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, boost: float, *tensors):
-        rows, *grads, columns = _pass(tensors, labels, row_weight, None, setup, factors)
+    def forward(ctx, labels, row_weight, setup: Setup, asked: Asked, boost: float, *tensors):
+        rows, *grads, columns = _pass(tensors, labels, row_weight, None, setup, asked)
         ctx.save_for_backward(*(g for g, need in zip(grads, setup.needs, strict=True) if need))
         ctx.needs, ctx.dtypes = setup.needs, [None if x is None else x.dtype for x in tensors[:6]]
         ctx.boost = boost
         ctx.mark_non_differentiable(columns)
-        return rows.sum().to(functional._value_dtype(tensors[0])), columns
+        return rows.sum().to(value_dtype(tensors[0])), columns
 
     @staticmethod
     def backward(ctx, upstream, _):
         inputs.check_upstream("fused_linear_kd_loss", upstream)
-        grads = iter(
-            functional._times_upstream(
-                ctx.saved_tensors, upstream / ctx.boost if ctx.boost != 1.0 else upstream
-            )
-        )
+        factor = upstream / ctx.boost if ctx.boost != 1.0 else upstream
+        grads = iter(times_upstream(ctx.saved_tensors, factor))
         return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), None
 
 
@@ -542,35 +539,29 @@ class _PerRow(torch.autograd.Function):
     """Row losses; the backward goes over the chunks again with the upstream gradient in the rows' weights."""
 
     @staticmethod
-    def forward(ctx, labels, row_weight, setup: Setup, factors: Factors, steepness: float, *tensors):
-        rows, *_, columns = _pass(
-            tensors, labels, row_weight, None, setup._replace(needs=(False,) * 6), factors
-        )
+    def forward(ctx, labels, row_weight, setup: Setup, asked: Asked, boost: float, *tensors):
+        rows, *_, columns = _pass(tensors, labels, row_weight, None, setup._replace(needs=_NO_NEEDS), asked)
         *tensors_alone, logits = tensors
         ctx.called = logits if callable(logits) else None
         ctx.save_for_backward(*tensors_alone, None if callable(logits) else logits, labels, row_weight)
-        ctx.setup, ctx.factors, ctx.steepness = setup._replace(stats=False), factors, steepness
+        ctx.setup, ctx.asked, ctx.boost = setup._replace(stats=False), asked, boost
         ctx.mark_non_differentiable(columns)
-        return rows.view(tensors[0].shape[:-1]).to(functional._value_dtype(tensors[0])), columns
+        return rows.view(tensors[0].shape[:-1]).to(value_dtype(tensors[0])), columns
 
     @staticmethod
     def backward(ctx, upstream, _):
         inputs.check_upstream("fused_linear_kd_loss", upstream)
         *tensors, logits, labels, row_weight = ctx.saved_tensors
         with torch.no_grad():
-            upstream, factors, post = upstream.double(), ctx.factors, None
+            upstream, post = upstream.double(), None
             if _underflows(ctx.setup):  # near 1 until it is in fp32, whatever the loss scale
-                factors, boost = functional._boosted(factors, ctx.steepness)
-                most = upstream.abs().amax() if upstream.numel() else upstream.new_ones(())
-                most = torch.where(most > 0, most, 1.0)
-                upstream, post = upstream / most, most / boost
-            _, *grads, _ = _pass(
-                (*tensors, ctx.called or logits), labels, row_weight, upstream, ctx.setup, factors
-            )
+                post = largest(upstream) / ctx.boost
+                upstream = upstream / post
+            tensors = *tensors, ctx.called or logits
+            _, *grads, _ = _pass(tensors, labels, row_weight, upstream, ctx.setup, ctx.asked)
             grads = grads if post is None else [g * post for g in grads]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            one = torch.ones((), device=upstream.device)
-            grads = [functional._OnceDifferentiable.apply(functional._anchor(), g, one) for g in grads]
+            grads = [once(g) for g in grads]
         wanted = (g for g, need in zip(grads, ctx.setup.needs, strict=True) if need)
         return (
             *[None] * 5,
@@ -583,23 +574,22 @@ class _PerRow(torch.autograd.Function):
 _library.define(
     "trainable_linear_loss(Tensor hidden, Tensor weight, "
     f"{', '.join(f'Tensor? {x}' for x in (*_TENSORS[2:], *_ROWS[:2]))}, "
-    f"{_SETUP}, {ops._OPTIONS}) -> (Tensor, Tensor)"
+    f"{_SETUP}, {SCHEMA}) -> (Tensor, Tensor)"
 )
-_NO_NEEDS = (False,) * 6
 
 
 @torch.library.impl(_library, "trainable_linear_loss", "CompositeExplicitAutograd")
 def _trainable_linear_loss(*arguments):
-    tensors, setup, factors = _parts(arguments)
-    rows, *_, columns = _run(*tensors, None, setup._replace(needs=_NO_NEEDS), factors)
+    tensors, setup, asked = _parts(arguments)
+    rows, *_, columns = _run(*tensors, None, setup._replace(needs=_NO_NEEDS), asked)
     return rows, columns
 
 
-def _parts(arguments: tuple) -> tuple[tuple, Setup, tuple]:
-    """(tensors and what belongs to their rows, setup, factors) of the operator's arguments."""
+def _parts(arguments: tuple) -> tuple[tuple, Setup, Asked]:
+    """(tensors and what belongs to their rows, setup, what is asked for) of the operator's arguments."""
     tensors = len(_TENSORS) + len(_ROWS[:2])
     rest = tensors + len(Setup._fields)
-    return arguments[:tensors], Setup(*arguments[tensors:rest]), arguments[rest:]
+    return arguments[:tensors], Setup(*arguments[tensors:rest]), Asked(*arguments[rest:])
 
 
 @torch.library.register_fake("kdkernels::trainable_linear_loss", lib=_library)
@@ -611,7 +601,7 @@ def _(hidden, *arguments):
 
 
 def _save_trainable(ctx, inputs, output) -> None:
-    tensors, ctx.setup, ctx.factors = _parts(inputs)
+    tensors, ctx.setup, ctx.asked = _parts(inputs)
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
 
@@ -619,16 +609,15 @@ def _save_trainable(ctx, inputs, output) -> None:
 def _trainable_backward(ctx, upstream, _):
     *tensors, labels, row_weight = ctx.saved_tensors
     setup = ctx.setup._replace(needs=tuple(ctx.needs_input_grad[:6]), stats=False)
-    most = upstream.abs().amax() if _underflows(setup) and upstream.numel() else upstream.new_ones(())
-    most = torch.where(most > 0, most, 1.0)
-    call = (*tensors, labels, row_weight, upstream / most, *setup, *ctx.factors)
+    most = largest(upstream) if _underflows(setup) else upstream.new_ones(())
+    call = (*tensors, labels, row_weight, upstream / most, *setup, *ctx.asked)
     grads = (
         g * most
         for g, need in zip(torch.ops.kdkernels.linear_loss.default(*call)[1:7], setup.needs, strict=True)
         if need
     )
     dtypes = [None if x is None else x.dtype for x in tensors[:6]]
-    return *_cast(grads, setup.needs, dtypes), *[None] * (3 + len(setup) + len(ctx.factors))
+    return *_cast(grads, setup.needs, dtypes), *[None] * (3 + len(setup) + len(ctx.asked))
 
 
 torch.library.register_autograd(
@@ -645,31 +634,29 @@ def _cast(grads, needs, dtypes) -> list[Tensor | None]:
 
 
 def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options, vocab: int, setup: Setup):
-    """(loss, statistics) of checked arguments; `functional._fused` for hidden states."""
+    """(loss, statistics) of checked arguments; functional.py's `_fused` for hidden states."""
     hidden = tensors[0]
     if torch.compiler.is_exporting():
-        factors = functional._factors(o, vocab)
-        call = *tensors, labels, row_weight, *setup._replace(needs=_NO_NEEDS), *factors
+        asked = Asked.of(o.divergence, unfolded(o), vocab, o.backend)
+        call = *tensors, labels, row_weight, *setup._replace(needs=_NO_NEEDS), *asked
         rows, columns = torch.ops.kdkernels.trainable_linear_loss.default(*call)
-        return functional._reduced(rows, hidden, o, denominator), columns
-    wants_grad = any(setup.needs)
-    steepness = (
-        functional._steepness(o, vocab, of_teacher=any(setup.needs[3:])) if _underflows(setup) else None
-    )
-    if steepness is not None and steepness > functional.MOST_STEEP:
-        setup, steepness = setup._replace(fitted=True, logits_dtype=torch.float32), 1.0
-    factors, row_weight, post, boost = functional._folded(
-        steepness, hidden.shape[:-1], row_weight, o, vocab, denominator
-    )
+        return reduced(rows, hidden, o, denominator), columns
+    steepest = steepness(o, vocab, of_teacher=any(setup.needs[3:])) if _underflows(setup) else None
+    if steepest is not None and steepest > MOST_STEEP:
+        setup, steepest = setup._replace(fitted=True, logits_dtype=torch.float32), 1.0
+    folded = fold(o, hidden.shape[:-1], row_weight, denominator, steepest)
+    asked = Asked.of(o.divergence, folded.numbers, vocab, o.backend)
+    rows_of = labels, folded.weight, setup, asked
     if o.reduction == "none":
-        return _PerRow.apply(labels, row_weight, setup, factors, steepness, *tensors)
-    if wants_grad:
-        total, columns = _Total.apply(labels, row_weight, setup, factors, boost, *tensors)
+        boost = 1.0 if steepest is None else boost_of(folded.numbers, steepest)
+        return _PerRow.apply(*rows_of, boost, *tensors)
+    if any(setup.needs):
+        total, columns = _Total.apply(*rows_of, folded.boost, *tensors)
     else:
         with torch.no_grad():
-            rows, *_, columns = _pass(tensors, labels, row_weight, None, setup, factors)
-            total = rows.sum().to(functional._value_dtype(hidden))
-    return total if post is None else (total * post).to(total.dtype), columns
+            rows, *_, columns = _pass(tensors, labels, folded.weight, None, setup, asked)
+            total = rows.sum().to(value_dtype(hidden))
+    return total if folded.post is None else (total * folded.post).to(total.dtype), columns
 
 
 def _product_dtype(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -759,8 +746,8 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
     teacher_vocab = (
         len(teacher[1]) if logits is None else len(weight) if callable(logits) else logits.shape[-1]
     )
-    vocab = functional._common_vocab(len(weight), teacher_vocab, o)
-    functional._check_rows(labels, token_weight, hidden, o, "hidden states")
+    vocab = common_vocab(len(weight), teacher_vocab, o)
+    check_rows(labels, token_weight, hidden, o, "hidden states")
     if num_counted is not None:
         tokens = math.prod(leading)
         if not 0 <= num_counted <= tokens:
@@ -776,7 +763,7 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
 
 
 def check_chunking(logits_dtype: torch.dtype | None, memory_budget: int | None = None) -> int | None:
-    """Raise for what `functional.options` does not know; the budget."""
+    """Raise for what `options` does not know; the budget."""
     if logits_dtype not in (None, torch.float32):
         raise ValueError(
             f"logits_dtype: must be torch.float32, or None for that of the products, got {logits_dtype!r}"
@@ -894,16 +881,16 @@ def fused_linear_kd_loss(
     Example:
         >>> import torch
         >>> from kdkernels import fused_linear_kd_loss
-        >>> hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(32000, 64)
+        >>> hidden = torch.randn(8, 64, requires_grad=True)
+        >>> weight = torch.randn(32000, 64, requires_grad=True)
         >>> teacher_hidden, teacher_weight = torch.randn(8, 128), torch.randn(32000, 128)
         >>> loss = fused_linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, temperature=2.0)
         >>> loss.backward()
     """
     mixing = soft_weight, hard_weight, ignore_index, reduction
     more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
-    o = functional.options(
-        divergence, temperature, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend
-    )
+    o = options(divergence, temperature, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend)
+    o.check_exchangeable()
     memory_budget = check_chunking(logits_dtype, memory_budget)
     num_counted = _integer("num_counted", num_counted, "an integer")
     tensors = (
@@ -922,15 +909,15 @@ def fused_linear_kd_loss(
             "fused_linear_kd_loss", differentiable, False, 'logits, and fused_kd_loss(backend="eager")'
         )
     vocab = _check(tensors, labels, token_weight, num_counted, o)
-    num_items = functional._items(num_items, o)
+    num_items = checked_items(num_items, o)
     if not compiling and reduction == "none":  # which saves what it is given
         *tensors, labels, token_weight = map(inputs.saveable, (*tensors, labels, token_weight))
     if memory_budget is None:
         memory_budget = CPU_BUDGET if student_hidden.device.type == "cpu" else GPU_BUDGET
     student_dtype = _product_dtype("student", *tensors[:3])
     teacher_dtype = student_dtype if teacher_hidden is None else _product_dtype("teacher", *tensors[3:6])
-    row_weight, denominator = functional._weights(student_hidden, labels, vocab, o, token_weight, num_items)
-    # as in `functional._loss`
+    row_weight, denominator = weights(student_hidden, labels, vocab, o, token_weight, num_items)
+    # as in functional.py's `_loss`
     hard = labels if o.hard_weight or student_hidden.device.type == "cpu" else None
 
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:6])

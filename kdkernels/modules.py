@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, inputs, linear
+from .options import NUMBERS
+from .options import options as checked
 from .stats import KDStats
 
-OPTIONS = tuple(inspect.signature(functional.options).parameters)
+OPTIONS = tuple(inspect.signature(checked).parameters)
 LINEAR_OPTIONS = (
     *(x for x in OPTIONS if x != "inplace"),
     *inspect.signature(linear.check_chunking).parameters,
@@ -36,8 +38,8 @@ class KDLoss(nn.Module):
 
     def _keep(self, options: dict) -> None:
         """Check options, and keep those that were given, numbers as plain ones."""
-        self.options = functional.options(**options)
-        numbers = *functional.NUMBERS, "ignore_index", "vocab_size"
+        self.options = checked(**options)
+        numbers = *NUMBERS, "ignore_index", "vocab_size"
         self._given = options | {name: getattr(self.options, name) for name in numbers if name in options}
 
     def forward(

@@ -60,8 +60,11 @@ class LogitTransform:
 
 
 class Modifiers(NamedTuple):
-    """What the operator is told besides the divergence: both transforms, and what joins the cross entropy. An
-    empty list is none of it."""
+    """What is done to the logits before all else, and what joins the cross entropy.
+
+    CE is with them (1 - label_smoothing) CE + label_smoothing (lse - mean z) + z_loss lse^2, lse and the mean
+    over the classes not at -inf.
+    """
 
     student_scale: float = 1.0
     student_softcap: float = 0.0  # 0: none
@@ -73,16 +76,10 @@ class Modifiers(NamedTuple):
     @staticmethod
     def of(
         student: LogitTransform, teacher: LogitTransform, label_smoothing: float, z_loss: float
-    ) -> list[float]:
-        found = Modifiers(
-            student.scale,
-            student.softcap or 0.0,
-            teacher.scale,
-            teacher.softcap or 0.0,
-            label_smoothing,
-            z_loss,
-        )
-        return [] if found == Modifiers() else [float(x) for x in found]
+    ) -> Modifiers:
+        transforms = student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0
+        found = Modifiers(*(float(x) for x in (*transforms, label_smoothing, z_loss)))
+        return PLAIN if found == PLAIN else found
 
     @property
     def transforms(self) -> tuple[LogitTransform, LogitTransform]:
@@ -91,6 +88,9 @@ class Modifiers(NamedTuple):
             (self.teacher_scale, self.teacher_softcap),
         )
         return tuple(LogitTransform(scale, softcap or None) for scale, softcap in (student, teacher))
+
+
+PLAIN = Modifiers()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -389,7 +389,7 @@ def of_products(case: Case, found: dict, grads, rooms) -> Iterator[tuple]:
 
 
 def of_stats(case: Case, stats, rows: list) -> Iterator[tuple]:
-    """Divergence and cross entropy as in the value. A log-sum-exp or an entropy as tests/mutual.py has them:
+    """Divergence and cross entropy as in the value. A log-sum-exp or an entropy is
     a sum of logarithms as deep as the row. Of classes that a transform makes equal the top-1 may be any."""
     T, counts = case.temperature, [x is not None for x in rows]
     yield "stats.mask", stats.mask.float(), np.array(counts, LD), LD(0)

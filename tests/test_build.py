@@ -154,7 +154,7 @@ def test_a_library_of_another_version_is_refused(tmp_path, monkeypatch):
     ):
         abi.Library(native.LIBRARY)
     monkeypatch.undo()
-    monkeypatch.setattr(abi, "Call", abi.LogSoftmaxCall)
+    monkeypatch.setattr(abi, "Loss", abi.LogSoftmax)
     with pytest.raises(OSError, match="kd_call has .* bytes"):
         abi.Library(native.LIBRARY)
 

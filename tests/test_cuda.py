@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import raw
 import torch
 from bounds import cast_bound, gradient_bound, spread_of, value_bound
-from mutual import check_both
 from oracle import divergence_row
 from rows import KINDS, make_rows, with_masks
 from test_options import MODIFIERS, SIDES
@@ -67,7 +67,7 @@ def on(name: str, z: torch.Tensor, v: torch.Tensor, divergence: str = "kl", T: f
     lib = cuda.library().c
     lib.kd_simt_device((ctypes.c_int * 5)(*figures))
     out = torch.empty_like(z)
-    call, _, alive = abi.loss_call(z, v, None, None, out, divergence, T, 1.0, 1.0, 0.0, 0.0, z.shape[-1])
+    call, _, alive = abi.loss_call(raw.call(z, v, None, None, divergence, T, grad=out))
     found = (ctypes.c_int32 * 10)()
     assert lib.kd_plan(ctypes.byref(call), (ctypes.c_int32 * 4)(*figures[:4]), found) == 0
     if found[0] != CAREFUL:
@@ -118,7 +118,7 @@ def test_plans_of_real_devices(call, geometry, planner):
     """The geometry that plan.h chooses, with the blocks that GPUs get."""
     figures, rows, vocab, dtype, divergence = call
     z = torch.empty(rows, vocab, dtype=dtype, device="meta")
-    c, _, alive = abi.loss_call(z, z, None, None, z, divergence, 1.0, 1.0, 1.0, 0.0, 0.0, vocab)
+    c, _, alive = abi.loss_call(raw.call(z, z, divergence=divergence, grad=z))
     found = (ctypes.c_int32 * 10)()
     assert planner.kd_plan(ctypes.byref(c), (ctypes.c_int32 * 4)(*figures), found) == 0
     kind, parts, tiles, stages, cluster, _, shared, *_ = found
@@ -134,7 +134,7 @@ def test_plans_of_real_devices(call, geometry, planner):
 )
 def test_a_measurement_may_choose(tuning, geometry, planner):
     z = torch.empty(4096, 128256, dtype=BF16, device="meta")
-    c, _, alive = abi.loss_call(z, z, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, z.shape[-1])
+    c, _, alive = abi.loss_call(raw.call(z, z, grad=z))
     found, own, again = ((ctypes.c_int32 * 10)() for _ in range(3))
 
     def plan(to):
@@ -152,7 +152,7 @@ def test_a_measurement_may_choose(tuning, geometry, planner):
 
 def test_a_vocabulary_beyond_every_geometry(planner):
     z = torch.empty(1, 2**24, dtype=BF16, device="meta")
-    c, _, alive = abi.loss_call(z, z, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 2**24)
+    c, _, alive = abi.loss_call(raw.call(z, z, grad=z))
     # a refusal, not a launch
     assert planner.kd_plan(ctypes.byref(c), (ctypes.c_int32 * 4)(*A100), (ctypes.c_int32 * 10)()) == 2
 
@@ -467,7 +467,7 @@ def test_rows_that_are_their_own(geometry):
     for y4 in (vocab, -1, 2**40):
         y[4] = y4
         grad = torch.full_like(z, 7.0)
-        loss = cuda.loss(z, v, y, weight, grad, "kl", 1.0, 1.0, 1.0, 0.5, 0.5, vocab)
+        loss = cuda.loss(raw.call(z, v, y, weight, hard=0.5, grad=grad))
         assert loss[[1, 2, 3, 4]].isnan().all() and grad[[1, 2, 4]].isnan().all()
         assert loss[5] == 0 and (grad[5] == 0).all()
     exact, exact_grad = expected(z[[0, 6]], v[[0, 6]], y[[0, 6]], {"soft_weight": 1.0, "hard_weight": 0.5})
@@ -483,9 +483,8 @@ def test_layouts(geometry, dtype):
     vocab, rows = GEOMETRIES[geometry][0], 4
     z, v = make_rows("plain", rows, vocab, dtype)
     on(geometry, z, v)
-    options = ("kl", 2.0, 1.0, 1.0, 0.0, 0.0, vocab)
     grad = torch.empty_like(z)
-    loss = cuda.loss(z, v, None, None, grad, *options)
+    loss = cuda.loss(raw.call(z, v, T=2.0, grad=grad))
     width = vocab + 24
     for shift_z, shift_v, shift_g in ((8, 8, 8), (1, 1, 1), (3, 3, 0), (0, 5, 0), (2, 7, 4)):
         spread = [torch.full((2, rows // 2 + 1, width + 8 * i), math.nan, dtype=dtype) for i in (1, 2, 3)]
@@ -495,7 +494,7 @@ def test_layouts(geometry, dtype):
         )
         a[..., :vocab], b[...] = z.view(2, rows // 2, vocab), v.view(2, rows // 2, vocab)
         outside = spread[2].clone()
-        again = cuda.loss(a, b, None, None, g, *options)
+        again = cuda.loss(raw.call(a, b, T=2.0, vocab=vocab, grad=g))
         torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(
             g[..., :vocab].reshape(rows, vocab),
@@ -704,88 +703,13 @@ def test_more_stats(call):
     check_stats(*call)
 
 
-def check_mutual(geometry: str, divergence: str, dtypes: tuple, modifiers: list, student: bool) -> None:
-    """Both gradients from the same sweeps: rows with labels and weights, for fp64 alone, with masks, one of
-    them measured twice."""
-    vocab, rows = GEOMETRIES[geometry][:2]
-    with_room(geometry)
-    y, weight = torch.arange(rows) + 1, torch.linspace(0, 1, rows, dtype=torch.float64)
-    z, v = make_rows("plain", rows, vocab, *dtypes)
-    check_both("cuda", z, v, divergence, 1.5, y, weight, modifiers, student, student)
-    if modifiers:
-        return
-    for kind in ("peaked_teacher", "dominant", "close"):
-        check_both("cuda", *make_rows(kind, rows, vocab), divergence, stats=not modifiers)
-    outlier = make_rows("outlier", 1, vocab)
-    check_both(
-        "cuda",
-        *(torch.cat([x, o.to(x.dtype)]) for x, o in zip((z, v), outlier, strict=True)),
-        divergence,
-        0.5,
-    )
-    for where in ("student", "teacher", "both"):
-        check_both("cuda", *with_masks(*make_rows("plain", rows, vocab), where), divergence, 1.5)
-    if parse(divergence).form.limit is not None:
-        check_both("cuda", *with_masks(z, v, "both"), divergence, math.inf, y)
-        check_both("cuda", *make_rows("plain", rows, vocab), divergence, 1e3, relative=1e-5)
-
-
-TAKEN = (0.5, 4.0, 2.0, 0.0, 0.1, 1e-2)  # modifiers of every kind
-MUTUAL_GRID = [
-    (g, d, t, m, s)
-    for g, d, t, m, s in itertools.product(
-        GEOMETRIES,
-        [*SIDES, "jsd(0.5)", "renyi(0.3)", "alpha(1e-17)"],
-        ((FP32, FP32), (BF16, FP32), (BF16, BF16)),
-        ((), TAKEN),
-        (True, False),
-    )
-    if s or not m
-]
-
-
-@pytest.mark.parametrize("call", MUTUAL_GRID[::37], ids=lambda x: "-".join(map(str, x[:3])))
-def test_both_gradients(call):
-    """A covering set."""
-    check_mutual(*call)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call", MUTUAL_GRID, ids=lambda x: "-".join(map(str, x[:3])))
-def test_more_both_gradients(call):
-    check_mutual(*call)
-
-
-@pytest.mark.parametrize("divergence", ["kl", "renyi(0.3)", "jsd(0.3)", "reverse_kl", "tvd"])
-@pytest.mark.parametrize("geometry", ["block", "blocks, tiles", "cluster of 2"])
-def test_both_gradients_wherever_rows_lie(geometry, divergence):
-    """A student whose rows are off 16 bytes, its gradient and the teacher's, with a token that both models
-    mask."""
-    vocab, rows = GEOMETRIES[geometry][:2]
-    with_room(geometry)
-    z, v = make_rows("plain", rows, vocab + 3, BF16)
-    z[:, 20::50] = v[:, 20::50] = -math.inf
-    z, v, grad, other = (
-        z[:, 3:],
-        v[:, 3:].clone(),
-        torch.empty(rows, vocab + 1, dtype=BF16)[:, 1:],
-        torch.empty(rows, vocab, dtype=BF16),
-    )
-    exact = [torch.empty(x.shape, dtype=torch.float64) for x in (z, v)]
-    options = divergence, 1.5, 1.0, 1.0, 0.0, 0.0, vocab, []
-    torch.ops.kdkernels.loss_and_grads(z.double(), v.double(), None, None, *exact, *options, "eager", False)
-    torch.ops.kdkernels.loss_and_grads(z, v, None, None, grad, other, *options, "cuda", False)
-    for mine, right in zip((grad, other), exact, strict=True):
-        assert float((mine.double() - right).norm()) <= 4e-3 * float(right.norm())
-
-
 @pytest.mark.parametrize("geometry", ["cluster of 1", "block"])
 def test_masked_rows_that_are_measured_again(geometry):
     """The second time from the start: what the first left in registers is none of their gradient."""
     vocab, rows = GEOMETRIES[geometry][:2]
     with_room(geometry)
     for name, where in (("renyi(0.5)", "both"), ("jsd(0.3)", "student"), ("alpha(-0.5)", "student")):
-        check_both("cuda", *with_masks(*make_rows("plain", rows, vocab), where), name, 1.5)
+        raw.check("cuda", *with_masks(*make_rows("plain", rows, vocab), where), name, 1.5)
 
 
 # ---------------------------------------------------------------- sanitizers

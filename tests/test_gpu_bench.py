@@ -38,6 +38,7 @@ def rehearsed(tmp_path_factory):
     return done.stdout, folder
 
 
+@pytest.mark.slow
 def test_every_stage_is_rehearsed(rehearsed):
     """All of them get to their end, and what can be right on a CPU is."""
     printed, folder = rehearsed
@@ -72,6 +73,7 @@ def test_every_stage_is_rehearsed(rehearsed):
     assert "A rehearsal on a CPU" in printed and "| cuda | wide | KL |" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raise", "crash", "hang"])
 def test_a_fault_costs_itself_alone(rehearsed, fault):
     """What was measured before it is there, and another process has gone on with what comes after."""
@@ -80,6 +82,7 @@ def test_a_fault_costs_itself_alone(rehearsed, fault):
     assert all("error" not in outcomes[f"planted {fault} {when}"] for when in ("before", "after"))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(rehearsed, tmp_path):
     """A second call on the results of the first begins nothing."""
     shutil.copy(rehearsed[1] / "results.jsonl", tmp_path / "earlier.jsonl")

@@ -5,12 +5,11 @@ import math
 import pickle
 
 import pytest
+import raw
 import torch
 from rows import make_rows
 
 from kdkernels import KDLoss, fused_kd_loss, logit_matching_loss, tempered_log_softmax
-
-FACTORS = ("renyi(0.5)", 2.0, 1.0, 0.5, 0.3, 0.3, 90, [])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager", "auto"])
@@ -18,19 +17,14 @@ FACTORS = ("renyi(0.5)", 2.0, 1.0, 0.5, 0.3, 0.3, 90, [])
 def test_opcheck(backend, full):
     z, v = make_rows("plain", 4, 100)
     y, w = (torch.tensor([1, 2, 3, 4]), torch.rand(4).double()) if full else (None, None)
-    factors = (*FACTORS, backend)
-    torch.library.opcheck(torch.ops.kdkernels.loss.default, (z, v, y, w, *factors))
+    grad, stats = (torch.empty_like(z), raw.ops.new_columns(z)) if full else (None, None)
+    arguments = raw.call(z, v, y, w, "renyi(0.5)", 2.0, 0.3, 90).flat(backend)[:-2]
+    torch.library.opcheck(torch.ops.kdkernels.loss_into.default, (*arguments, grad, stats))
+    # without labels one of the statistics is nan, which does not equal itself
+    torch.library.opcheck(torch.ops.kdkernels.loss.default, (*arguments, True, full))
     torch.library.opcheck(
-        torch.ops.kdkernels.loss_and_grad.default, (z, v, y, w, torch.empty_like(z), *factors)
+        torch.ops.kdkernels.log_softmax.default, (z, v if full else None, [2.0], None, backend)
     )
-    torch.library.opcheck(torch.ops.kdkernels.log_softmax.default, (z, v if full else None, 2.0, backend))
-    grad = torch.empty_like(z) if full else None
-    if full:  # without labels one of the statistics is nan, which does not equal itself
-        torch.library.opcheck(torch.ops.kdkernels.loss_and_stats.default, (z, v, y, w, grad, *factors))
-    torch.library.opcheck(
-        torch.ops.kdkernels.loss_and_grads.default, (z, v, y, w, grad, torch.empty_like(v), *factors, full)
-    )
-    torch.library.opcheck(torch.ops.kdkernels.loss_and_new_grads.default, (z, v, y, w, *factors, full, full))
 
 
 CASES = {

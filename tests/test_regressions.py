@@ -7,9 +7,18 @@ import threading
 import pytest
 import torch
 from rows import make_rows
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels import LogitTransform, fused_kd_loss, fused_linear_kd_loss, parse
+from kdkernels import (
+    JSD,
+    LogitTransform,
+    Renyi,
+    SkewKL,
+    fused_kd_loss,
+    fused_linear_kd_loss,
+    tempered_log_softmax,
+)
 
 BACKWARDS = ["logits", "logits in place", "both models", "hidden states"]
 
@@ -248,25 +257,73 @@ def test_eager_needs_a_device_with_fp64(divergence):
         fused_kd_loss(z.requires_grad_(), v, divergence=divergence, backend="eager").backward()
 
 
-@pytest.mark.xfail(strict=True, reason="the operators take floats, for each of which Dynamo compiles again")
-@pytest.mark.parametrize("what", ["temperature", "soft_weight", "divergence"])
-def test_a_schedule_of_numbers_compiles_again_and_again(what):
-    """torch.compile gives up at the ninth."""
-    from torch._dynamo.testing import CompileCounter
+Z, V = make_rows("plain", 6, 300)
+Y = torch.tensor([0, 1, 2, 3, -100, 5])
+LEAVES = [x.double().requires_grad_() for x in (Z, V, Z[:, :8])]
 
-    z, v = make_rows("plain", 2, 300)
-    numbers = [0.05 * (i + 1) for i in range(12)]
-    numbers = [parse(f"skew_kl({x})") for x in numbers] if what == "divergence" else numbers
-    graphs = CompileCounter()
 
-    def loss(z, v, number):
-        return fused_kd_loss(z, v, **{what: number})
+def of_logits(n, both=False, **options):
+    z, v, _ = LEAVES
+    found = fused_kd_loss(z * 1, v if both else v.detach(), Y, teacher_grad=both, **options)
+    return (found[0] if isinstance(found, tuple) else found).sum()
 
+
+def of_heads(n, **options):
+    weight, teacher, of_teacher = Z.T[:, :6].double(), V[:, :9].double(), V.T[:, :6].double()
+    heads = weight.repeat(1, 2)[:, :8], teacher, of_teacher.repeat(1, 2)[:, :9]
+    return fused_linear_kd_loss(LEAVES[2], *heads, temperature=n, divergence=Renyi(n), **options).sum()
+
+
+SCHEDULES = {
+    "weights and beta": lambda n: of_logits(
+        n, temperature=n, soft_weight=1 - n / 10, hard_weight=n / 10, divergence=JSD(n / 4)
+    ),
+    "of the hard term": lambda n: of_logits(n, hard_weight=1.0, label_smoothing=n / 10, z_loss=n / 10),
+    "both gradients": lambda n: of_logits(
+        n, True, temperature=n, divergence=SkewKL(n / 10), return_stats=True
+    ),
+    "by row": lambda n: of_logits(n, temperature=n, reduction="none"),
+    "in place": lambda n: of_logits(n, temperature=n, inplace=True),
+    "of transforms": lambda n: of_logits(n, student_transform=LogitTransform(n, 30.0)),
+    "hidden states": of_heads,
+    "hidden states by row": lambda n: of_heads(n, reduction="none"),
+    "log-softmax": lambda n: tempered_log_softmax(LEAVES[0] * 1, n).square().sum(),
+}
+
+
+@pytest.mark.parametrize("way", SCHEDULES)
+def test_a_schedule_of_numbers_compiles_again_and_again(way):
+    """torch.compile took a number of an operator for a constant, and gave up at the ninth."""
+    graphs, step = CompileCounterWithBackend("aot_eager"), SCHEDULES[way]
     torch._dynamo.reset()
-    step = torch.compile(loss, backend=graphs, fullgraph=True)
-    assert [float(step(z, v, x)) for x in numbers] == [
-        float(loss(z, v, x)) for x in numbers
-    ] and graphs.frame_count <= 2
+    compiled = torch.compile(step, backend=graphs, fullgraph=True)
+    for n in [0.25 + 0.05 * i for i in range(50 if way == "weights and beta" else 10)]:
+        grads = [torch.autograd.grad(run(n), LEAVES, allow_unused=True) for run in (compiled, step)]
+        assert any(x is not None for x in grads[0])
+        for found, right in zip(*grads, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-15)
+    assert graphs.frame_count <= 2
+
+
+def test_divergences_made_outside_are_a_schedule_as_well():
+    graphs = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    step = torch.compile(lambda d: fused_kd_loss(Z, V, divergence=d), backend=graphs, fullgraph=True)
+    for n in range(1, 12):
+        divergence = SkewKL(0.05 * n)
+        right = fused_kd_loss(Z, V, divergence=divergence)
+        torch.testing.assert_close(step(divergence), right, rtol=1e-6, atol=0)
+    assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_number_that_is_known_is_no_tensor(temperature):
+    """What does not change stays out of the graph, which on a GPU would have a tensor of the CPU's in it."""
+    graphs = EagerAndRecordGraphs()
+    torch._dynamo.reset()
+    torch.compile(lambda: fused_kd_loss(Z, V, temperature=temperature), backend=graphs, fullgraph=True)()
+    calls = [node for node in graphs.graphs[0].graph.nodes if "kdkernels" in str(node.target)]
+    assert len(calls) == 1 and calls[0].args[5][0] == temperature and calls[0].args[6] is None
 
 
 @pytest.mark.xfail(strict=True, reason="the number of programs to a row is compiled into Triton's kernels")

@@ -388,7 +388,7 @@ def test_another_library_is_refused(monkeypatch, tmp_path, name):
     if compiler is None:
         pytest.skip("no C compiler")
     source, reason = (
-        x % {"size": abi.ctypes.sizeof(abi.Call), "version": abi.VERSION, "newer": abi.VERSION + 1}
+        x % {"size": abi.ctypes.sizeof(abi.Loss), "version": abi.VERSION, "newer": abi.VERSION + 1}
         for x in FOREIGN[name]
     )
     (tmp_path / "foreign.c").write_text(source)

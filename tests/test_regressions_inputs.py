@@ -16,7 +16,7 @@ from kdkernels import (
     LinearKDLoss,
     LogitTransform,
     decoupled_kd_loss,
-    functional,
+    folding,
     fused_kd_loss,
     fused_linear_kd_loss,
     inputs,
@@ -316,7 +316,7 @@ def test_a_wrong_label_without_a_hard_term_counts_as_a_token(loss, reduction, ba
 
 def test_a_wrong_label_on_a_device_is_a_row_of_nan():
     """What a hard term makes of it where nobody waits to see: that row's weight is nan, and no other's."""
-    weight = functional._nan_at_wrong(
+    weight = folding.nan_at_wrong(
         torch.tensor([1, -1, -100, 7, 9]), torch.tensor([1.0, 2.0, 0.0, 1.0, 0.0]).double(), 7
     )
     assert weight.isnan().tolist() == [False, True, False, True, False] and weight[0] == 1 and weight[2] == 0
@@ -819,8 +819,8 @@ def test_the_linear_loss_fails_in_autocast_on_meta(reduction, hard_weight):
 
 def test_the_mean_does_not_compile_before_torch_2_13():
     """sym_max takes no plain integer there; here the operator must not be asked of one."""
-    assert functional._at_least_one(Z) == ROWS and functional._at_least_one(Z[:0]) == 1
-    assert type(functional._at_least_one(Z)) is int
+    assert folding.at_least_one(Z) == ROWS and folding.at_least_one(Z[:0]) == 1
+    assert type(folding.at_least_one(Z)) is int
 
 
 class Exported(torch.nn.Module):

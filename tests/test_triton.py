@@ -14,17 +14,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import raw
 import torch
 from bounds import gradient_bound, spread_of, value_bound
-from mutual import check_both
 from oracle import divergence_row, hard_row
 from rows import make_rows, with_masks
 
-from kdkernels import fused_kd_loss
+from kdkernels import fused_kd_loss, parse
 from kdkernels.backends import triton as backend
 from kdkernels.backends import triton_plan
 from kdkernels.backends.triton_plan import Device, plan
-from kdkernels.ops import mirrored
+from kdkernels.call import Call, Numbers
+from kdkernels.transforms import Modifiers
 
 pytestmark = pytest.mark.skipif(
     backend.unavailable(torch.device("cpu")) is not None, reason="needs TRITON_INTERPRET=1"
@@ -104,11 +105,8 @@ def run(z, v, y=None, **options):
 
 def with_backend(backend_name, z, v, y, name, T, hard, grad):
     """(row losses, T dD/dz) of the operator; grad: whether a gradient is asked for."""
-    options = (name, T, 1.0, 1.0, hard, hard, z.shape[-1], [], backend_name)
-    if not grad:
-        return torch.ops.kdkernels.loss(z, v, y, None, *options)
-    g = torch.empty_like(z)
-    return torch.ops.kdkernels.loss_and_grad(z, v, y, None, g, *options), g
+    run_of = raw.with_gradient if grad else raw.losses
+    return run_of(backend_name, z, v, y, None, name, T, hard)
 
 
 def agrees(z, v, name, T=1.0, y=None, hard=0.0, relative=2e-6):
@@ -147,100 +145,6 @@ def test_every_divergence_in_every_shape(shape, on):
         agrees(z, v, name, 1.5, torch.tensor([3]), hard)
 
 
-@pytest.mark.parametrize("shape", ["rows", "parts"])
-@pytest.mark.parametrize("name", ["reverse_kl", "jsd(0.1)"])
-def test_gradients_take_the_logits_place(shape, name, on):
-    """In place, with a window's edges: what a later sweep or another program still has to read is not yet
-    written."""
-    vocab, device = PATHS[shape]
-    on(device)
-    z, v = (x[:, 3:vocab] for x in make_rows("plain", 1, vocab))
-    y, options = torch.tensor([7]), (name, 1.0, 1.0, 1.0, 0.3, 0.3, vocab - 3, [], "triton")
-    base, out = torch.full((1, vocab + 8), 7.0), torch.empty_like(z)
-    logits = base[:, 3:vocab]
-    logits.copy_(z)
-    a = torch.ops.kdkernels.loss_and_grad(z, v, y, None, out, *options)
-    b = torch.ops.kdkernels.loss_and_grad(logits, v, y, None, logits, *options)
-    torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
-    torch.testing.assert_close(logits, out, rtol=1e-4, atol=1e-7)
-    assert (base[:, :3] == 7).all() and (base[:, vocab:] == 7).all()
-
-
-@pytest.mark.parametrize(
-    "name", [*FORMS, *REVERSED, "kl", "cross_entropy", "renyi(0.3)", "renyi(inf)", "alpha(1e-17)"]
-)
-def test_both_gradients_of_every_divergence(name):
-    """With labels, weights, masks; of rows that the fast kernels lose; with T = inf, where there is a
-    limit."""
-    y, weight = torch.tensor([3, 30]), torch.tensor([0.5, 1.0], dtype=torch.float64)
-    for kind, where in (
-        ("plain", ""),
-        ("plain", "student"),
-        ("plain", "teacher"),
-        ("plain", "both"),
-        ("outlier", ""),
-        ("offset", ""),
-    ):
-        z, v = make_rows(kind, 2, 60)
-        z, v = with_masks(z, v, where) if where else (z, v)
-        check_both("triton", z, v, name, 0.5 if kind == "outlier" else 1.5, None if where else y, weight)
-    for kind in ("peaked_teacher", "close"):
-        check_both("triton", *make_rows(kind, 1, 60), name, stats=True)
-    if backend.math_of.parse(name).form.limit is not None:
-        check_both("triton", *make_rows("plain", 2, 60), name, math.inf, y)
-        check_both("triton", *make_rows("plain", 1, 60), name, 1e3, relative=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "name", "student"),
-    [
-        ("rows", "kl", True),
-        ("rows", "cross_entropy", True),
-        ("rows", "renyi(0.3)", False),
-        ("rows", "jsd(0.1)", True),
-    ]
-    + [("parts", "cross_entropy", True), ("parts", "renyi(2)", True), ("parts", "skew_kl(0.1)", False)],
-)
-def test_both_gradients_in_every_shape(shape, name, student, on):
-    """From the same sweeps, with modifiers, in place or without the student's; rows whose largest logit the
-    sample has missed."""
-    vocab, device = PATHS[shape]
-    on(device)
-    z, v = make_rows("plain", 1, vocab, torch.bfloat16 if shape == "rows" else torch.float32, torch.float32)
-    v[:, 100] += 40
-    check_both(
-        "triton",
-        z,
-        v,
-        name,
-        1.5,
-        torch.tensor([vocab // 2]),
-        None,
-        MODIFIED if shape == "parts" else (),
-        student,
-        student,
-    )
-
-
-def test_both_gradients_take_one_pass(on):
-    z, v = make_rows("plain", 3, 700)
-    out = torch.empty(3, dtype=torch.float64)
-    for name in (
-        "kl",
-        "cross_entropy",
-        "reverse_kl",
-        "jsd(0.3)",
-        "tvd",
-        "renyi(0.3)",
-        "renyi(3)",
-        "alpha(0.5)",
-    ):
-        mirror = mirrored(z, v, None, torch.empty_like(v), name, 1.0, 1.0, 700, ())
-        call = z, v, None, None, torch.empty_like(z), name, 1.0, 1.0, 1.0, 0.0, 0.0, 700, (), out
-        found = backend.launches(*call, device=Device(2, 32 << 20), mirror=mirror)
-        assert [x.kernel for x in found] == ["loss_rows", "careful_rows", "careful_rows"]
-
-
 def test_both_gradients_wherever_rows_lie():
     """Of views of three dimensions, shifted against each other, whose gradients lie in yet other ways."""
     z, v = (x.view(2, 3, 90) for x in make_rows("plain", 6, 90, torch.bfloat16, torch.float32))
@@ -268,13 +172,13 @@ def test_modifiers_in_every_shape(shape, name, on):
     vocab, device = PATHS[shape]
     on(device)
     z, v = (x[:, 3:vocab] for x in make_rows("plain", 1, vocab))
-    y, options = torch.tensor([vocab // 2]), (name, 1.5, 1.0, 1.0, 0.3, 0.3, vocab - 3, MODIFIED)
-    exact, right = torch.ops.kdkernels.loss_and_new_grad(z.double(), v.double(), y, None, *options, "eager")
-    value = torch.ops.kdkernels.loss(z, v, y, None, *options, "triton")
+    asked = torch.tensor([vocab // 2]), None, name, 1.5, 0.3, vocab - 3, MODIFIED
+    exact, right = raw.with_gradient("eager", z.double(), v.double(), *asked)
+    value = raw.losses("triton", z, v, *asked)
     base = torch.full((1, vocab + 8), 7.0)
     logits = base[:, 3:vocab]
     logits.copy_(z)
-    loss = torch.ops.kdkernels.loss_and_grad(logits, v, y, None, logits, *options, "triton")
+    loss = raw.losses("triton", logits, v, *asked, grad=logits)
     for x in (loss, value):
         torch.testing.assert_close(x, exact, rtol=2e-7, atol=0)
     assert float((logits - right).norm()) <= gradient_bound(1, float(right.norm()))
@@ -297,12 +201,10 @@ def test_statistics_in_every_shape(shape, name, T, on):
     z[0, [vocab - 2, vocab // 2, vocab // 2 + 1]], v[0, [4, vocab - 1]] = 20.0, 20.0
     z, v = z[:, 3:], v[:, 3:]
     z[:, 7] = -math.inf
-    y, options = torch.tensor([5, 6]), (name, T, 1.0, 1.0, 0.3, 0.3, vocab - 3, MODIFIED)
-    exact, right = torch.ops.kdkernels.loss_and_stats(
-        z.double(), v.double(), y, None, None, *options, "eager"
-    )
-    alone, found = torch.ops.kdkernels.loss_and_stats(z, v, y, None, None, *options, "triton")
-    loss, in_place = torch.ops.kdkernels.loss_and_stats(z, v, y, None, z, *options, "triton")
+    asked = torch.tensor([5, 6]), None, name, T, 0.3, vocab - 3, MODIFIED
+    exact, right = raw.with_statistics("eager", z.double(), v.double(), *asked)
+    alone, found = raw.with_statistics("triton", z, v, *asked)
+    loss, in_place = raw.with_statistics("triton", z, v, *asked, grad=z)
     torch.testing.assert_close(alone, exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
     for x in (found, in_place):
@@ -314,9 +216,9 @@ def test_slopes_of_a_softcap_to_their_own_digits():
     """Of classes at the cap, whose distance to it is lost in a float, and of small logits, whose tanh is lost
     in 1 - e^{-2u}."""
     z, v = torch.tensor([[300.0, 280.0, -250.0, 1e-3, 2e-3, 0.0, 9.0, 40.0]]), torch.zeros(1, 8)
-    options = ("kl", 20.0, 1.0, 1.0, 0.0, 0.0, 8, [1.0, 30.0, 1.0, 0.0, 0.0, 0.0])
-    _, exact = torch.ops.kdkernels.loss_and_new_grad(z.double(), v.double(), None, None, *options, "eager")
-    _, grad = torch.ops.kdkernels.loss_and_new_grad(z, v, None, None, *options, "triton")
+    asked = dict(T=20.0, modifiers=(1.0, 30.0))
+    _, exact = raw.with_gradient("eager", z.double(), v.double(), **asked)
+    _, grad = raw.with_gradient("triton", z, v, **asked)
     torch.testing.assert_close(grad.double(), exact, rtol=5e-6, atol=0)
 
 
@@ -519,10 +421,7 @@ def test_a_nan_that_arithmetic_makes_is_no_lost_row(shape, on):
     z[0, 5] = -math.inf
     exact = run(z, v, torch.tensor([5]), reduction="sum", soft_weight=1.0, hard_weight=-1.0)[1]
     logits = z.clone()
-    factors = (1.0, 1.0, -1.0, -1.0)
-    out = torch.ops.kdkernels.loss_and_grad(
-        logits, v, torch.tensor([5]), None, logits, "kl", 1.0, *factors, vocab, [], "triton"
-    )
+    out = raw.losses("triton", logits, v, torch.tensor([5]), hard=-1.0, grad=logits)
     assert out.isnan().all() and torch.equal(logits, exact)
 
 
@@ -553,9 +452,7 @@ def test_a_classes_neighbours_are_not_written():
     logits = base[:, 3:53]
     logits.copy_(z)
     _, expected_grad = run(z, v, reduction="sum")
-    out = torch.ops.kdkernels.loss_and_grad(
-        logits, v, None, None, logits, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 50, [], "triton"
-    )
+    out = raw.losses("triton", logits, v, grad=logits)
     assert out.isfinite().all()
     torch.testing.assert_close(logits, expected_grad, rtol=1e-5, atol=1e-8)
     assert (base[:, :3] == 7).all() and (base[:, 53:] == 7).all()
@@ -568,21 +465,9 @@ def test_what_is_compiled_depends_on_no_number():
     def kernels(rows, vocab, divergence="renyi(2)", T=2.0, weight=0.5, modifiers=()):
         z = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
         out = torch.empty(rows, dtype=torch.float64, device="meta")
-        factors = (weight, weight, 0.1 * weight, 0.2 * weight)
-        found = backend.launches(
-            z,
-            z,
-            out.long(),
-            None,
-            z,
-            divergence,
-            T,
-            *factors,
-            vocab,
-            modifiers,
-            out,
-            device=Device(132, 50 << 20),
-        )
+        numbers = Numbers(T, weight, weight, 0.1 * weight, 0.2 * weight, Modifiers(*modifiers))
+        call = Call(z, z, vocab, out.long(), None, parse(divergence), numbers, z)
+        found = backend.launches(call, out, Device(132, 50 << 20))
         return [
             (
                 x.kernel,
@@ -689,9 +574,7 @@ def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
     z, v = make_rows("plain", 3, 100)
     out, grad = torch.empty(3, dtype=torch.float64), torch.zeros_like(z)
     y = torch.tensor([5, 10**12, -7])
-    for x in backend.launches(
-        z, v, y, None, grad, "kl", 1.0, 1.0, 1.0, 1.0, 1.0, 100, (), out, device=Device(2, 32 << 20)
-    ):
+    for x in backend.launches(raw.call(z, v, y, hard=1.0, grad=grad), out, Device(2, 32 << 20)):
         x.run(z.device)
     assert out[0].isfinite() and out[1:].isnan().all() and grad[0].isfinite().all()
 
@@ -704,11 +587,12 @@ import torch
 sys.path.insert(0, "tests")
 import interpreter
 interpreter.install()
+import raw
 from kdkernels import fused_kd_loss
 z = torch.empty(2**31 + 9000, dtype=torch.bfloat16).as_strided((2, 700), (2**31, 1))
 v, w = torch.randn(2, 700).bfloat16(), torch.randn(2, 700).bfloat16()
 z.copy_(w)
-out = torch.ops.kdkernels.loss_and_grad(z, v, None, None, z, "kl", 1.0, 1.0, 1.0, 0.0, 0.0, 700, [], "triton")
+out = raw.losses("triton", z, v, grad=z)
 x = w.clone().requires_grad_()
 loss = fused_kd_loss(x, v, reduction="none", backend="triton")
 loss.sum().backward()
@@ -763,9 +647,7 @@ def test_ordinary_rows_are_left_to_no_other_kernel(shape, on):
     ):
         z, v = make_rows(kind, 1, vocab)
         out = torch.empty(1, dtype=torch.float64)
-        *fast, _ = backend.launches(
-            z, v, None, None, None, divergence, T, 1.0, 1.0, 0.0, 0.0, vocab, (), out, device=device
-        )
+        *fast, _ = backend.launches(raw.call(z, v, divergence=divergence, T=T), out, device)
         for launch in fast:
             launch.run(z.device)
         assert out.isfinite().all(), (kind, T, divergence)

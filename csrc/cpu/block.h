@@ -23,7 +23,7 @@ template <class Real> constexpr Real kReach = sizeof(Real) == 4 ? 43 : 430;
 KD_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 KD_HD int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 KD_HD int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-constexpr int kKept = 6;  // what a block keeps (RowJob::slots)
+constexpr int kKept = 4;  // what a block keeps (RowJob::slots)
 // one kept array of a block; a vector may be read past its end
 template <class Real> constexpr int64_t kSlot = kBlock<Real> + 64 / sizeof(Real);
 
@@ -272,8 +272,8 @@ template <class Real> struct Moved {
 template <Care kCare, Second kHow, class Real, class S>
 void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &member, double shift,
                  Real *const *keep, Part &p) {
-  const Mixed<Real> mix = member;  // ours: no store can change it
-  Real *const kept_e = keep[0], *const kept_m = keep[1], *const out_q = keep[4], *const out_xi = keep[5];
+  const Mixed<Real> mix = member;                         // ours: no store can change it
+  Real *const kept_e = keep[0], *const kept_m = keep[1];  // q and xi take their places
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   constexpr bool kCarry = kCare != kFast;
@@ -293,8 +293,8 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
                                     kMask || kCarry ? wild : unseen);
     else
       k = step_kept<kHow, kLast>(vb, vo, r, mix, rest, e, share, s);
-    if (kMask || !mix.student_base) store(out_q + i, k.e);  // else it is e
-    store(out_xi + i, k.em);
+    if (kMask || !mix.student_base) store(kept_e + i, k.e);  // else it is e
+    store(kept_m + i, k.em);
   };
   each_vector<Real, false>(
       b, o, n,
@@ -310,26 +310,9 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
   if (!(total.reach() <= r.reach)) p.care = kLost;
 }
 
-// Of kLogRatio: y as the first sweep has it, for the cross entropy with the block's log b.
-template <bool kCarry, class Real, class S>
-void sweep_log_ratio(const S *b, const S *o, int64_t n, const Plan &plan, Real *const *keep, const Part &p) {
-  using F = typename Vec<Real>::F;
-  const References<Real> r = references<Real>(plan, p.top, p.ref, kCarry, 0);
-  const Real *const e = keep[0];
-  Real *const out = keep[5];
-  const auto put = [&](int64_t i, F vb, F vo) __attribute__((always_inline)) {
-    const F y = deviation<kCarry>(vb, vo, r, Real(0)), all = plan.entropy ? y + (vb - r.top) * r.c : y;
-    store(out + i, select(load<F>(e + i) > F{}, all, F{}));  // a masked class has no y
-  };
-  each_vector<Real, false>(b, o, n, put, put, [] {});
-}
-
 template <class Real, class S>
 void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixed<Real> &mix, const Row &row,
                  Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
-  if (plan.mirror == kLogRatio)
-    return p.care == kFast ? sweep_log_ratio<false>(b, o, n, plan, keep, p)
-                           : sweep_log_ratio<true>(b, o, n, plan, keep, p);
   // the first sweep has seen that y is within reach of its own references, which is enough for those that are
   // not far from them
   if (p.care == kFast && std::fabs(row.shift - p.offset) < 13) {

@@ -1,5 +1,4 @@
-// A row, block by block: what is kept of each block and where (RowJob), and how the teacher's gradient comes
-// from the same sweeps (MirrorJob).
+// A row, block by block: what is kept of each block, and where.
 #pragma once
 #include "../careful.h"
 #include "../modifiers.h"
@@ -34,32 +33,29 @@ KD_HD const char *at(const void *p, int32_t dtype, const int64_t *stride, const 
 
 // What one thread works with: room for a block, and its share of the workspace.
 template <class Real> struct Desk {
-  alignas(64) Real b[kSlot<Real>], o[kSlot<Real>], slot[5 * kSlot<Real>], g[kSlot<Real>];
+  alignas(64) Real b[kSlot<Real>], o[kSlot<Real>], slot[4 * kSlot<Real>], g[kSlot<Real>];
   Real *workspace = nullptr;
   int64_t capacity = 0;  // blocks that fit the workspace
 };
 
 template <class Real> class RowJob {
  public:
-  // paired: with a mirror, or a mirror; first: the job whose sweeps a mirror goes on from
-  RowJob(const kd_call &c, const Plan &p, bool paired = false, const RowJob *first = nullptr)
+  RowJob(const kd_call &c, const Plan &p)
       : c_(c),
         plan_(p),
-        first_(first),
-        paired_(paired),
         of_student_(c.student_scale, c.student_softcap),
         of_teacher_(c.teacher_scale, c.teacher_softcap),
         blocks_((c.vocab + kBlock<Real> - 1) / kBlock<Real>) {
     if (p.mixed) mix_ = narrowed(p.mixture, Real());
-    third_ = p.tilted && (paired || !p.student_base);
-    arrays_ = first ? first->arrays_ : 2 + third_ + outputs() + hard();
+    third_ = p.tilted && !p.student_base;
+    arrays_ = 2 + third_ + hard();
     size_ = element_size(c.student_dtype);
     const double unit = by_class() ? 1 : c.student_scale;
     grad_scale_ = c.grad_scale * unit;
     hard_grad_scale_ = c.hard_grad_scale * unit;
   }
   int64_t blocks() const { return blocks_; }
-  bool mixed() const { return plan_.mixed && plan_.mirror != kDifference; }
+  bool mixed() const { return plan_.mixed; }
   int64_t slot_bytes() const { return arrays_ * kSlot<Real> * sizeof(Real); }
   bool hard() const { return c_.labels && (c_.hard_scale != 0 || c_.hard_grad_scale != 0); }
 
@@ -67,7 +63,6 @@ template <class Real> class RowJob {
   bool by_class() const { return of_student_.softcap > 0 || smooth(); }
   bool smooth() const { return hard() && c_.label_smoothing != 0; }
 
-  // kept: whether the workspace holds what the first sweep has left
   struct State {
     Part *parts;
     SmoothPart *hard_parts;
@@ -75,13 +70,12 @@ template <class Real> class RowJob {
     Row row;
     HardRow hard;
     double weight;
-    bool kept = true;
   };
 
   bool begin(State &s, int64_t row) const {  // false: the row counts for nothing
     s.weight = c_.weight ? c_.weight[row] : 1;
     if (s.weight != 0) return true;
-    if (c_.loss) c_.loss[row] = 0;
+    c_.loss[row] = 0;
     if (c_.grad) std::memset(grad(row), 0, c_.grad_width * size_);
     if (c_.stats)
       for (int i = 0; i < KD_STATS; i++) c_.stats[row * KD_STATS + i] = NAN;
@@ -116,21 +110,13 @@ template <class Real> class RowJob {
     if (!s.row.lost && !s.row.refine && !plan_.mixed) finish(s, row, s.row.value, desk, nullptr);
   }
 
-  // Of a mirror: whether what the other job has of a row is enough for the gradient.
-  bool goes_on(const State &first) const {
-    if (plan_.mirror == kNoMirror || first.row.lost) return false;
-    for (int64_t i = 0; i < blocks_ && plan_.tilted; i++)
-      if (first.parts[i].lone) return false;
-    return true;
-  }
-
   // The second sweep of the mixture family, backwards, as the last block is still on the desk; and its close.
   void mix_blocks(State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk) const {
     for (int64_t i = hi - 1; i >= lo; i--) {
       Real *keep[kKept];
       slots(desk, i, lo, keep);
       with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
-        mix_block(s, s.parts[i], i, kept(s, i, lo, desk) || i == hi - 1, z, b, o, keep, desk);
+        mix_block(s, s.parts[i], i, kept(i, lo, desk) || i == hi - 1, z, b, o, keep, desk);
       });
     }
   }
@@ -142,38 +128,33 @@ template <class Real> class RowJob {
 
   void emit_blocks(const State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk,
                    bool streaming) const {
-    // from the block that was swept last, which is still on the desk; the first job of a pair from the one
-    // that its mirror came to last, for the caches
-    const bool up = sweeps().mixed != (paired_ && !first_);
+    // from the block that was swept last, which is still on the desk
     for (int64_t turn = lo; turn < hi; turn++) {
-      const int64_t i = up ? turn : lo + hi - 1 - turn, n = length(i);
+      const int64_t i = plan_.mixed ? turn : lo + hi - 1 - turn, n = length(i);
       Real *keep[kKept];
       slots(desk, i, lo, keep);
-      const bool there = kept(s, i, lo, desk), kept_here = there || (!paired_ && turn == lo),
-                 hard_kept = there || (!paired_ && i == hi - 1);
-      const bool again = mixed() && (first_ || !kept_here);
-      if (again || !kept_here || (hard() && !hard_kept)) {
+      const bool there = kept(i, lo, desk), kept_here = there || turn == lo, hard_kept = there || i == hi - 1;
+      if (!kept_here || (hard() && !hard_kept)) {
         with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
           Part p = s.parts[i];
           if (hard()) hard_block(z, n, keep[3]);
-          if (again)
-            mix_block(s, p, i, kept_here && first_, z, b, o, keep, desk);
-          else if (!kept_here && !p.empty())
-            sweep(p.care, b, o, n, sweeps(), nullptr, keep, p, desk.b, desk.o);
+          if (kept_here) return;
+          if (plan_.mixed)
+            mix_block(s, p, i, false, z, b, o, keep, desk);
+          else if (!p.empty())
+            sweep(p.care, b, o, n, plan_, nullptr, keep, p, desk.b, desk.o);
         });
       }
       if (s.parts[i].empty())
-        for (int j : {0, 1, 2, 4, 5})
+        for (int j = 0; j < 3; j++)
           if (keep[j]) std::memset(keep[j], 0, kSlot<Real> * sizeof(Real));
-      const double scale = s.weight * grad_scale_;
-      const Coefficients k = first_ ? mirror_coefficients(s.parts[i], s.row, first_->plan_, plan_, scale)
-                                    : coefficients(s.parts[i], s.row, plan_, scale);
+      const Coefficients k = coefficients(s.parts[i], s.row, plan_, s.weight * grad_scale_);
       if (plan_.student_base && plan_.tilted && s.parts[i].lone) separate_lone(keep[0], keep[2], n, k);
-      const Real *kept[4] = {mixed() ? keep[4] : keep[0]};
+      const Real *kept[4] = {keep[0]};
       double factors[4] = {k.C};
       int m = 1;
-      if (keep[1] && !(plan_.tilted && plan_.student_base)) {
-        kept[m] = mixed() ? keep[5] : keep[1];
+      if (keep[1]) {
+        kept[m] = keep[1];
         factors[m++] = k.A;
       }
       if (keep[2]) {
@@ -253,7 +234,7 @@ template <class Real> class RowJob {
                  Real *const *keep, Desk<Real> &desk) const {
     if (p.empty()) return;
     Part again = p;
-    if (!kept) sweep(p.care, b, o, length(i), sweeps(), nullptr, keep, again, desk.b, desk.o);
+    if (!kept) sweep(p.care, b, o, length(i), plan_, nullptr, keep, again, desk.b, desk.o);
     sweep_mixed(b, o, length(i), plan_, mix_, s.row, keep, p, desk.b, desk.o);
   }
 
@@ -323,16 +304,10 @@ template <class Real> class RowJob {
          fetch(v, c_.teacher_dtype, of_teacher_, i, n, second));
   }
 
-  const Plan &sweeps() const { return first_ ? first_->plan_ : plan_; }  // what the first sweep is for
-  // Arrays of its own for the second sweep of a pair's first job, as the mirror needs what the first sweep
-  // left; q is e where the student is the base.
-  int outputs() const { return paired_ && plan_.mixed ? 2 - plan_.student_base : 0; }
-  bool kept(const State &s, int64_t i, int64_t lo, const Desk<Real> &desk) const {
-    return s.kept && i - lo < desk.capacity;
-  }
+  bool kept(int64_t i, int64_t lo, const Desk<Real> &desk) const { return i - lo < desk.capacity; }
 
-  // Where block i keeps e, em, et and the hard term's e1, and its second sweep's q and xi; null for what the
-  // family does not need.
+  // Where block i keeps e, em, et and the hard term's e1; null for what the family does not need. The mixture
+  // family's second sweep leaves q and xi in the places of e and em.
   void slots(Desk<Real> &desk, int64_t i, int64_t lo, Real **keep) const {
     Real *p = i - lo < desk.capacity ? desk.workspace + (i - lo) * arrays_ * kSlot<Real> : desk.slot;
     keep[0] = p;
@@ -341,13 +316,6 @@ template <class Real> class RowJob {
     p += keep[1] ? kSlot<Real> : 0;
     keep[2] = plan_.tilted ? p : nullptr;
     p += keep[2] ? kSlot<Real> : 0;
-    keep[4] = keep[0];
-    keep[5] = keep[1];
-    if (paired_ && mixed()) {  // a mirror's are written at once
-      keep[5] = first_ ? desk.slot + 3 * kSlot<Real> : p;
-      if (!plan_.student_base) keep[4] = keep[5] + kSlot<Real>;
-      p += first_ ? 0 : outputs() * kSlot<Real>;
-    }
     keep[3] = p;
   }
 
@@ -377,7 +345,7 @@ template <class Real> class RowJob {
       cross_entropy = cross_entropy_of(s.hard);
       loss += c_.hard_scale * hard_value(c_, s.hard);
     }
-    if (c_.loss) c_.loss[row] = s.weight * loss;
+    c_.loss[row] = s.weight * loss;
     if (c_.stats) put_stats(s, row, value, cross_entropy, desk, shapes);
   }
 
@@ -479,8 +447,6 @@ template <class Real> class RowJob {
 
   const kd_call &c_;
   const Plan &plan_;
-  const RowJob *const first_;
-  const bool paired_;
   const Transform<Real> of_student_, of_teacher_;
   double grad_scale_, hard_grad_scale_;
   Mixed<Real> mix_{};
@@ -490,43 +456,11 @@ template <class Real> class RowJob {
   bool third_;
 };
 
-// The teacher's gradient beside the student's: `shared` from the same sweeps, `alone` for the rows for which
-// they are not enough.
-template <class Real> struct MirrorJob {
-  using State = typename RowJob<Real>::State;
-  Plan alone_plan, shared_plan;
-  RowJob<Real> shared, alone;
-  bool streaming;
-  MirrorJob(const kd_call &c, const Plan &plan, const RowJob<Real> &job, bool wide, bool streams)
-      : alone_plan(make_plan(c, wide)),
-        shared_plan(make_mirror(plan, alone_plan)),
-        shared(c, shared_plan, true, &job),
-        alone(c, alone_plan),
-        streaming(streams) {
-    // the cross entropy's, which careful.h knows and the sweep does not
-    alone_plan.entropy = plan.entropy;
-    alone_plan.careful |= plan.entropy;
-  }
-  // parts: other ones than the first job's, whose workspace is written over (it takes as much or more for a
-  // block)
-  void run_row(State &first, int64_t row, Desk<Real> &desk, Part *parts) const {
-    State s{parts};
-    run_alone(alone, s, row, desk, true, streaming);
-    first.kept = false;
-  }
-};
-
 template <class Real>
 void run_alone(const RowJob<Real> &job, typename RowJob<Real>::State &s, int64_t row, Desk<Real> &desk,
-               bool write, bool streaming, const MirrorJob<Real> *mirror = nullptr,
-               Part *mirror_parts = nullptr) {
+               bool write, bool streaming) {
   s.row = Row();
-  s.kept = true;
-  if (!job.begin(s, row)) {
-    typename RowJob<Real>::State m{mirror_parts};
-    if (mirror) mirror->alone.begin(m, row);
-    return;
-  }
+  if (!job.begin(s, row)) return;
   do {
     job.sweep_blocks(s, row, 0, job.blocks(), desk);
     job.close(s, row, desk);
@@ -534,13 +468,6 @@ void run_alone(const RowJob<Real> &job, typename RowJob<Real>::State &s, int64_t
   if (job.mixed() && !s.row.lost) {
     job.mix_blocks(s, row, 0, job.blocks(), desk);
     job.close_mixed_row(s, row, desk);
-  }
-  // first, as a gradient in place overwrites the student's logits
-  if (mirror) {
-    if (mirror->shared.goes_on(s))
-      mirror->shared.emit_blocks(s, row, 0, job.blocks(), desk, mirror->streaming);
-    else
-      mirror->run_row(s, row, desk, mirror_parts);
   }
   if (s.row.lost)
     job.careful_row(s, row, desk, streaming);

@@ -21,7 +21,7 @@ template <class G> struct ClusterDesk {
   Part own, parts[2][kMostBlocks];
   SmoothPart own_hard, hards[2][kMostBlocks];
   TileStats own_stats, stats[2][kMostBlocks];
-  Factors factors[2];
+  Factors factors[1];
   float shelf[32 * G::kChunks * kRun * 2];  // of the mixture family the first half
   static_assert(sizeof(double) * kMostBlocks * kMixedWords <= sizeof(float) * 32 * G::kChunks * kRun,
                 "the blocks' second sums have room in the other");
@@ -187,15 +187,11 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       const int parity = count % 2 ^ 1;  // of the last exchange
       if constexpr (kShape == kMixed)
         if (!scratch.lost) sweep_again(tile, at, parity, turn);
-      if (scratch.lost || !(c.grad || job.mutual)) continue;
+      if (scratch.lost || !c.grad) continue;
       const Part &p = gpu::from_here(&desk)->parts[parity][rank];
       tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
-      if (c.grad)
-        tile.emit(p, desk.hards[parity][rank], desk.factors[0], at.label,
-                  job.hard ? float(scratch.label_gradient) : 0);
-      // of the plain shape, which asks for no whole chunks
-      if constexpr (G::kBoth)
-        if (job.mutual) tile.emit_mirror(p, desk.factors[1]);
+      tile.emit(p, desk.hards[parity][rank], desk.factors[0], at.label,
+                job.hard ? float(scratch.label_gradient) : 0);
       if (last) put_zeros(job, at, c.vocab, -1, G::kThreads);
     }
     // nobody leaves while its shared memory may still be written to

@@ -102,7 +102,7 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
     }
   }
   gpu::sync_block();
-  if (gpu::thread() == 0 && c.loss) c.loss[row] = loss_of(job, at.weight, value, h, none);
+  if (gpu::thread() == 0) c.loss[row] = loss_of(job, at.weight, value, h, none);
   if (!c.grad) return;
   const double scale = at.weight * c.grad_scale, hard_scale = at.weight * c.hard_grad_scale;
   const double label = job.hard ? hard_scale * label_gradient(c, h) : 0,
@@ -128,7 +128,7 @@ template <class G> KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) careful_rows(const
   KD_ROLLED for (int64_t i = 0; i < look; i++) {
     const int64_t row = gpu::block() * look + i;
     if (row >= job.call.rows) return;
-    const bool mine = job.all || bits(job.marks[row]) == kLostMark;
+    const bool mine = job.all || bits(job.call.loss[row]) == kLostMark;
     gpu::sync_block();  // everyone has read the loss before anyone writes it
     if (mine) careful_row(job, row, crew);
   }

@@ -15,24 +15,18 @@ namespace KD_LEVEL {
 // A thread takes 32 classes, or 24 where two numbers of each are kept; the rows' kernels, which keep track of
 // more, have fewer threads then, with more registers to each. In tests few threads, so that a host can run
 // them.
-//
-// Both gradients are more than 128 registers hold, but for the plain shape: orders leave the clusters then,
-// mixtures all but BothRows.
 template <Shape kShape> struct Sizes {
-  static constexpr bool kInClusters = kShape == kPlain, kInRows = kShape != kMixed;  // both gradients
 #if defined(KD_TEST_GEOMETRY)
-  using WarpRows = Geometry<32, 1, 2, kInRows>;
-  using BlockRows = Geometry<64, 1, 1, kInRows>;
-  using Cluster = Geometry<64, 1, 1, kInClusters>;
-  using WideCluster = Geometry<64, 2, 1, kInClusters>;
-  using BothRows = Geometry<64, 1, 1, true>;
+  using WarpRows = Geometry<32, 1, 2>;
+  using BlockRows = Geometry<64, 1>;
+  using Cluster = Geometry<64, 1>;
+  using WideCluster = Geometry<64, 2>;
 #else
   static constexpr int kChunks = kShape == kTilted ? 3 : 4;
-  using WarpRows = Geometry<32, kChunks, kChunks, kInRows>;
-  using BlockRows = Geometry<64 * kChunks, kChunks, 1, kInRows>;
-  using Cluster = Geometry<256, kChunks, 1, kInClusters>;
-  using WideCluster = Geometry<512, kChunks, 1, kInClusters>;
-  using BothRows = Geometry<192, 3, 1, true>;  // of kMixed
+  using WarpRows = Geometry<32, kChunks, kChunks>;
+  using BlockRows = Geometry<64 * kChunks, kChunks>;
+  using Cluster = Geometry<256, kChunks>;
+  using WideCluster = Geometry<512, kChunks>;
 #endif
 };
 #if defined(KD_TEST_GEOMETRY)
@@ -52,7 +46,7 @@ constexpr int kReserved = 1024;  // bytes of shared memory that a block takes be
 struct Tuning { int32_t wide, stages; };
 inline Tuning tuning{};
 
-enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster, kBothRows };
+enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster };
 
 inline Shape shape_of(const Plan &plan) { return plan.mixed ? kMixed : plan.tilted ? kTilted : kPlain; }
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -127,7 +121,7 @@ template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int 
 
 // False where no kernel takes the call.
 template <Shape kShape>
-bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f, kd_geometry &g) {
+bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
   using WarpRows = typename Sizes<kShape>::WarpRows;
   using BlockRows = typename Sizes<kShape>::BlockRows;
   using Cluster = typename Sizes<kShape>::Cluster;
@@ -136,7 +130,7 @@ bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figur
   const int64_t chunks = chunks_of(c);
   g.kind = kCarefulRows;
   if (plan.careful) return true;
-  if (chunks <= WarpRows::kTile && (WarpRows::kBoth || !both)) {
+  if (chunks <= WarpRows::kTile) {
     g.kind = kWarpRows;
     plan_rows<WarpRows>(c, f, 1, g);
     return true;
@@ -150,7 +144,7 @@ bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figur
   const int family = f.capability / 10;
   // The other families have no distributed shared memory to speak of: 99 KB to a block. A bulk copy leaves
   // logits as they are, with no room beside them for fp32.
-  if ((family == 9 || family == 10) && alike(c) && !has_transform(c) && (Cluster::kBoth || !both)) {
+  if ((family == 9 || family == 10) && alike(c) && !has_transform(c)) {
     const auto by_cluster = [&](auto cluster, Kind kind) {
       using G = decltype(cluster);
       int64_t blocks = 1;
@@ -165,24 +159,16 @@ bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figur
   // blocks of a row wait for each other: half of what is surely resident, one to a multiprocessor
   const int64_t most =
       f.processors / 2 < kMostParts ? (f.processors / 2 > 1 ? f.processors / 2 : 1) : kMostParts;
-  const auto by_blocks = [&](auto rows) {
-    using Rows = decltype(rows);
-    const int64_t tiles = over(chunks, Rows::kTile);
-    plan_rows<Rows>(c, f, widen(tiles < most ? tiles : most, most), g);
-  };
-  g.kind = BlockRows::kBoth || !both ? kBlockRows : kBothRows;
-  if (g.kind == kBlockRows)
-    by_blocks(BlockRows());
-  else
-    by_blocks(typename Sizes<kShape>::BothRows());
+  g.kind = kBlockRows;
+  const int64_t tiles = over(chunks, BlockRows::kTile);
+  plan_rows<BlockRows>(c, f, widen(tiles < most ? tiles : most, most), g);
   return g.parts * g.tiles <= kMostTilesOfRow && g.shared <= f.shared_per_block;
 }
-inline bool make_geometry(const kd_call &c, const Plan &plan, bool both, const kd_figures &f,
-                          kd_geometry &g) {
+inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
   switch (shape_of(plan)) {
-    case kMixed: return make_geometry<kMixed>(c, plan, both, f, g);
-    case kTilted: return make_geometry<kTilted>(c, plan, both, f, g);
-    default: return make_geometry<kPlain>(c, plan, both, f, g);
+    case kMixed: return make_geometry<kMixed>(c, plan, f, g);
+    case kTilted: return make_geometry<kTilted>(c, plan, f, g);
+    default: return make_geometry<kPlain>(c, plan, f, g);
   }
 }
 

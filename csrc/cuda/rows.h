@@ -31,7 +31,7 @@ template <class G> struct Desk {
     stats = (TileStats *)memory;
     memory += round_up(parts_of_row * sizeof(TileStats));
     factors = (Factors *)memory;
-    memory += round_up(2 * tiles * sizeof(Factors));
+    memory += round_up(tiles * sizeof(Factors));
     shelf = (float *)memory;
     memory += 32 * G::kChunks * kRun * 2 * sizeof(float);
     logits = memory;
@@ -107,8 +107,8 @@ KD_DEVICE void exchange_again(const Job &job, const Desk<G> &desk, int64_t row, 
 
 template <class G, Shape kShape, int kB, int kO>
 KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams,
-                           (kShape == kTilted || (kShape == kMixed && G::kBoth) ? 384 : 512) /
-                               (G::kThreads * G::kTeams)) loss_rows(const KD_PARAM Job job) {
+                           (kShape == kTilted ? 384 : 512) / (G::kThreads * G::kTeams))
+    loss_rows(const KD_PARAM Job job) {
   using T = Team<G>;
   using TileOf = Tile<G, kShape, kB, kO>;
   const kd_call &c = job.call;
@@ -210,7 +210,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams,
       }
       T::sync();
     }
-  if (scratch.lost || !(c.grad || job.mutual)) return;
+  if (scratch.lost || !c.grad) return;
 
   const float label_gradient = job.hard ? float(scratch.label_gradient) : 0;
   // from the tile that was swept last; the one before it may still be in its slot as well
@@ -225,9 +225,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams,
     if (kShape == kMixed ? t >= job.stages : t < scratch.tiles - job.stages) tile.transform_own();
     const Desk<G> desk = desk_here();
     const Part &p = desk.parts[part_of(t)];
-    const bool fast = p.care == kFast && !p.empty();
-    const bool by_class = tile.by_class();
-    tile.allow_whole(fast && (!by_class || (kShape == kTilted && job.mutual)));
+    tile.allow_whole(p.care == kFast && !p.empty() && !tile.by_class());
     if (t != held()) {
       Sums<float> unused;
       int32_t wild = 0;
@@ -236,15 +234,7 @@ KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads *G::kTeams,
       else
         tile.sweep_whole(tile.references(p), unused, wild);
     }
-    if (c.grad) {
-      tile.allow_whole(fast && !by_class);
-      tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
-    }
-    if constexpr (G::kBoth)
-      if (job.mutual) {
-        tile.allow_whole(fast);
-        tile.emit_mirror(p, desk.factors[scratch.tiles + t]);
-      }
+    tile.emit(p, desk.hards[part_of(t)], desk.factors[t], at.label, label_gradient);
   }
   if (last()) put_zeros(job, at, c.vocab, -1, G::kThreads);
 }

@@ -33,9 +33,8 @@ constexpr int kStatWords = sizeof(TileStats) / 8;  // where statistics are asked
 constexpr int kMixedWords = 4, kCounters = 4;
 
 // How a kernel is laid out: kTeams rows to a block, kThreads threads to a row's tile, kChunks chunks to a
-// thread. kBoth: it gives both gradients where they are asked for.
-template <int kThreads_, int kChunks_, int kTeams_ = 1, bool kBoth_ = false> struct Geometry {
-  static constexpr bool kBoth = kBoth_;
+// thread.
+template <int kThreads_, int kChunks_, int kTeams_ = 1> struct Geometry {
   static constexpr int kThreads = kThreads_, kChunks = kChunks_, kTeams = kTeams_, kWarps = kThreads / 32,
                        kTile = kThreads * kChunks;
   static_assert(kTeams == 1 || kThreads == 32,
@@ -54,13 +53,6 @@ struct Job {
   Transform<float> student, teacher;
   // [1 + kCounters rows]: the next (row, part); arrivals at a row's exchanges. Zero at launch
   uint32_t *tickets;
-  // of careful_rows: the losses that say which rows are lost
-  const double *marks;
-  // the teacher's gradient is asked for, `mirror` and its plan's, from the same sweeps
-  int32_t mutual;
-  kd_call mirror;
-  Plan mirror_plan;
-  Mixed<float> mirror_mix;
   // [rows][parts * tiles][kWords], then, mixture family, [kMixedWords], then, statistics, [kStatWords]
   double *state;
   Mixed<float> mix;  // plan's
@@ -69,7 +61,7 @@ struct Job {
 // A row, as one thread finds it out for all: where it lies, and what it asks for.
 struct RowAt {
   const char *student, *teacher;
-  char *grad, *mirror_grad;
+  char *grad;
   int offset, chunks;
   double weight;
   // -1 for one outside of the vocabulary, whose logit is nan
@@ -87,8 +79,6 @@ KD_DEVICE RowAt locate(const Job &job, int64_t row) {
   at.student = (const char *)c.student + element_of(c, c.student_stride, row) * zs;
   at.teacher = (const char *)c.teacher + element_of(c, c.teacher_stride, row) * vs;
   if (c.grad) at.grad = (char *)c.grad + element_of(c, c.grad_stride, row) * zs;
-  if (job.mutual)
-    at.mirror_grad = (char *)job.mirror.grad + element_of(job.mirror, job.mirror.grad_stride, row) * vs;
   at.offset = vs < zs ? int((uintptr_t)at.teacher % 16) / vs : int((uintptr_t)at.student % 16) / zs;
   at.chunks = (at.offset + int(c.vocab) + kRun - 1) / kRun;
   return at;
@@ -269,15 +259,13 @@ KD_DEVICE void put_one(char *row, int64_t i, int32_t dtype, float g) {
 // Zeros over [from, to) of the gradients' rows, by teams of `threads` threads; to < 0: to their ends.
 KD_DEVICE void put_zeros(const Job &job, const RowAt &at, int64_t from, int64_t to, int threads) {
   const int thread = int(unsigned(gpu::from_here(int64_t(gpu::thread()))) % threads);
-  const auto zeros = [&](char *row, int64_t width, int32_t dtype) {
-    for (int64_t i = from + thread; i < (to < 0 ? width : to); i += threads)
-      if (dtype == KD_F32)
-        ((float *)row)[i] = 0;
-      else
-        ((uint16_t *)row)[i] = 0;
-  };
-  if (job.call.grad) zeros(at.grad, job.call.grad_width, job.call.student_dtype);
-  if (job.mutual) zeros(at.mirror_grad, job.mirror.grad_width, job.call.teacher_dtype);
+  const kd_call &c = job.call;
+  if (!c.grad) return;
+  for (int64_t i = from + thread; i < (to < 0 ? c.grad_width : to); i += threads)
+    if (c.student_dtype == KD_F32)
+      ((float *)at.grad)[i] = 0;
+    else
+      ((uint16_t *)at.grad)[i] = 0;
 }
 
 // From where emit_whole takes the student's exponentials (kMixed), near their largest: the base's top, moved
@@ -892,15 +880,6 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     KD_UNROLL for (int i = 0; i < kRun; i++) g[i] =
         (g[i] + (z[i] > -INFINITY ? smoothing : 0)) * slope(z[i], job.student);
   }
-  // Of a chunk of the teacher's gradient.
-  KD_DEVICE void put_mirror(int place, float (&g)[kRun]) const {
-    if (job.transformed) {
-      float v[kRun];
-      load_side(false, place, v);
-      KD_UNROLL for (int i = 0; i < kRun; i++) g[i] *= slope(v[i], job.teacher);
-    }
-    put(at.mirror_grad, class_of(place), vocab(), job.call.teacher_dtype, g);
-  }
   // left_over, of factors times `less`
   KD_DEVICE float rest_of(const Factors &f, float less = 1) const {
     return job.mix.tvd ? left_over(f.A * less, f.C * less, f.end * less) : 0;
@@ -974,87 +953,6 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       put(at.grad, class_of(place), vocab(), job.call.student_dtype, g);
     });
   }
-
-  // The teacher's gradient: of orders from what is in registers, of the others from the logits once more,
-  // which are here.
-  KD_DEVICE void emit_mirror(const Part &p, const Factors &f) const {
-    const bool empty = p.empty();
-    References<float> r = kShape == kMixed ? mixed_references(p) : references(p);
-    const auto nothing = [&](float (&g)[kRun]) { KD_UNROLL for (int i = 0; i < kRun; i++) g[i] = 0 * f.C; };
-    if constexpr (kShape == kTilted) {
-      whole_chunks([&](int j, int place) {
-        float b[kRun], g[kRun];
-        unpack<kB>(base_at(place), base_f16(), b);
-        KD_UNROLL for (int i = 0; i < kRun; i++) g[i] =
-            f.C * weight_of(b[i], r) + f.A * em[j * kRun + i] + f.B * et[j * kRun + i];
-        put_mirror(place, g);
-      });
-      r.other_is_student = !r.other_is_student;
-      const bool lone = !job.plan.student_base;
-      // class by class: eight side by side once more would be a register too many
-      other_chunks([&](int place) {
-        KD_ROLLED for (int i = 0; i < kRun; i++) {
-          if (!in_row(class_of(place) + i)) continue;
-          const float b = element<kB>(base_at(place), i, base_f16()),
-                      o = element<kO>(other_at(place), i, other_f16());
-          Sums<float> unused;
-          int32_t wild = 0;
-          const Kept<float> k = step<kShape, kCarry, true>(b, o, r, unused, wild);
-          float g = lone && k.et == -k.e ? f.lone * k.e : f.C * k.e + f.A * k.em + f.B * k.et;
-          if (empty) g = 0 * f.C;
-          if (job.transformed) g *= slope(job.plan.student_base ? o : b, job.teacher);
-          put_one(at.mirror_grad, class_of(place) + i, job.call.teacher_dtype, g);
-        }
-      });
-    } else if constexpr (kShape == kPlain) {
-      const float of_log_b = job.plan.entropy ? f.A * job.c : 0;
-      chunks([&](int place) {
-        float b[kRun], o[kRun], g[kRun];
-        load_base(place, b);
-        load_other(place, o);
-        Sums<float> unused;
-        int32_t wild = 0;
-        KD_UNROLL for (int i = 0; i < kRun; i++) {
-          if (moments()) {
-            const Kept<float> k = step_moments<true>(b[i], o[i], r.ref, r.ref_low, unused, wild);
-            g[i] = f.A * k.em + f.C * k.e;
-          } else {
-            const float e = weight_of(b[i], r), t = difference<kCarry>(o[i], b[i], r.ref, r.ref_low),
-                        y = kCarry ? t * r.c + t * r.c_low : t * r.c;
-            g[i] = e > 0 ? e * (f.A * y + (of_log_b * (b[i] - r.top) + f.C)) : 0 * f.C;
-          }
-        }
-        if (empty) nothing(g);
-        put_mirror(place, g);
-      });
-    } else {
-      const bool general = !job.mix.tvd && job.mix.l != 0;
-      KD_ROLLED for (int j = 0; j < G::kChunks; j++) {
-        const int place = j * G::kThreads + T::thread();
-        // as the sums took it
-        const bool here = place < count, fast = place >= whole_from && place < whole_to;
-        float b[kRun], o[kRun], g[kRun];
-        float own = 0;
-        if (fast) {
-          load_whole(place, b, o);
-          own = farthest(b, o, r);
-        }
-        const bool near = general && !gpu::warp_any(!(own <= job.mix.near));
-        if (!here) continue;
-        Sums<float> unused;
-        int32_t wild = 0;
-        const float rest = rest_of(f);
-        const auto keep = [&](int i, const Kept<float> &k) { g[i] = k.e * ((f.A * k.em + f.C) + rest); };
-        if (empty)
-          nothing(g);
-        else if (fast)
-          mix_chunk(near, b, o, r, job.mirror_mix, unused, keep);
-        else
-          mix_other(place, r, job.mirror_mix, unused, wild, keep);
-        put_mirror(place, g);
-      }
-    }
-  }
 };
 
 // ---------------------------------------------------------------- closing a row, by a warp
@@ -1084,7 +982,7 @@ KD_DEVICE double loss_of(const Job &job, double weight, double value, const Hard
 
 // For a row that counts for nothing; by a thread.
 KD_DEVICE void put_nothing(const kd_call &c, int64_t row) {
-  if (c.loss) c.loss[row] = 0;
+  c.loss[row] = 0;
   if (c.stats)
     for (int i = 0; i < KD_STATS; i++) c.stats[row * KD_STATS + i] = NAN;
 }
@@ -1102,8 +1000,8 @@ KD_DEVICE void put_values(const Job &job, double *out, double value, const HardR
   out[KD_CROSS_ENTROPY] = job.hard ? cross_entropy_of(h) : NAN;
 }
 
-// The parts [0, n) of a row that is closed, those of this block from `mine` on: factors (the student's tile
-// by tile, then the teacher's), flags and, where `loss` is given, the row's loss.
+// The parts [0, n) of a row that is closed, those of this block from `mine` on: factors tile
+// by tile, flags and, where `loss` is given, the row's loss.
 template <Shape kShape, class G>
 KD_DEVICE void finish(const Job &job, const RowAt &x, const Row &row, Part *parts, SmoothPart *hards, int n,
                       int mine, int tiles, Scratch<G> &scratch, Factors *factors, double *loss) {
@@ -1128,11 +1026,6 @@ KD_DEVICE void finish(const Job &job, const RowAt &x, const Row &row, Part *part
       if (!(x.label_logit == x.label_logit)) f.C = f.lone = NAN;
     }
     factors[i] = f;
-    if (G::kBoth && job.mutual) {
-      const Coefficients m =
-          mirror_coefficients(p, row, job.plan, job.mirror_plan, x.weight * job.mirror.grad_scale);
-      factors[tiles + i] = {float(m.A), float(m.B), float(m.C), float(m.C - m.B), 0, 1, float(m.end)};
-    }
   }
   gpu::sync_warp();
   if (lane == 0) {

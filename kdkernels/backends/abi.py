@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
+from ..call import Call, Numbers
 from ..transforms import Modifiers
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -24,7 +25,7 @@ VERSION = 1  # KD_ABI_VERSION of csrc/api.h
 BUILD_RECORD = Path(__file__).parent.parent / "_build.txt"
 
 
-class Call(ctypes.Structure):
+class Loss(ctypes.Structure):
     """kd_call."""
 
     _fields_ = [
@@ -54,11 +55,10 @@ class Call(ctypes.Structure):
         ("bad_row", c_int64),
         *((x, c_void_p) for x in ("stream", "workspace")),
         ("workspace_size", c_int64),
-        ("mirror", c_void_p),
     ]
 
 
-class LogSoftmaxCall(ctypes.Structure):
+class LogSoftmax(ctypes.Structure):
     """kd_log_softmax_call."""
 
     _fields_ = [
@@ -70,7 +70,7 @@ class LogSoftmaxCall(ctypes.Structure):
     ]
 
 
-class ScaleCall(ctypes.Structure):
+class Scale(ctypes.Structure):
     """kd_scale_call, of CUDA."""
 
     _fields_ = [
@@ -104,12 +104,12 @@ class Library:
             raise OSError(
                 f"{name}: its ABI has version {found}, this package's {VERSION}; reinstall kdkernels"
             )
-        structs = {"kd_call": Call, "kd_log_softmax_call": LogSoftmaxCall}
+        structs = {"kd_call": Loss, "kd_log_softmax_call": LogSoftmax}
         cuda = hasattr(lib, "kd_scale")
         if kind is not None and cuda != (kind == "cuda"):
             raise OSError(f"{name}: it is the {'CUDA' if cuda else 'CPU'} library; reinstall kdkernels")
         if cuda:
-            structs["kd_scale_call"] = ScaleCall
+            structs["kd_scale_call"] = Scale
             lib.kd_workspace.argtypes, lib.kd_workspace.restype = [c_void_p], c_int64
             lib.kd_scale.argtypes = [c_void_p]
             lib.kd_error.restype = lib.kd_unavailable.restype = c_char_p
@@ -164,48 +164,30 @@ def build_record() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _divergence(text: str) -> dict[str, int | float]:
-    """What a call says of a divergence."""
-    form = math_of.parse(text).form
-    return dict(
-        family=math_of.FAMILIES.index(form.family),
-        reverse=form.reverse,
-        order=form.order,
-        factor=form.factor,
-        mix=form.mix,
-        teacher_part=form.teacher,
-        student_part=form.student,
-        limit=form.limit or 0.0,
-    )
-
-
-@functools.lru_cache(maxsize=256)
 def _without_tensors(
-    divergence,
-    temperature,
-    value_scale,
-    grad_scale,
-    hard_scale,
-    hard_grad_scale,
-    vocab,
-    modifiers: tuple[float, ...],
-    student,
-    teacher,
+    divergence: math_of.Divergence, numbers: Numbers, vocab: int, student: torch.dtype, teacher: torch.dtype
 ) -> bytes:
-    """A call but for its tensors; student and teacher are their dtypes. A struct takes long to fill field by
-    field."""
+    """A call but for its tensors. A struct takes long to fill field by field."""
+    form = divergence.form
     return bytes(
-        Call(
+        Loss(
             vocab=vocab,
             student_dtype=DTYPES[student],
             teacher_dtype=DTYPES[teacher],
-            temperature=temperature,
-            value_scale=value_scale,
-            grad_scale=grad_scale,
-            hard_scale=hard_scale,
-            hard_grad_scale=hard_grad_scale,
-            **_divergence(divergence),
-            **Modifiers(*modifiers)._asdict(),
+            family=math_of.FAMILIES.index(form.family),
+            reverse=form.reverse,
+            order=form.order,
+            factor=form.factor,
+            mix=form.mix,
+            teacher_part=form.teacher,
+            student_part=form.student,
+            limit=form.limit or 0.0,
+            temperature=numbers.temperature,
+            value_scale=numbers.value_scale,
+            grad_scale=numbers.grad_scale,
+            hard_scale=numbers.hard_scale,
+            hard_grad_scale=numbers.hard_grad_scale,
+            **numbers.modifiers._asdict(),
         )
     )
 
@@ -223,77 +205,43 @@ def _layout(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
     return x, max(1, x.shape[1]), (x.stride(0), x.stride(1))
 
 
-def loss_call(
-    student,
-    teacher,
-    labels,
-    weight,
-    grad,
-    divergence,
-    temperature,
-    value_scale,
-    grad_scale,
-    hard_scale,
-    hard_grad_scale,
-    vocab,
-    modifiers=(),
-    *,
-    value=True,
-    stats=None,
-    threads=1,
-    device=0,
-    stream=None,
-) -> tuple[Call, Tensor | None, tuple]:
-    """(call, the rows' losses to be written, what the call points to and must live as long) from the
-    operator's arguments (ops.py)."""
-    student, inner, student_stride = _layout(student)
-    teacher, _, teacher_stride = _layout(teacher)
+def loss_call(call: Call, threads: int = 1, device: int = 0, stream=None) -> tuple[Loss, Tensor, tuple]:
+    """(the library's call, the rows' losses to be written, what the call points to and must live as long)."""
+    student, inner, student_stride = _layout(call.student)
+    teacher, _, teacher_stride = _layout(call.teacher)
+    labels = call.labels if call.labels is None else call.labels.contiguous()
+    weight = call.weight if call.weight is None else call.weight.contiguous()
     width = student.shape[-1]
     rows = student.numel() // width
-    out = torch.empty(rows, dtype=torch.float64, device=student.device) if value else None
-    labels = labels if labels is None else labels.contiguous()
-    weight = weight if weight is None else weight.contiguous()
-    scales = value_scale, grad_scale, hard_scale, hard_grad_scale
-    fixed = _without_tensors(
-        divergence, temperature, *scales, vocab, tuple(modifiers), student.dtype, teacher.dtype
-    )
-    call = Call.from_buffer_copy(fixed)
-    call.student, call.teacher = student.data_ptr(), teacher.data_ptr()
-    call.rows, call.inner, call.grad_width = rows, inner, width
-    call.student_stride, call.teacher_stride = student_stride, teacher_stride
-    call.threads, call.device, call.stream = threads, device, stream
-    if grad is not None:
-        call.grad, (_, _, call.grad_stride) = grad.data_ptr(), _layout(grad)
-        call.fresh = call.grad != call.student and grad.is_contiguous()
-    if out is not None:
-        call.loss = out.data_ptr()
+    out = torch.empty(rows, dtype=torch.float64, device=student.device)
+    fixed = _without_tensors(call.divergence, call.numbers, call.vocab, student.dtype, teacher.dtype)
+    c = Loss.from_buffer_copy(fixed)
+    c.student, c.teacher, c.loss = student.data_ptr(), teacher.data_ptr(), out.data_ptr()
+    c.rows, c.inner, c.grad_width = rows, inner, width
+    c.student_stride, c.teacher_stride = student_stride, teacher_stride
+    c.threads, c.device, c.stream = threads, device, stream
+    if call.grad is not None:
+        c.grad, (_, _, c.grad_stride) = call.grad.data_ptr(), _layout(call.grad)
+        c.fresh = c.grad != c.student and call.grad.is_contiguous()
     if labels is not None:
-        call.labels = labels.data_ptr()
+        c.labels = labels.data_ptr()
     if weight is not None:
-        call.weight = weight.data_ptr()
-    if stats is not None:
-        call.stats = stats.data_ptr()
-    return call, out, (student, teacher, labels, weight)
-
-
-def with_mirror(call: Call, mirror: tuple) -> tuple:
-    """Makes `call` one for both gradients, with the operator's arguments for the teacher's; what it then
-    points to."""
-    other, _, alive = loss_call(*mirror, value=False)
-    call.mirror = ctypes.addressof(other)
-    return other, alive
+        c.weight = weight.data_ptr()
+    if call.stats is not None:
+        c.stats = call.stats.data_ptr()
+    return c, out, (student, teacher, labels, weight)
 
 
 def log_softmax_call(
     logits, upstream, out, temperature, *, threads=1, device=0, stream=None
-) -> tuple[LogSoftmaxCall, tuple]:
+) -> tuple[LogSoftmax, tuple]:
     """(call, what it points to) that fills `out`, which is contiguous."""
     width = logits.shape[-1]
     logits = logits.contiguous()
     upstream = upstream if upstream is None else upstream.contiguous()
     pointers = logits.data_ptr(), None if upstream is None else upstream.data_ptr(), out.data_ptr()
     sizes = logits.numel() // width, width, width, width, width
-    return LogSoftmaxCall(*pointers, *sizes, DTYPES[logits.dtype], threads, device, 0, temperature, stream), (
+    return LogSoftmax(*pointers, *sizes, DTYPES[logits.dtype], threads, device, 0, temperature, stream), (
         logits,
         upstream,
     )

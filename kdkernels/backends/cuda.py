@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..call import Call
 from . import abi
 
 name = "cuda"
@@ -60,21 +61,17 @@ def _check(status: int) -> None:
         raise RuntimeError(f"CUDA backend: {library().c.kd_error(status).decode()} (status {status})")
 
 
-def loss(student, teacher, labels, weight, grad, *options, stats=None, mirror=None) -> Tensor:
-    """The operator's contract (ops.py)."""
+def loss(call: Call) -> Tensor:
+    """The contract of `Call`."""
     lib = library()
-    call, out, alive = abi.loss_call(
-        student, teacher, labels, weight, grad, *options, stats=stats, **_where(student.device)
-    )
-    if mirror is not None:
-        alive = *alive, abi.with_mirror(call, mirror)
-    call.workspace_size = lib.c.kd_workspace(ctypes.byref(call))
-    if call.workspace_size < 0:
-        _check(-call.workspace_size)
-    if call.workspace_size:
-        workspace = torch.empty(call.workspace_size, dtype=torch.uint8, device=student.device)
-        call.workspace = workspace.data_ptr()
-    _check(lib.loss(ctypes.byref(call)))
+    c, out, alive = abi.loss_call(call, **_where(call.student.device))
+    c.workspace_size = lib.c.kd_workspace(ctypes.byref(c))
+    if c.workspace_size < 0:
+        _check(-c.workspace_size)
+    if c.workspace_size:
+        workspace = torch.empty(c.workspace_size, dtype=torch.uint8, device=call.student.device)
+        c.workspace = workspace.data_ptr()
+    _check(lib.loss(ctypes.byref(c)))
     return out
 
 
@@ -97,5 +94,5 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         return
     where = _where(grad.device)
     sizes = grad.numel(), abi.DTYPES[grad.dtype], abi.DTYPES[factor.dtype], where.get("device", 0), 0
-    call = abi.ScaleCall(grad.data_ptr(), factor.data_ptr(), where.get("stream"), *sizes)
+    call = abi.Scale(grad.data_ptr(), factor.data_ptr(), where.get("stream"), *sizes)
     _check(library().c.kd_scale(ctypes.byref(call)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
+from ..call import Call
 from ..transforms import LogitTransform, Modifiers
 
 name = "eager"
@@ -25,28 +26,19 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> s
     return "mps has no float64" if device.type == "mps" else None
 
 
-def rows(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    divergence: str,
-    temperature: float,
-    value_scale: float,
-    hard_scale: float,
-    modifiers: Modifiers,
-) -> Tensor:
+def rows(call: Call) -> Tensor:
     """Per-row loss, (rows,) float64, of (rows, vocab) logits; rows of weight 0, and the logits of a term of
     weight 0, are not looked at."""
-    soft, hard = value_scale != 0, labels is not None and hard_scale != 0
-    of_z, of_v = modifiers.transforms
+    student, teacher, labels, weight, n = call.student, call.teacher, call.labels, call.weight, call.numbers
+    soft, hard = n.value_scale != 0, labels is not None and n.hard_scale != 0
+    of_z, of_v = n.modifiers.transforms
     counts = _counts(student, weight)
     z, broken_z = _clean(student.double(), counts & (soft or hard), of_z)
     v, broken_v = _clean(teacher.double(), counts & soft, of_v)
-    row = _Row(z, v, temperature)
-    loss = value_scale * row.divergence(math_of.parse(divergence)) if soft else z.new_zeros(z.shape[0])
+    row = _Row(z, v, n.temperature)
+    loss = n.value_scale * row.divergence(call.divergence) if soft else z.new_zeros(z.shape[0])
     if hard:
-        loss = loss + hard_scale * row.hard(torch.where(counts.squeeze(-1), labels, 0), modifiers)
+        loss = loss + n.hard_scale * row.hard(torch.where(counts.squeeze(-1), labels, 0), n.modifiers)
     # nan in the value of the rows that are broken, and in the gradient of all the logits that are read; 0
     # added to the others
     broken = broken_z | broken_v
@@ -73,74 +65,54 @@ def _clean(x: Tensor, counts: Tensor, transform: LogitTransform) -> tuple[Tensor
     return torch.where(broken, 0.0, x), broken
 
 
-def loss(
-    student,
-    teacher,
-    labels,
-    weight,
-    grad,
-    divergence,
-    temperature,
-    value_scale,
-    grad_scale,
-    hard_scale,
-    hard_grad_scale,
-    vocab,
-    modifiers=(),
-    stats=None,
-    mirror=None,
-):
-    """The operator's contract (ops.py): the loss of each row, and its gradient, from its formula, written
-    into `grad`."""
-    other = None if mirror is None else mirror[4]
-    tensors = student, teacher, labels, weight, grad, other
-    if student.dim() == 1:
-        tensors = tuple(x if x is None else x.unsqueeze(0) for x in tensors)
-    student, teacher, labels, weight, grad, other = tensors
-    leading = student.shape[:-1]
+def loss(call: Call) -> Tensor:
+    """The contract of `Call`, chunk by chunk; the gradient comes from its formula."""
+    if call.student.dim() == 1:
+        per_row = ("student", "teacher", "labels", "weight", "grad")
+        given = {name: x for name in per_row if (x := getattr(call, name)) is not None}
+        call = call._replace(**{name: x.unsqueeze(0) for name, x in given.items()})
+    leading, vocab = call.student.shape[:-1], call.vocab
     count = math.prod(leading)
-    modifiers = Modifiers(*modifiers)
-    out = student.new_empty(count, dtype=torch.float64)
-    which = math_of.parse(divergence)
+    out = call.student.new_empty(count, dtype=torch.float64)
     step = max(1, CHUNK_BYTES // (8 * max(vocab, 1)))
     for start in range(0, count, step):
-        index = torch.arange(start, min(start + step, count), device=student.device)
+        index = torch.arange(start, min(start + step, count), device=out.device)
         at = tuple(torch.unravel_index(index, leading))
-        z, v = student[(*at, slice(vocab))].double(), teacher[(*at, slice(vocab))].double()
-        y, w = (x if x is None else x[at] for x in (labels, weight))
-        out[index] = rows(z, v, y, w, divergence, temperature, value_scale, hard_scale, modifiers)
-        if grad is None and stats is None and other is None:
-            continue
-        soft, hard = grad_scale != 0, y is not None and hard_grad_scale != 0
-        of_z, of_v = modifiers.transforms
-        counts = _counts(z, w)
-        y = y if y is None else torch.where(counts.squeeze(-1), y, 0)
-        z, broken_z = _clean(z, counts & (soft or hard or stats is not None), of_z)
-        v, broken_v = _clean(v, counts & (soft or stats is not None), of_v)
-        row = _Row(z, v, temperature)
-        if stats is not None:
-            columns = row.columns(which, y)
-            broken = (broken_z | broken_v).repeat(1, columns.shape[-1])
-            broken[:, 1:2] = broken_z  # the cross entropy, which is the student's alone
-            stats[index] = torch.where(broken | ~counts, math.nan, columns)
-        broken = broken_z | broken_v if soft else broken_z if hard else torch.zeros_like(broken_z)
-        if other is not None:
-            g = torch.zeros_like(v)
-            if soft:
-                entropic = isinstance(which, math_of.CrossEntropy)
-                g = (
-                    row.teacher_gradient()
-                    if entropic
-                    else _Row(v, z, temperature).gradient(math_of.parse(mirror[5]))
-                )
-                g = torch.where(broken, math.nan, grad_scale * g * of_v.slope(v))
-            _write(other, at, vocab, g, w)
-        if grad is not None:
-            g = grad_scale * row.gradient(which) if soft else torch.zeros_like(z)
-            if hard:
-                g = g + hard_grad_scale * row.hard_gradient(y, modifiers)
-            _write(grad, at, vocab, torch.where(broken, math.nan, g * of_z.slope(z)), w)
+        z, v = (x[(*at, slice(vocab))].double() for x in (call.student, call.teacher))
+        labels, weight = (x if x is None else x[at] for x in (call.labels, call.weight))
+        chunk = call._replace(student=z, teacher=v, labels=labels, weight=weight)
+        out[index] = rows(chunk)
+        if call.grad is not None or call.stats is not None:
+            g, columns = _gradient_and_columns(chunk)
+            if call.stats is not None:
+                call.stats[index] = columns
+            if call.grad is not None:
+                _write(call.grad, at, vocab, g, weight)
     return out
+
+
+def _gradient_and_columns(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Of (rows, vocab) logits: the gradient without the rows' weights, and statistics where `call` has
+    them."""
+    z, v, labels, n, told = call.student, call.teacher, call.labels, call.numbers, call.stats is not None
+    soft, hard = n.grad_scale != 0, labels is not None and n.hard_grad_scale != 0
+    of_z, of_v = n.modifiers.transforms
+    counts = _counts(z, call.weight)
+    if labels is not None:
+        labels = torch.where(counts.squeeze(-1), labels, 0)
+    z, broken_z = _clean(z, counts & (soft or hard or told), of_z)
+    v, broken_v = _clean(v, counts & (soft or told), of_v)
+    row, columns = _Row(z, v, n.temperature), None
+    if told:
+        columns = row.columns(call.divergence, labels)
+        broken = (broken_z | broken_v).repeat(1, columns.shape[-1])
+        broken[:, 1:2] = broken_z  # the cross entropy, which is the student's alone
+        columns = torch.where(broken | ~counts, math.nan, columns)
+    g = n.grad_scale * row.gradient(call.divergence) if soft else torch.zeros_like(z)
+    if hard:
+        g = g + n.hard_grad_scale * row.hard_gradient(labels, n.modifiers)
+    broken = broken_z | broken_v if soft else broken_z if hard else torch.zeros_like(broken_z)
+    return torch.where(broken, math.nan, g * of_z.slope(z)), columns
 
 
 def _write(grad: Tensor, at: tuple[Tensor, ...], vocab: int, g: Tensor, weight: Tensor | None) -> None:
@@ -397,16 +369,6 @@ class _Row:
         )
         less = -q * torch.expm1(x) if of_q else p * (torch.expm1(d) - torch.expm1(x))
         return torch.where(self.no_z, 0.0, unit * torch.where(near, less, q - w))
-
-    def teacher_gradient(self) -> Tensor:
-        """T dH/dv of the cross entropy H(p, q), p (sum p log q - log q), (rows, vocab); nan where H is
-        +inf."""
-        p, q, *_ = self.soft
-        log_q = (self.z - self.top_z) / self.temperature
-        log_q = log_q - torch.where(self.no_z, 0.0, log_q.exp()).sum(-1, keepdim=True).log()
-        log_q = torch.where(self.no_v, 0.0, torch.where(self.no_z, -math.inf, log_q))
-        mean = torch.where(self.no_v, 0.0, p * log_q).sum(-1, keepdim=True)
-        return torch.where(self.no_v, 0.0, p * (torch.where(mean > -math.inf, mean, math.nan) - log_q))
 
     def _infinite(self, form: math_of.Form, rows: Tensor) -> Tensor:
         """+inf, with the gradients that are agreed upon for the rows that are asked for (docs/numerics.md,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..call import Call
 from . import abi
 
 name = "cpu"
@@ -43,18 +44,14 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> s
     return found if isinstance(found, str) else None
 
 
-def loss(student, teacher, labels, weight, grad, *options, stats=None, mirror=None) -> Tensor:
-    """The operator's contract (ops.py)."""
-    call, out, alive = abi.loss_call(
-        student, teacher, labels, weight, grad, *options, stats=stats, threads=torch.get_num_threads()
-    )
-    if mirror is not None:
-        alive = *alive, abi.with_mirror(call, mirror)
-    status = library().loss(ctypes.byref(call))
+def loss(call: Call) -> Tensor:
+    """The contract of `Call`."""
+    c, out, alive = abi.loss_call(call, threads=torch.get_num_threads())
+    status = library().loss(ctypes.byref(c))
     if status == _BAD_LABEL:
-        label = alive[2].view(-1)[call.bad_row].item()
+        label = alive[2].view(-1)[c.bad_row].item()
         raise ValueError(
-            f"labels: row {call.bad_row} has label {label}; labels are in [0, {call.vocab}) or ignore_index"
+            f"labels: row {c.bad_row} has label {label}; labels are in [0, {c.vocab}) or ignore_index"
         )
     if status:
         raise RuntimeError(f"kd_loss refused the call (status {status})")

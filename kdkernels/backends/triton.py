@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import divergence as math_of
-from ..transforms import Modifiers
+from ..call import Call
 from .triton_plan import (
     AGAIN,
     BOTH,
@@ -120,8 +120,8 @@ SMALLEST, LARGEST = 1e-25, 1e36
 
 
 @functools.lru_cache(maxsize=256)
-def numbers(text: str, temperature: float) -> Numbers:
-    form = math_of.parse(text).form
+def numbers(divergence: math_of.Divergence, temperature: float) -> Numbers:
+    form = divergence.form
     if math.isinf(temperature):
         limit = form.limit or 0.0
         return Numbers(
@@ -158,18 +158,6 @@ def numbers(text: str, temperature: float) -> Numbers:
         less = exact / SMALLEST if tilt == SMALLEST and form.family == "renyi" else 1.0
         return found._replace(value=found.value * less, grad=found.grad * less)
     return simple("ENTROPY" if form.family == "cross_entropy" else "KL", TEACHER)
-
-
-def mutual(n: Numbers, m: Numbers) -> str | None:
-    """The family that gives both gradients of a call with numbers n, m those of its mirror; None where they
-    share no sums."""
-    if n.family == "ENTROPY":
-        return "MUTUAL_ENTROPY"
-    if n.family in MIXTURES:
-        return n.family if m.family in MIXTURES else None
-    if n.family != m.family or n.family in ("SUPPORT", "EXTREME"):
-        return None
-    return "MUTUAL_KL" if n.family == "KL" else n.family  # the same weights from the same side
 
 
 def _mixture(sides: math_of.Sides, simple: Callable[..., Numbers]) -> Numbers:
@@ -246,49 +234,31 @@ class Launch:
         )
 
 
-def _arguments(
-    student,
-    teacher,
-    labels,
-    weight,
-    grad,
-    divergence,
-    temperature,
-    value_scale,
-    grad_scale,
-    hard_scale,
-    hard_grad_scale,
-    vocab,
-    modifiers,
-    out,
-    stats=None,
-    other=None,
-) -> tuple[Numbers, int, dict, dict]:
-    """(the numbers of a call, how its rows lie, what every kernel takes of it, where the gradient `other`
-    lies)."""
-    n, m = numbers(divergence, temperature), Modifiers(*modifiers)
-    hard = labels is not None and (hard_scale != 0 or hard_grad_scale != 0 or stats is not None)
+def _arguments(call: Call, out: Tensor) -> tuple[Numbers, int, dict]:
+    """(the numbers of a call, how its rows lie, what every kernel takes of it)."""
+    student, teacher, weight, grad, asked = call.student, call.teacher, call.weight, call.grad, call.numbers
+    n, m, told = numbers(call.divergence, asked.temperature), asked.modifiers, call.stats is not None
+    hard = call.labels is not None and (asked.hard_scale != 0 or asked.hard_grad_scale != 0 or told)
     capped, scaled = m.student_softcap or m.teacher_softcap, (m.student_scale, m.teacher_scale) != (1.0, 1.0)
     G = student if grad is None else grad
-    tensors = [student, teacher, G, G if other is None else other]
-    inner, access, strides = _layout(tensors, run(student.element_size(), teacher.element_size()), vocab)
+    run_of = run(student.element_size(), teacher.element_size())
+    inner, access, strides = _layout([student, teacher, G], run_of, call.vocab)
     # the value's factor, T^2 in it, as two numbers that a float holds
-    value_scale *= n.value
+    value_scale = asked.value_scale * n.value
     value_unit = 2.0 ** (math.frexp(value_scale)[1] // 2) if math.isfinite(value_scale) else 1.0
+    where = ("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner")
     arguments = dict(
         Z=student,
         V=teacher,
         G=G,
-        LABELS=labels.contiguous() if hard else out,
+        LABELS=call.labels.contiguous() if hard else out,
         WEIGHTS=out if weight is None else weight.contiguous(),
         LOSS=out,
-        STATS=out if stats is None else stats,
+        STATS=call.stats if told else out,
         rows=out.numel(),
         inner=inner,
-        **dict(
-            zip(("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner"), strides[:6], strict=True)
-        ),
-        vocab=vocab,
+        **dict(zip(where, strides, strict=True)),
+        vocab=call.vocab,
         width=student.shape[-1],
         k=n.k,
         tilt=n.tilt,
@@ -296,9 +266,9 @@ def _arguments(
         other_share=n.other_share,
         value_scale=value_scale / value_unit,
         value_unit=value_unit,
-        grad_scale=grad_scale * n.grad * m.student_scale,
-        hard_scale=hard_scale,
-        hard_grad_scale=hard_grad_scale * m.student_scale,
+        grad_scale=asked.grad_scale * n.grad * m.student_scale,
+        hard_scale=asked.hard_scale,
+        hard_grad_scale=asked.hard_grad_scale * m.student_scale,
         smoothing=m.label_smoothing,
         z_loss=m.z_loss,
         z_scale=m.student_scale,
@@ -315,14 +285,9 @@ def _arguments(
         WEIGHTED=weight is not None,
         GRAD=grad is not None,
         TRANSFORM=CAPPED if capped else SCALED if scaled else 0,
-        TELL=stats is not None,
+        TELL=told,
     )
-    return (
-        n,
-        access,
-        arguments,
-        dict(H=tensors[3], h_outer=strides[6], h_inner=strides[7], h_width=tensors[3].shape[-1]),
-    )
+    return n, access, arguments
 
 
 def _careful(arguments: dict, every: bool, **changes) -> Launch:
@@ -337,88 +302,58 @@ def _careful(arguments: dict, every: bool, **changes) -> Launch:
     )
 
 
-def launches(*call, device: Device, stats=None, mirror=None) -> list[Launch]:
-    """What `loss` launches, in its order, on a device of such figures. call: the operator's arguments, and
-    the losses to be written."""
-    student, teacher, out = call[0], call[1], call[-1]
-    together = None if mirror is None else mutual(numbers(*call[5:7]), numbers(*mirror[5:7]))
-    n, access, arguments, where = _arguments(*call, stats, mirror[4] if together else None)
-    first, rest, teacher_scale = [], [], 0.0
-    if together:
-        _, _, turned, _ = _arguments(*mirror, torch.empty_like(out))
-        # at T = inf the gradients are each other's negatives, and of the same y
-        teacher_scale = -turned["grad_scale"] if n.family == "MOMENTS" else turned["grad_scale"]
-        if n.family == "POWER" and n.base == TEACHER:
-            # of a small order q - w is proportional to the tilt, of which 1 - order has lost digits
-            teacher_scale *= turned["tilt"] / arguments["tilt"]
-        if together == "MUTUAL_ENTROPY":
-            turned |= dict(FAMILY=FAMILIES.index(together))
-        rest = [_careful(turned, False, MARKS=out)]
-    elif mirror is not None:  # first, as a gradient in place overwrites the student's logits
-        first = launches(*mirror, torch.empty_like(out), device=device)
+def launches(call: Call, out: Tensor, device: Device) -> list[Launch]:
+    """What `loss` launches, in its order, on a device of such figures; out: the losses to be written."""
+    student, teacher, told = call.student, call.teacher, call.stats is not None
+    n, access, arguments = _arguments(call, out)
     if n.family in ("SUPPORT", "EXTREME"):  # no sum of terms: every row is one for fp64
-        return [*first, _careful(arguments, True)]
-    rest = [*rest, _careful(arguments, False)]
-    rows, vocab, hard, transform = out.numel(), arguments["vocab"], arguments["HARD"], arguments["TRANSFORM"]
+        return [_careful(arguments, True)]
+    rest = _careful(arguments, False)
+    rows, vocab, hard, transform = out.numel(), call.vocab, arguments["HARD"], arguments["TRANSFORM"]
     mixture = n.family in MIXTURES
     # a mixture's three sweeps with labels leave a whole row half of the registers, and so do modifiers and
-    # statistics, and both gradients
-    modified = transform or stats is not None or hard == SMOOTHED
-    whole = REGISTERS_WHOLE // (2 if mixture and hard or together else 1) // (2 if modified else 1)
-    chosen = plan(
-        rows, vocab, student.element_size(), teacher.element_size(), access == WINDOW, device, whole
-    )
-    carry = bool(transform) or torch.float32 in (student.dtype, teacher.dtype)
-    light = n.family in ("KL", "ENTROPY", "MOMENTS") and together != "MUTUAL_ENTROPY"
-    heavy = hard or transform or not light or chosen.whole and (stats is not None or together)
+    # statistics
+    modified = transform or told or hard == SMOOTHED
+    whole = REGISTERS_WHOLE // (2 if mixture and hard else 1) // (2 if modified else 1)
+    sizes = student.element_size(), teacher.element_size()
+    chosen = plan(rows, vocab, *sizes, access == WINDOW, device, whole)
+    light = n.family in ("KL", "ENTROPY", "MOMENTS")
+    heavy = hard or transform or not light or chosen.whole and told
     heavy = heavy and chosen.warps * device.warp * HEAVY_REGISTERS <= FILE_REGISTERS
     registers = HEAVY_REGISTERS if heavy else MOST_REGISTERS
-    if heavy and hard and (mixture or transform and (chosen.whole or together)):
+    if heavy and hard and (mixture or transform and chosen.whole):
         registers = HEAVIEST_REGISTERS
-    family = FAMILIES.index(together or n.family)
-    arguments = (
-        arguments | where | dict(FAMILY=family, MUTUAL=together is not None, mutual_scale=teacher_scale)
-    )
-    arguments = arguments | dict(
+    carry = bool(transform) or torch.float32 in (student.dtype, teacher.dtype)
+    arguments |= dict(
         c=n.c, inverse_tilt=n.inverse_tilt, CARRY=carry, ACCESS=access, RB=chosen.RB, R=chosen.R
     )
     if chosen.parts == 1:
-        return [
-            *first,
-            Launch("loss_rows", chosen.grid, arguments | dict(WHOLE=chosen.whole), chosen.warps, registers),
-            *rest,
-        ]
+        whole_rows = arguments | dict(WHOLE=chosen.whole)
+        return [Launch("loss_rows", chosen.grid, whole_rows, chosen.warps, registers), rest]
     arguments |= dict(
         STATE=torch.empty(rows * chosen.parts * SLOTS, dtype=torch.float64, device=out.device),
         COUNTERS=torch.zeros(1 + 2 * rows, dtype=torch.int32, device=out.device),
         PARTS=chosen.parts,
     )
     if not interpreting():
-        return [
-            *first,
-            Launch("loss_parts", chosen.grid, arguments | dict(PHASE=BOTH), chosen.warps, registers),
-            *rest,
-        ]
+        whole_rows = arguments | dict(PHASE=BOTH)
+        return [Launch("loss_parts", chosen.grid, whole_rows, chosen.warps, registers), rest]
     # programs that run one after another cannot wait for each other
     phases = (PUBLISH, AGAIN, MIX, FINISH) if mixture else (PUBLISH, AGAIN, FINISH)
-    return [
-        *first,
-        *(Launch("loss_parts", rows * chosen.parts, arguments | dict(PHASE=x), chosen.warps) for x in phases),
-        *rest,
-    ]
+    each = (arguments | dict(PHASE=x) for x in phases)
+    return [*(Launch("loss_parts", rows * chosen.parts, x, chosen.warps) for x in each), rest]
 
 
-def loss(student, *call, stats=None, mirror=None):
-    """The operator's contract (ops.py)."""
-    if stats is not None:
-        stats.fill_(math.nan)  # of rows that count for nothing
-    out = torch.empty(math.prod(student.shape[:-1]), dtype=torch.float64, device=student.device)
+def loss(call: Call) -> Tensor:
+    """The contract of `Call`."""
+    if call.stats is not None:
+        call.stats.fill_(math.nan)  # of rows that count for nothing
+    device = call.student.device
+    out = torch.empty(math.prod(call.student.shape[:-1]), dtype=torch.float64, device=device)
     if out.numel():
-        with _on(student.device):
-            for launch in launches(
-                student, *call, out, device=figures(student.device), stats=stats, mirror=mirror
-            ):
-                launch.run(student.device)
+        with _on(device):
+            for launch in launches(call, out, figures(device)):
+                launch.run(device)
     return out
 
 

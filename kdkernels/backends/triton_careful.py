@@ -13,7 +13,6 @@ from .triton_kernels import (
     EXTREME,
     INF,
     MOMENTS,
-    MUTUAL_ENTROPY,
     NOWHERE,
     NUMBERS,
     POWER,
@@ -29,7 +28,6 @@ from .triton_kernels import (
     kl_terms,
     label_of,
     log1p64,
-    logs,
     long,
     magnitude,
     mixes,
@@ -37,6 +35,7 @@ from .triton_kernels import (
     mixture_term,
     power_terms,
     psi_series,
+    reverses,
     select,
     side,
     tell_terms,
@@ -61,9 +60,6 @@ def careful_rows(
 ):  # fmt: skip
     """The operator's contract in the textbook's order and fp64, for every row or for those whose loss in
     MARKS is lost; ROWS to a program.
-
-    A MUTUAL_ENTROPY is seen from the teacher: the gradient is that of -sum q log p in the logits of q, and
-    the value reverse KL's.
     """
     first = tl.program_id(0) * ROWS
     some = tl.full([], 1, tl.int32)
@@ -230,7 +226,7 @@ def careful_row(
         near = tl.abs(sum_d) < 0.5 * sum_v
         shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
 
-    infinite = has_lone_q if logs(FAMILY, BASE_Z) else has_lone_p
+    infinite = has_lone_q if reverses(FAMILY, BASE_Z) else has_lone_p
     most = wide(INF)  # what an infinite value is; the factor of a negative order's is negative
     log_r, mu, sum_u, set_top, sum_set, outside = (
         shift * 0.0,
@@ -299,11 +295,8 @@ def careful_row(
                 elif mixes(FAMILY):
                     term, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
                     slopes += q * xi
-                elif logs(FAMILY, BASE_Z):
-                    if FAMILY == MUTUAL_ENTROPY:
-                        slopes += tl.where(both, q * (tl.log(sum_v) - (v - mv) * k), 0.0)
-                    else:
-                        slopes += tl.where(both, q * d, 0.0)
+                elif reverses(FAMILY, BASE_Z):
+                    slopes += tl.where(both, q * d, 0.0)
                     _, term = kl_terms(q, p, -d, psi_series, magnitude, select)
                     term = tl.where(both, term, p)
                 else:
@@ -313,7 +306,7 @@ def careful_row(
                 own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
         F = tl.maximum(tl.sum(f, 0), 0.0)
         moved = tl.sum(slopes, 0)
-        if logs(FAMILY, BASE_Z):
+        if reverses(FAMILY, BASE_Z):
             gain = tl.where(infinite, float("nan"), gain)
         if FAMILY == MOMENTS:
             infinite = tl.where(tilt == 0.0, has_lone_p if BASE_Z else has_lone_q, has_lone_p | has_lone_q)
@@ -384,9 +377,7 @@ def careful_row(
                     if mixes(FAMILY):
                         _, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
                         g = q * (xi - moved)
-                    elif logs(FAMILY, BASE_Z):
-                        if FAMILY == MUTUAL_ENTROPY:
-                            d = tl.log(sum_v) - (v - mv) * k
+                    elif reverses(FAMILY, BASE_Z):
                         g = q * (d - moved)
                     else:
                         x, w = zero, p

@@ -21,10 +21,6 @@ C) is the second's. The mixture family and TVD are not linear in what K lacks: w
 second sums D and the mean of xi, and a third writes the gradient q (xi - mean). The weights and l of a
 mixture are numbers of the call; `tilt` is l there.
 
-A MUTUAL call writes the teacher's gradient as well: of KL and reverse KL, which are then the same sums, e (A
-y + C) to the base and A em + C e to the other; in the power family what the call with both exchanged would
-write; of mixtures p (xi - mean) with the base's xi.
-
 Where a model scales or caps its logits, that is done to each as it is read, in every sweep, in fp32, so that
 b and o above are what a model would have given in fp32; the second sweep has the derivative from the same
 exponential. All that is left of a hard term with label smoothing and z-loss are two more sums of the first
@@ -74,7 +70,7 @@ def select(condition, x, y):
     return tl.where(condition, x, y)
 
 
-KL, ENTROPY, MUTUAL_KL, MUTUAL_ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (
+KL, ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (
     tl.constexpr(i) for i in range(len(triton_plan.FAMILIES))
 )
 STUDENT = tl.constexpr(triton_plan.STUDENT)
@@ -100,7 +96,6 @@ NUMBERS = [
     "vocab",
     "width",
 ]
-MUTUAL_NUMBERS = [*NUMBERS, "h_outer", "h_inner", "h_width"]
 # a number of each: where they begin, as of labels[1:], makes no other kernel
 ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS"]
 
@@ -178,24 +173,6 @@ def reverses(FAMILY, BASE_Z):
 
 
 @triton.constexpr_function
-def entropic(FAMILY):
-    return FAMILY in (ENTROPY.value, MUTUAL_ENTROPY.value)
-
-
-@triton.constexpr_function
-def logs(FAMILY, BASE_Z):
-    """Whether the base's gradient asks for e times a logarithm, less its mean: of KL and the cross
-    entropy."""
-    return FAMILY in (MUTUAL_KL.value, MUTUAL_ENTROPY.value) or FAMILY == KL.value and bool(BASE_Z)
-
-
-@triton.constexpr_function
-def writes(sides, teacher):
-    """Whether a call that has so many of `of_sides` writes the student's, or the teacher's, gradient."""
-    return sides > 1 if teacher else sides < 3
-
-
-@triton.constexpr_function
 def splits(FAMILY, BASE_Z):
     """Whether what K rounds off counts in every sweep, as nothing later is linear in it."""
     return MIXTURE.value <= FAMILY <= TVD.value or FAMILY == KL.value and bool(BASE_Z)
@@ -223,31 +200,6 @@ def side(X, scale, softcap, steepness, TRANSFORM: tl.constexpr):
         return X, scale
     else:
         return (X,)
-
-
-@triton.jit
-def of_sides(student, teacher, GRAD: tl.constexpr, MUTUAL: tl.constexpr):
-    """What belongs to the gradients a call asks for: (the student's,), (the student's, the teacher's), or,
-    without the student's, three.
-
-    As with `side`, the length is known when compiled.
-    """
-    if not MUTUAL:
-        return (student,)
-    elif GRAD:
-        return student, teacher
-    else:
-        return student, teacher, teacher
-
-
-@triton.jit
-def with_weight(weight, scales):
-    if len(scales) == 1:
-        return (weight * scales[0],)
-    elif len(scales) == 2:
-        return weight * scales[0], weight * scales[1]
-    else:
-        return weight * scales[0], weight * scales[1], weight * scales[2]
 
 
 @triton.jit
@@ -361,8 +313,7 @@ def terms(
     """(e, em, et, eu, the term of F) of a tile, a the exponent of e in base 2 and eu = e e^{tilt y}; the term
     only where VALUE.
 
-    Where the base's gradient is one of `logs`, et is e y; of the cross entropy e (y + log b), with the base's
-    `top` for a reference.
+    Of reverse KL et is e y.
     """
     y = scaled_difference(b, o, k, K, K_low, CARRY, splits(FAMILY, BASE_Z))
     if FAMILY == MOMENTS:
@@ -373,7 +324,7 @@ def terms(
         e = tl.where(both, 1.0, 0.0)
         return e, y, y, e, tl.where(lone, INF, 0.5 * y * y)
     else:
-        if VALUE or FAMILY >= POWER or logs(FAMILY, BASE_Z):
+        if VALUE or FAMILY >= POWER or reverses(FAMILY, BASE_Z):
             y = tl.minimum(y, BIG)  # +inf, and the nan of a class that neither has; e is 0 there
         if FAMILY >= POWER:
             eu = tl.math.exp2(tl.fma(y, tilt * LOG2E, a))
@@ -383,9 +334,7 @@ def terms(
             return e, em, et, eu, term
         else:
             em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
-            if FAMILY == MUTUAL_ENTROPY:
-                y += tl.maximum((b - top) * k, -BIG)
-            return e, em, e * y if logs(FAMILY, BASE_Z) else em, e, term
+            return e, em, e * y if reverses(FAMILY, BASE_Z) else em, e, term
 
 
 @triton.jit
@@ -493,7 +442,7 @@ def first_tile(
     )
     s += tl.sum(e, 1)
     d += tl.sum(em, 1)
-    if FAMILY >= POWER or logs(FAMILY, BASE_Z):
+    if FAMILY >= POWER or reverses(FAMILY, BASE_Z):
         p += tl.sum(et, 1)
     if FAMILY >= POWER:
         u += tl.sum(eu, 1)
@@ -512,12 +461,6 @@ def first_tile(
     if TELL:
         told = moved, moved_o, best, best_o, run, run_o
     return top, top_o, M, M_o, s, so, d, p, u, hard, f, told
-
-
-@triton.jit
-def deeper(s, top, new, k):
-    """What a sum of e log b, s that of e, gains where its reference goes from `top` to another."""
-    return s * ((wide(top) - new) * k)
 
 
 @triton.jit
@@ -598,10 +541,6 @@ def first_sweep(
             moved = tl.sum((told[0] + M.to(tl.float64) * s) * unit, 0)
             moved_o = tl.sum((told[1] + M_o.to(tl.float64) * so) * unit_o, 0) * so_over_e
     sum_p = total(p * unit)
-    if FAMILY == MUTUAL_ENTROPY:
-        # from a largest that the sample had far too low, logarithms have lost their digits: again, from the
-        # true one
-        sum_p = tl.where((largest - top0) * k < 16.0, sum_p + deeper(total(s * unit), top0, largest, k), INF)
     return (
         largest, largest_o, total(s * unit), total(so * unit_o) * so_over_e, total(d * unit), sum_p,
         total(u * unit),
@@ -618,7 +557,7 @@ def second_tile(
     ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' sums with the tile at `at` added; writes its gradients."""
+    """The lanes' sums with the tile at `at` added; writes its gradient."""
     b, o, slope_b, slope_o = pair(BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first", WHOLE, RB, R)
     a = tl.fma(b, c, -M)
     e = tl.math.exp2(a)
@@ -632,21 +571,15 @@ def second_tile(
         )
         d += tl.sum(et if FAMILY >= POWER and BASE_Z else em, 1)
         f += tl.sum(term, 1)
-    if entropic(FAMILY):
+    if FAMILY == ENTROPY:
         others += tl.sum(tl.where(b == top, 0.0, e), 1)
         ties += tl.sum(tl.where(b == top, 1.0, 0.0), 1)
         own -= tl.sum(tl.where(e > 0.0, e * ((b - top) * c), 0.0), 1)
     if GRAD:
-        if writes(len(G), False):
-            z, slope = (b, slope_b) if BASE_Z else (o, slope_o)
-            g = soft_gradient(b, o, e, em, et, eu, factors[0], direct, FAMILY, BASE_Z)
-            g = with_hard(g, z, slope, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
-            store(G[0], at, edge, vocab, g, ACCESS, RB, R)
-        if writes(len(G), True):
-            g = soft_gradient(b, o, e, em, et, eu, factors[1], direct, FAMILY, not BASE_Z)
-            if len(BASE) > 2:
-                g *= slope_o if BASE_Z else slope_b
-            store(G[1], at, edge, vocab, g, ACCESS, RB, R)
+        z, slope = (b, slope_b) if BASE_Z else (o, slope_o)
+        g = soft_gradient(b, o, e, em, et, eu, factors, direct, FAMILY, BASE_Z)
+        g = with_hard(g, z, slope, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
+        store(G, at, edge, vocab, g, ACCESS, RB, R)
     return d, f, others, ties, own
 
 
@@ -660,7 +593,7 @@ def soft_gradient(b, o, e, em, et, eu, factors, direct, FAMILY: tl.constexpr, OF
     if OF_BASE:
         g = P * et + C * e
         # what is masked is not moved; others have 0 there at once
-        return tl.where(b == -INF, 0.0, g) if logs(FAMILY, True) else g
+        return tl.where(b == -INF, 0.0, g) if FAMILY == KL else g
     else:
         g = A * em + C * e
         if FAMILY >= POWER:
@@ -757,21 +690,19 @@ def log1p_psi(r):
 @triton.jit
 def mixed_terms(
     b, o, M, K, K_low, N, w, c, k, mix, base, other,
-    FAMILY: tl.constexpr, SUMS: tl.constexpr, OF_BASE: tl.constexpr, OF_OTHER: tl.constexpr,
-    CARRY: tl.constexpr,
+    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, SUMS: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """(e, eo, xi of the base, xi of the other, the terms summed) of a tile, each only where it is asked for.
+    """(q, xi, the terms summed) of a tile, the last only where they are asked for.
 
-    The gradient in the base is e (xi - the mean of xi under e), that in the other the same with eo. The terms
-    are those of D; TVD's are of what o has more, of what b has more, and of b where o has more. y is cut off
-    where e^y would be beyond reach: e and eo hold the rest, also of a class that only one has, and are 0 for
-    one that neither has.
+    The gradient is q (xi - the mean of xi under q). The terms are those of D; TVD's are of what o has more,
+    of what b has more, and of b where o has more. y is cut off where e^y would be beyond reach: e and eo hold
+    the rest, also of a class that only one has, and are 0 for one that neither has.
     """
     y = scaled_difference(b, o, k, K, K_low, CARRY, True)
     e, eo = b, o
-    if SUMS or OF_BASE:
+    if SUMS or BASE_Z:
         e = tl.math.exp2(tl.fma(b, c, -M))
-    if SUMS or OF_OTHER:
+    if SUMS or not BASE_Z:
         eo = tl.math.exp2(tl.fma(o, c, -(M + N))) * w
     if FAMILY == TVD:
         xi = tl.where(y > 0.0, 0.5, tl.where(y < 0.0, -0.5, 0.0))
@@ -779,7 +710,9 @@ def mixed_terms(
         if SUMS:
             gap, _ = kl_terms(e, eo, y, psi_short, magnitude, select)
         more = tl.maximum(gap, 0.0)
-        return e, eo, -xi, xi, (more, more - gap, tl.where(gap > 0.0, e, 0.0))
+        if BASE_Z:
+            eo, xi = e, -xi
+        return eo, xi, (more, more - gap, tl.where(gap > 0.0, e, 0.0))
     else:
         x = tl.minimum(tl.maximum(y, -REACH), REACH)
         s = psi_short(x)
@@ -788,18 +721,15 @@ def mixed_terms(
         # where o has nearly all of m, log(o / m) is the difference of large numbers
         most = -tl.log(tl.full([], 0.0, tl.float32) + mix)
         ahead = tl.where(x > most + 17.0, most, x - u)
-        of_b = u
-        of_o = u
-        if OF_BASE:
-            of_b = mixture_slope(m1, u, psi_u, ahead, mix, base, other, True, FAMILY == SKEWED)
-        if OF_OTHER:
-            of_o = mixture_slope(m1, u, psi_u, ahead, mix, base, other, False, FAMILY == SKEWED)
+        xi = mixture_slope(m1, u, psi_u, ahead, mix, base, other, BASE_Z == STUDENT, FAMILY == SKEWED)
         term = u
         if SUMS:
             term = mixture_term(
                 e, eo, x, m1, s, u, psi_u, ahead, mix, base, other, magnitude, select, FAMILY == SKEWED
             )
-        return e, eo, of_b, of_o, (term,)
+        if BASE_Z:
+            eo = e
+        return eo, xi, (term,)
 
 
 @triton.jit
@@ -810,40 +740,27 @@ def mixed_tile(
     ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' sums with the tile at `at` added; or, for GRAD, its gradients written."""
+    """The lanes' sums with the tile at `at` added; or, for GRAD, its gradient written."""
     b, o, slope_b, slope_o = pair(
         BASE, OTHER, b0, o0, at, edge, vocab, ACCESS, "evict_first" if GRAD else "evict_last", WHOLE, RB, R
     )
-    q, p, xi, xi_p, terms = mixed_terms(
-        b, o, M, K, K_low, N, w, c, k, mix, base, other,
-        FAMILY, not GRAD, writes(len(G), not BASE_Z), writes(len(G), BASE_Z), CARRY,
-    )  # fmt: skip
-    if not BASE_Z:
-        q, p, xi, xi_p = p, q, xi_p, xi
+    q, xi, terms = mixed_terms(
+        b, o, M, K, K_low, N, w, c, k, mix, base, other, FAMILY, BASE_Z, not GRAD, CARRY
+    )
     if not GRAD:
-        f, lack, less, mass, moved, mass_p, moved_p = sums
+        f, lack, less, mass, moved = sums
         f += tl.sum(terms[0], 1)
         if FAMILY == TVD:
             lack += tl.sum(terms[1], 1)
             less += tl.sum(terms[2], 1)
-        if writes(len(G), False):
-            mass += tl.sum(q, 1)
-            moved += tl.sum(q * xi, 1)
-        if writes(len(G), True):
-            mass_p += tl.sum(p, 1)
-            moved_p += tl.sum(p * xi_p, 1)
-        sums = f, lack, less, mass, moved, mass_p, moved_p
-    if GRAD and writes(len(G), False):
-        A, C = factors[0]
+        mass += tl.sum(q, 1)
+        moved += tl.sum(q * xi, 1)
+        sums = f, lack, less, mass, moved
+    else:
+        A, C = factors
         z, slope = (b, slope_b) if BASE_Z else (o, slope_o)
         g = with_hard(q * tl.fma(xi, A, C), z, slope, at, edge + label, hard, len(BASE) > 2, HARD, RB, R)
-        store(G[0], at, edge, vocab, g, ACCESS, RB, R)
-    if GRAD and writes(len(G), True):
-        A, C = factors[1]
-        g = p * tl.fma(xi_p, A, C)
-        if len(BASE) > 2:
-            g *= slope_o if BASE_Z else slope_b
-        store(G[1], at, edge, vocab, g, ACCESS, RB, R)
+        store(G, at, edge, vocab, g, ACCESS, RB, R)
     return sums
 
 
@@ -855,16 +772,16 @@ def mixed_sweep(
     ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the terms of D, of what b has more, of b where o has more, and of q, q xi, p, p xi for the
-    gradients that are asked for; or, for GRAD, these, q (A xi + C), with `factors` (A, C) for each.
+    """Sums of the terms of D, of what b has more, of b where o has more, of q and of q xi; or, for GRAD, the
+    gradient, q (A xi + C), with `factors` (A, C).
 
     The sums are taken backwards, as the end of the row is what the first sweep has just seen, and the
-    gradients forwards again.
+    gradient forwards again.
     """
     N, w = exponent_shift(K, K_low, c, k)
     M = tl.ceil(top * c)
     zero = tl.zeros([RB], tl.float32)
-    sums = zero, zero, zero, zero, zero, zero, zero
+    sums = zero, zero, zero, zero, zero
     final = last_tile(first, last, RB * R)
     inner, end = interior(first, last, final, ACCESS, WHOLE, RB * R)
     from_end = last_tile(inner, end, RB * R)
@@ -882,15 +799,7 @@ def mixed_sweep(
                 at, sums, BASE, OTHER, G, b0, o0, edge, vocab, label, M, K, K_low, N, w, factors,
                 hard, c, k, mix, base, other, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
-    return (
-        total(sums[0]),
-        total(sums[1]),
-        total(sums[2]),
-        total(sums[3]),
-        total(sums[4]),
-        total(sums[5]),
-        total(sums[6]),
-    )
+    return total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3]), total(sums[4])
 
 
 @triton.jit
@@ -904,16 +813,10 @@ def mixed_value(s, sums, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def mixed_coefficients(s, sums, scales):
-    """(A, C) for each gradient: scale T dD/dz = q (A xi + C), q summing to `mass`, near s."""
-    _, _, _, mass, moved, mass_p, moved_p = sums
-    scale = scales[0]
-    own = (scale / s).to(tl.float32), (-scale / s * (moved / mass)).to(tl.float32)
-    if len(scales) < 2:
-        return (own,)
-    else:
-        scale = scales[1]
-        return own, ((scale / s).to(tl.float32), (-scale / s * (moved_p / mass_p)).to(tl.float32))
+def mixed_coefficients(s, sums, scale):
+    """(A, C): scale T dD/dz = q (A xi + C), q summing to `mass`, near s."""
+    _, _, _, mass, moved = sums
+    return (scale / s).to(tl.float32), (-scale / s * (moved / mass)).to(tl.float32)
 
 
 @triton.jit
@@ -961,8 +864,6 @@ def judged(
     log_r = log_power_sum(s, p, u, h, tilt) if FAMILY >= POWER else h * 0.0
     if not reverses(FAMILY, BASE_Z):
         again = poor(s, so, d, top, top_o, K, h, log_r, c, k, FAMILY)
-        if FAMILY == MUTUAL_ENTROPY:
-            again |= finite(p) == 0
         if mixes(FAMILY):
             again |= (s - tl.math.exp2(tl.fma(top, c, -tl.ceil(top * c))) < 1e-5 * s) & (h != 0.0)
     elif GRAD:
@@ -1073,14 +974,14 @@ def last_value(s, d, f, log_r, tilt, FAMILY: tl.constexpr, BASE_Z: tl.constexpr,
 @triton.jit
 def coefficients(s, left, mean, log_r, direct, scale, tilt, FAMILY: tl.constexpr, OF_BASE: tl.constexpr):
     """(A, P, C): scale T dD in the base's logits is P et + C e, in the other's A em + P et + C e, where y is
-    d + left; with eu for et where `direct`. mean: of what et is e times, where the base's gradient is one of
-    `logs`; not finite where D is infinite.
+    d + left; with eu for et where `direct`. mean: of y under q, for reverse KL; not
+    finite where D is infinite.
     """
     unit = scale / s
     if FAMILY == MOMENTS:
         A, C = (unit * tilt).to(tl.float32), (-unit * tilt * left).to(tl.float32)
         return (0.0, A, C) if OF_BASE else (A, 0.0, C)
-    elif OF_BASE and logs(FAMILY, True):
+    elif OF_BASE and FAMILY == KL:
         unit = tl.where(finite(mean), unit, float("nan"))
         return 0.0, (-unit).to(tl.float32), (unit * mean).to(tl.float32)
     else:
@@ -1237,17 +1138,16 @@ def label_of(LABELS, Z, row, edge, vocab):
 # ---------------------------------------------------------------- the kernels: a row to a program
 
 
-@triton.jit(do_not_specialize=MUTUAL_NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_rows(
-    Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width,
-    h_width,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale,
-    hard_scale, hard_grad_scale,
-    smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale,
+    hard_scale, hard_grad_scale, smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap,
+    v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
     WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
     ACCESS: tl.constexpr, WHOLE: tl.constexpr,
     RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -1259,30 +1159,27 @@ def loss_rows(
         z_at, edge = row_at(row, inner, z_outer, z_inner, R, ACCESS)
         v_at, _ = row_at(row, inner, v_outer, v_inner, R, ACCESS)
         g_at, _ = row_at(row, inner, g_outer, g_inner, R, ACCESS)
-        h_at, _ = row_at(row, inner, h_outer, h_inner, R, ACCESS)
         if GRAD:
             write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
-        if MUTUAL:
-            write_zeros(H + h_at + edge, tl.where(weight == 0.0, 0, vocab), h_width, RB * R)
         if weight == 0.0:
             tl.store(LOSS + row, weight)
         else:
             one_row(
                 side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale,
                 v_softcap, v_steepness, TRANSFORM),
-                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS, row, weight,
+                G + g_at, LABELS, LOSS, STATS + row * COLUMNS, row, weight,
                 edge, vocab,
                 c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit,
-                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing,
+                grad_scale, hard_scale, hard_grad_scale, smoothing,
                 z_loss, factor,
-                FAMILY, BASE_Z, CENTERED, HARD, GRAD or MUTUAL, TELL, CARRY, ACCESS, WHOLE, RB, R,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
 
 
 @triton.jit
 def one_row(
     Z, V, G, LABELS, LOSS, STATS, row, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale,
     hard_grad_scale, smoothing, z_loss,
     factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
     GRAD: tl.constexpr,
@@ -1330,7 +1227,7 @@ def one_row(
             K, K_low = repeated(K, K_low, h, going & (turn == 0), c, k, FAMILY, BASE_Z, CARRY)
     loss = lost_row()
     if ok:
-        scales = with_weight(weight, grad_scales)
+        scale = weight * grad_scale
         if TELL:
             tell_sides(STATS, told, s, so, top, K, K_low, c, k, FAMILY, BASE_Z)
         hard_value, cross_entropy, hard_gradient = hard_of(
@@ -1340,12 +1237,12 @@ def one_row(
         if mixes(FAMILY):
             K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
             value = mixed_row(
-                BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scales, hard_gradient,
+                BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scale, hard_gradient,
                 c, k, tilt, base_share, other_share, FAMILY, BASE_Z, HARD, GRAD, CARRY, ACCESS, WHOLE, RB, R,
             )  # fmt: skip
-        elif again | GRAD | entropic(FAMILY):
+        elif again | GRAD | (FAMILY == ENTROPY):
             K, K_low, factors, direct = plan_second(
-                s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
+                s, p, h, log_r, value, K, K_low, scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
             )
             d, f, others, ties, own = second_sweep(
                 BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, factors, direct,
@@ -1354,7 +1251,7 @@ def one_row(
             )  # fmt: skip
             if not (reverses(FAMILY, BASE_Z) and GRAD):
                 value = last_value(s, d, f, log_r, tilt, FAMILY, BASE_Z, CENTERED)
-            if entropic(FAMILY):
+            if FAMILY == ENTROPY:
                 value += entropy(others, ties, own, top, c)
         loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
         if TELL:
@@ -1364,21 +1261,21 @@ def one_row(
 
 @triton.jit
 def mixed_row(
-    BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scales, hard, c, k, mix, base, other,
+    BASE, OTHER, G, b0, o0, edge, vocab, label, s, top, K, K_low, scale, hard, c, k, mix, base, other,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, HARD: tl.constexpr, GRAD: tl.constexpr, CARRY: tl.constexpr,
     ACCESS: tl.constexpr,
     WHOLE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """D of a row of the mixture family, whose first sweep has found K; writes its gradient."""
     sums = mixed_sweep(
-        BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, scales, hard,
+        BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, scale, hard,
         c, k, mix, base, other, FAMILY, BASE_Z, False, False, CARRY, ACCESS, WHOLE, RB, R,
     )  # fmt: skip
     value = mixed_value(s, sums, FAMILY)
     if GRAD:
         mixed_sweep(
             BASE, OTHER, G, b0, o0, 0, edge + vocab, edge, vocab, label, top, K, K_low, mixed_coefficients(s,
-            sums, scales), hard,
+            sums, scale), hard,
             c, k, mix, base, other, FAMILY, BASE_Z, HARD, True, CARRY, ACCESS, WHOLE, RB, R,
         )  # fmt: skip
     return value
@@ -1393,7 +1290,7 @@ def plan_second(
     value,
     K,
     K_low,
-    scales,
+    scale,
     c,
     k,
     tilt,
@@ -1410,20 +1307,11 @@ def plan_second(
         # y as it was summed: near its mean, K, where its rounding is least, and the same in the gradient as
         # in the mean
         mean = tl.where(finite(value), mean, float("nan"))
-        return K, K_low, (coefficients(s, h, mean, log_r, direct, scales[0], tilt, FAMILY, True),), direct
+        return K, K_low, coefficients(s, h, mean, log_r, direct, scale, tilt, FAMILY, True), direct
     else:
         high, low, left = shifted(K, K_low, h, direct, c, k, FAMILY, BASE_Z, CARRY)
         mean += (wide(K) - high) + (wide(K_low) - low)
-        own = coefficients(s, left, mean, log_r, direct, scales[0], tilt, FAMILY, BASE_Z)
-        if len(scales) < 2:
-            return high, low, (own,), direct
-        else:
-            return (
-                high,
-                low,
-                (own, coefficients(s, left, mean, log_r, direct, scales[1], tilt, FAMILY, not BASE_Z)),
-                direct,
-            )
+        return high, low, coefficients(s, left, mean, log_r, direct, scale, tilt, FAMILY, BASE_Z), direct
 
 
 @triton.jit
@@ -1451,17 +1339,16 @@ def hard_of(hard, label_logit, hard_M, scale, smoothing, z_loss, HARD: tl.conste
 # ---------------------------------------------------------------- several programs to a row
 
 
-@triton.jit(do_not_specialize=MUTUAL_NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_parts(
-    Z, V, G, H, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNTERS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, h_outer, h_inner, vocab, width,
-    h_width,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, mutual_scale,
-    hard_scale, hard_grad_scale,
-    smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNTERS,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale,
+    hard_scale, hard_grad_scale, smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap,
+    v_steepness, factor,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
     WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    MUTUAL: tl.constexpr, TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
+    TRANSFORM: tl.constexpr, TELL: tl.constexpr, CARRY: tl.constexpr,
     ACCESS: tl.constexpr, PARTS: tl.constexpr,
     PHASE: tl.constexpr, RB: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -1484,26 +1371,23 @@ def loss_parts(
         z_at, edge = row_at(row, inner, z_outer, z_inner, R, ACCESS)
         v_at, _ = row_at(row, inner, v_outer, v_inner, R, ACCESS)
         g_at, _ = row_at(row, inner, g_outer, g_inner, R, ACCESS)
-        h_at, _ = row_at(row, inner, h_outer, h_inner, R, ACCESS)
         if PHASE >= FINISH:
             if part == 0:
                 if GRAD:
                     write_zeros(G + g_at + edge, tl.where(weight == 0.0, 0, vocab), width, RB * R)
-                if MUTUAL:
-                    write_zeros(H + h_at + edge, tl.where(weight == 0.0, 0, vocab), h_width, RB * R)
         if weight == 0.0:
             tl.store(LOSS + row, weight)
         else:
             one_part(
                 side(Z + z_at, z_scale, z_softcap, z_steepness, TRANSFORM), side(V + v_at, v_scale,
                 v_softcap, v_steepness, TRANSFORM),
-                of_sides(G + g_at, H + h_at, GRAD, MUTUAL), LABELS, LOSS, STATS + row * COLUMNS,
+                G + g_at, LABELS, LOSS, STATS + row * COLUMNS,
                 STATE + row * (PARTS * SLOTS),
                 COUNTERS + 1 + 2 * row, row, part, weight, edge, vocab,
                 c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit,
-                of_sides(grad_scale, mutual_scale, GRAD, MUTUAL), hard_scale, hard_grad_scale, smoothing,
+                grad_scale, hard_scale, hard_grad_scale, smoothing,
                 z_loss, factor,
-                FAMILY, BASE_Z, CENTERED, HARD, GRAD or MUTUAL, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
+                FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS, PHASE, RB, R,
             )  # fmt: skip
         if PHASE == BOTH:
             ticket = tl.atomic_add(COUNTERS, 1)
@@ -1514,7 +1398,7 @@ def loss_parts(
 @triton.jit
 def one_part(
     Z, V, G, LABELS, LOSS, STATS, STATE, COUNTERS, row, part, weight, edge, vocab,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale,
     hard_grad_scale, smoothing, z_loss,
     factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
     GRAD: tl.constexpr,
@@ -1576,7 +1460,7 @@ def one_part(
                 BASE, OTHER, G, LOSS, STATS, STATE + 2 * SUM_SLOTS, COUNTERS + 1, row, part, first, last,
                 weight, edge, vocab,
                 label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
-                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales,
+                c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale,
                 hard_scale, hard_grad_scale,
                 smoothing, z_loss, factor, FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, CARRY, ACCESS, PARTS,
                 PHASE, RB, R,
@@ -1639,13 +1523,6 @@ def merged_sums(
     if FAMILY != MOMENTS:
         unit = tl.math.exp2(tl.ceil(tops.to(tl.float32) * c) - tl.ceil(top * c)).to(tl.float64)
     p = merged(SUMS, 6, unit, PARTS)
-    if FAMILY == MUTUAL_ENTROPY:
-        p += tl.sum(
-            deeper(
-                unit * tl.load(SUMS + 3 + tl.arange(0, PARTS) * SLOTS, cache_modifier=".cg"), tops, top, k
-            ),
-            0,
-        )
     exponents, classes = wide(0.0), wide(0.0)
     if HARD == SMOOTHED:
         exponents, classes = merged(SUMS, 13, one, PARTS), merged(SUMS, 14, one, PARTS)
@@ -1678,7 +1555,7 @@ def merged_class(SUMS, slot: tl.constexpr, PARTS: tl.constexpr):
 def finish(
     BASE, OTHER, G, LOSS, STATS, STATE, DONE, row, part, first, last, weight, edge, vocab,
     label, label_logit, top, K, K_low, s, d, p, f, hard, h, log_r, hard_M,
-    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scales, hard_scale,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale,
     hard_grad_scale, smoothing, z_loss,
     factor, FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
     GRAD: tl.constexpr,
@@ -1689,13 +1566,13 @@ def finish(
     hard_value, cross_entropy, hard_gradient = hard_of(
         hard, label_logit, hard_M, weight * hard_grad_scale, smoothing, z_loss, HARD
     )
-    scales = with_weight(weight, grad_scales)
+    scale = weight * grad_scale
     if mixes(FAMILY):
         K, K_low, _ = shifted(K, K_low, h, False, c, k, FAMILY, BASE_Z, CARRY)
         last_one = part == 0
         if PHASE != FINISH:
             sums = mixed_sweep(
-                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, scales,
+                BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, scale,
                 hard_gradient,
                 c, k, tilt, base_share, other_share, FAMILY, BASE_Z, False, False, CARRY, ACCESS, False, RB,
                 R,
@@ -1713,7 +1590,7 @@ def finish(
             sums = merged_second(STATE, PARTS)
             value = mixed_value(s, sums, FAMILY)
             if GRAD:
-                factors = mixed_coefficients(s, sums, scales)
+                factors = mixed_coefficients(s, sums, scale)
                 mixed_sweep(
                     BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors,
                     hard_gradient,
@@ -1729,9 +1606,9 @@ def finish(
     elif PHASE >= FINISH:
         value, again = first_value(s, d, p, f, h, log_r, tilt, FAMILY, BASE_Z, CENTERED)
         last_one = part == 0
-        if again | GRAD | entropic(FAMILY):
+        if again | GRAD | (FAMILY == ENTROPY):
             K, K_low, factors, direct = plan_second(
-                s, p, h, log_r, value, K, K_low, scales, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
+                s, p, h, log_r, value, K, K_low, scale, c, k, tilt, FAMILY, BASE_Z, GRAD, CARRY
             )
             d, f, others, ties, own = second_sweep(
                 BASE, OTHER, G, 0.0, 0.0, first, last, edge, vocab, label, top, K, K_low, factors, direct,
@@ -1743,9 +1620,9 @@ def finish(
                 tl.debug_barrier()
                 last_one = tl.atomic_add(DONE, 1, sem="acq_rel") == PARTS - 1
                 if last_one:
-                    d, f, others, ties, own, _, _ = merged_second(STATE, PARTS)
+                    d, f, others, ties, own = merged_second(STATE, PARTS)
                     value = last_value(s, d, f, log_r, tilt, FAMILY, BASE_Z, CENTERED)
-                    if entropic(FAMILY):
+                    if FAMILY == ENTROPY:
                         value += entropy(others, ties, own, top, c)
         if last_one:
             tl.store(
@@ -1767,8 +1644,7 @@ def merged_second(STATE, PARTS: tl.constexpr):
     one = tl.full([PARTS], 1.0, tl.float64)
     return (
         merged(STATE, 0, one, PARTS), merged(STATE, 1, one, PARTS), merged(STATE, 2, one, PARTS),
-        merged(STATE, 3, one, PARTS),
-        merged(STATE, 4, one, PARTS), merged(STATE, 5, one, PARTS), merged(STATE, 6, one, PARTS),
+        merged(STATE, 3, one, PARTS), merged(STATE, 4, one, PARTS),
     )  # fmt: skip
 
 

@@ -22,13 +22,11 @@ WHOLE_CLASSES_PER_THREAD = 8
 TILE_WARPS = 4
 
 # What the launcher and the kernels say to each other: KL (from the student's side: reverse KL); with the
-# teacher's entropy; these two with both gradients; T = inf; JSD and the skewed; TVD; other orders, and their
+# teacher's entropy; T = inf; JSD and the skewed; TVD; other orders, and their
 # F itself; what has no sum of terms
 FAMILIES = (
     "KL",
     "ENTROPY",
-    "MUTUAL_KL",
-    "MUTUAL_ENTROPY",
     "MOMENTS",
     "MIXTURE",
     "SKEWED",
@@ -52,7 +50,7 @@ SCALED, CAPPED = 1, 2
 # all of it
 PUBLISH, AGAIN, MIX, FINISH, BOTH = range(5)
 SUM_SLOTS = 21  # fp64 numbers that a part publishes each time
-SLOTS = 50  # of its state: twice those, and what the sweep after them sums, at most 7
+SLOTS = 47  # of its state: twice those, and what the sweep after them sums, at most 5
 
 
 @dataclass(frozen=True)

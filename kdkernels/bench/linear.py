@@ -18,7 +18,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .. import divergence, functional, linear
+from .. import divergence, linear, options
+from ..functional import fused_kd_loss
 from . import contenders, report
 from .measure import TORCH_DTYPES, Bench
 
@@ -128,7 +129,7 @@ def steps(case: Case, backends: tuple[str, ...] = ("auto",)) -> dict[str, Step]:
     )
 
     def full(inplace: bool) -> Step:
-        return lambda h, w, th, tw: functional.fused_kd_loss(
+        return lambda h, w, th, tw: fused_kd_loss(
             h @ w.t(), th @ tw.t(), inplace=inplace, backend=backends[0], **options
         )
 
@@ -318,7 +319,7 @@ def main(args) -> dict:
             Case(*s, *rest) for s, *rest in product(shapes, args.dtypes, args.divergences, args.temperatures)
         ]
         for case in cases:
-            functional.options(case.divergence, case.temperature, True)
+            options.options(case.divergence, case.temperature, True)
     except ValueError as error:
         raise SystemExit(f"bench: {error}") from None
     bench = Bench.of(args, compiled=False)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__, divergence, functional, recycle
+from .. import __version__, divergence, options, recycle
 from ..backends import native, resolve
 from . import contenders, report
 from .contenders import COMPILED, Loss
@@ -41,7 +41,7 @@ class Case:
 
     def __post_init__(self) -> None:
         """ValueError for what the fused loss or the reference has not, before anything runs."""
-        functional.options(divergence=self.divergence, temperature=self.temperature, t_squared=True)
+        options.options(divergence=self.divergence, temperature=self.temperature, t_squared=True)
         check(divergence.parse(self.divergence))
 
     def __str__(self) -> str:

@@ -1,0 +1,129 @@
+"""What a backend is asked for: `Call`, one record of tensors, numbers and a divergence, and its flat form,
+which the operators of ops.py take.
+
+The numbers are a list of floats. Under torch.compile a number may be a symbol (a temperature that changes
+with the step): as floats of an operator, symbols are compiled again for each value, so that all numbers are
+then a tensor, which the operator reads when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergence import Divergence, of
+from .transforms import PLAIN, Modifiers
+
+
+class Numbers(NamedTuple):
+    """What a call multiplies with and divides by; T^2 and a reduction's denominator are in the scales.
+
+    loss = value_scale D + hard_scale CE, and its gradient grad_scale T dD/dz + hard_grad_scale dCE/dz, each
+    times the row's weight. At T = inf D is the limit of T^2 D, and grad_scale multiplies its gradient.
+    """
+
+    temperature: float = 1.0
+    value_scale: float = 1.0
+    grad_scale: float = 1.0
+    hard_scale: float = 0.0
+    hard_grad_scale: float = 0.0
+    modifiers: Modifiers = PLAIN
+
+
+class Call(NamedTuple):
+    """The loss of rows of logits, and what of them is to be filled in.
+
+    student, teacher: (..., V) logits, their rows as `addressable` has them. The first `vocab` classes count.
+    labels: (...) int64; on the CPU checked where weight is not 0.
+    weight: (...) float64, None for 1 everywhere; a row of weight 0 is not read.
+    grad: None, or the buffer of the gradient, in the student's shape and dtype. It may be the student's own
+        storage. Classes beyond `vocab` and rows of weight 0 get 0.
+    stats: None, or (rows, COLUMNS) float64 (stats.py), nan for a row of weight 0.
+
+    A backend's `loss` takes a Call and returns the rows' losses, (rows,) float64.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    vocab: int
+    labels: Tensor | None = None
+    weight: Tensor | None = None
+    divergence: Divergence = of("kl", 0.0)
+    numbers: Numbers = Numbers()
+    grad: Tensor | None = None
+    stats: Tensor | None = None
+
+    def flat(self, backend: str) -> tuple:
+        """The arguments of `ops.loss_into`."""
+        asked = Asked.of(self.divergence, self.numbers, self.vocab, backend)
+        return (*self[:2], *self[3:5], *asked, self.grad, self.stats)
+
+
+class Asked(NamedTuple):
+    """The arguments of an operator between its logits and its buffers: SCHEMA."""
+
+    divergence: str  # its name
+    # `Numbers` in their order, the divergence's parameter before the modifiers, which may be left out
+    numbers: list[float]
+    varying: Tensor | None  # the numbers, (n,) float64 on the CPU, where some are known at run time alone
+    vocab: int
+    backend: str
+
+    @staticmethod
+    def of(divergence: Divergence, numbers: Numbers, vocab: int, backend: str) -> Asked:
+        modifiers = numbers.modifiers
+        more = () if modifiers is PLAIN else modifiers  # most calls have none: a list half as long
+        flat = told(*numbers[:-1], divergence.parameter, *more)
+        return Asked(divergence.name, *flat, vocab, backend)
+
+    def record(self) -> tuple[Divergence, Numbers]:
+        """What `of` was given."""
+        flat = heard(self.numbers, self.varying)
+        modifiers = Modifiers(*flat[6:]) if len(flat) > 6 else PLAIN
+        return of(self.divergence, flat[5]), Numbers(*flat[:5], modifiers)
+
+
+def any_symbol(*numbers: float) -> bool:
+    """Whether torch.compile knows one of the numbers at run time alone."""
+    # the module is there when something is compiled, and takes a second to import
+    return torch.compiler.is_compiling() and not all(
+        torch.fx.experimental.symbolic_shapes.has_static_value(x) for x in numbers
+    )
+
+
+def told(*numbers: float) -> tuple[list[float], Tensor | None]:
+    """Numbers as an operator takes them: a list of what is known when it is compiled, or a tensor."""
+    if not torch.compiler.is_compiling() or not any_symbol(*numbers):
+        return list(numbers), None
+    return [], torch.cat([torch.ones(1, dtype=torch.float64, device="cpu") * x for x in numbers])
+
+
+def heard(numbers: list[float], varying: Tensor | None) -> list[float]:
+    """What `told` was given."""
+    return numbers if varying is None else varying.tolist()
+
+
+SCHEMA = "str divergence, float[] numbers, Tensor? varying, int vocab, str backend"
+
+
+def exchanged(divergence: Divergence, numbers: Numbers) -> tuple[Divergence, Numbers]:
+    """With student and teacher exchanged, and without a hard term: what makes the teacher's gradient a
+    student's."""
+    m = numbers.modifiers
+    modifiers = Modifiers(m.teacher_scale, m.teacher_softcap, m.student_scale, m.student_softcap)
+    scales = numbers.temperature, numbers.value_scale, numbers.grad_scale
+    return divergence.reversed, Numbers(*scales, 0.0, 0.0, modifiers)
+
+
+def regular(x: Tensor) -> bool:
+    """Whether rows can be addressed as they lie: last dimension contiguous, leading ones folding into two."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return False
+    return x.dim() <= 3 or all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 3))
+
+
+def addressable(x: Tensor) -> Tensor:
+    """x, or a copy of it where its rows cannot be addressed as they lie."""
+    return x if regular(x) else x.contiguous()
