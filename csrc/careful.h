@@ -87,7 +87,7 @@ template <class F, class Crew> class Careful {
     if (plan_.alpha && plan_.order > 0 && plan_.order < 1 && disjoint) {
       gain_ = 0;
       infinite_ = true;
-      return 1 / (plan_.order * b_);
+      return plan_.factor / (plan_.order * b_);
     }
     infinite_ = plan_.order >= 1 ? lone_p : plan_.order < 0 ? lone_q : disjoint;
 
@@ -108,8 +108,8 @@ template <class F, class Crew> class Careful {
       return plan_.factor * terms + (plan_.entropy ? crew_.sum(entropy_) : 0);
     }
     if (near_one(R)) log_r_ = log1p_of(-b_ * plan_.order * terms);
-    gain_ = plan_.alpha ? exp_of(log_r_) / plan_.order : plan_.factor;
-    if (plan_.alpha) return near_one(R) ? terms : expm1_of(log_r_) / (-b_ * plan_.order);
+    gain_ = plan_.factor * (plan_.alpha ? exp_of(log_r_) / plan_.order : 1);
+    if (plan_.alpha) return plan_.factor * (near_one(R) ? terms : expm1_of(log_r_) / (-b_ * plan_.order));
     return top_u_ < kMost ? plan_.factor * log_r_ / -b_ : INFINITY;
   }
 

@@ -458,11 +458,13 @@ KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {})
   r.F = larger(r.F, 0.);
   r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && sums[1] > plan.patience * r.F;
   r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;
-  r.gain = plan.alpha && plan.tilted ? exp_of(r.log_r) / plan.order : plan.factor;
-  if (plan.alpha && plan.tilted)
+  const bool alpha = plan.alpha && plan.tilted;
+  r.gain = plan.factor * (alpha ? exp_of(r.log_r) / plan.order : 1);
+  if (alpha)
     r.value = near_one(r.R) ? r.F : expm1_of(r.log_r) / (plan.order * (plan.order - 1));
   else
-    r.value = plan.factor * (plan.tilted ? r.log_r / (plan.order - 1) : r.F);
+    r.value = plan.tilted ? r.log_r / (plan.order - 1) : r.F;
+  r.value *= plan.factor;
   // of the base: sum e (log total - log e), with total - 1 to its own digits
   if (plan.entropy) {
     double others[1]{}, of_base[1]{};

@@ -33,6 +33,10 @@ from typing import ClassVar
 #     log(p / q), or, reversed, those of (q, p). logit_matching: |z - v|^2 / (2 V). tvd: sum |p - q| / 2
 FAMILIES = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd", "support", "extreme", "logit_matching")
 
+# the fields of a Form that its family has; others stay as they are
+POWER, MIXTURE, SIDE = ("order", "factor"), ("mix", "teacher", "student"), ("reverse",)
+UNSET = dict(order=1.0, factor=1.0, reverse=False, mix=0.0, teacher=0.0, student=0.0)
+
 
 @dataclass(frozen=True)
 class Form:
@@ -42,11 +46,19 @@ class Form:
     # k in the limit T^2 D -> (k/2) Var(z - v) of high temperature; None where there is no such limit
     limit: float | None = 1.0
     order: float = 1.0  # renyi, alpha
-    factor: float = 1.0  # renyi
+    factor: float = 1.0  # renyi, alpha: D is that many times what the family has
     reverse: bool = False  # support, extreme
     mix: float = 0.0  # mixture: the student's weight in m, and the weights of KL(p, m) and KL(q, m)
     teacher: float = 0.0
     student: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"Form: family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
+        used = {"renyi": POWER, "alpha": POWER, "mixture": MIXTURE, "support": SIDE, "extreme": SIDE}
+        for name, unset in UNSET.items():
+            if getattr(self, name) != unset and name not in used.get(self.family, ()):
+                raise ValueError(f"Form: {name} means nothing to the family {self.family}")
 
     @property
     def steepest(self) -> float:
@@ -61,7 +73,7 @@ class Form:
                 return math.inf if self.student else 0.0
             return self.student * (2 - math.log(self.mix)) + self.teacher
         if self.family == "alpha":
-            return 1 / self.order if 0 < self.order < 1 else math.inf
+            return abs(self.factor) / self.order if 0 < self.order < 1 else math.inf
         if self.family == "logit_matching":
             return math.inf
         return abs(self.factor)

@@ -60,6 +60,7 @@ def test_a_difference_is_found():
     assert compared == 1 and "registers 1, where it was" in changed[0]
 
 
+@pytest.mark.slow
 def test_few_for_the_others():
     assert "12 kernels, 0 with faults" in compile_for("sm_100", "gfx942", more=("--few",))
 

@@ -67,6 +67,7 @@ def test_without_a_compiler(tmp_path):
     assert 'backend="auto" is eager' in info and "no C++ compiler was found" in info
 
 
+@pytest.mark.slow
 def test_without_openmp(tmp_path):
     """A compiler that does not know -fopenmp gives a library that is right, and says that it is
     single-threaded."""

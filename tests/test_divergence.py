@@ -7,11 +7,12 @@ import math
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from rows import BACKENDS, DOUBLE_BACKENDS
+from rows import BACKENDS, DOUBLE_BACKENDS, make_rows
 
 import kdkernels
 from kdkernels import (
@@ -28,6 +29,7 @@ from kdkernels import (
     fused_kd_loss,
     parse,
 )
+from kdkernels.divergence import REGISTRY, Divergence, Form
 
 PACKAGE = Path(kdkernels.__file__).parent
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -129,3 +131,49 @@ def test_parameters_that_vanish_beside_one():
         fused_kd_loss(x, v, divergence=name, backend="cpu").backward()
         grads.append(x.grad)
     torch.testing.assert_close(grads[1] * 1e17, grads[0], rtol=1e-5, atol=1e-7)
+
+
+@dataclass(frozen=True)
+class Tsallis(Divergence):
+    """(sum p^a q^(1 - a) - 1) / (a - 1): Alpha's, times the order."""
+
+    a: float
+    name = "tsallis"
+    domain = (-math.inf, math.inf, "the numbers")
+
+    def _make_form(self):
+        return Form("alpha", order=self.a, factor=self.a, limit=self.a)
+
+    @property
+    def reversed(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "triton"])
+@pytest.mark.parametrize("T", [2.0, 0.05, math.inf])
+def test_a_factor_of_alpha_is_honoured(backend, T, monkeypatch):
+    """Tsallis as a member of the power family: of 3.157 two backends made 0.947."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setitem(REGISTRY, "tsallis", Tsallis)
+    z, v = make_rows("plain", 3, 40)
+    z[0, 3] = -math.inf if T < math.inf else 0.0
+    z[1, 0] += 60 * min(T, 1)
+    for a in (0.3, 2.0, -0.5):
+        found = []
+        for divergence, times in ((Tsallis(a), 1.0), (Alpha(a), a)):
+            x = z.clone().requires_grad_()
+            options = dict(temperature=T, t_squared=True, reduction="none", backend=backend)
+            loss = fused_kd_loss(x, v, divergence=divergence, return_stats=True, **options)
+            loss[0].backward(torch.full((3,), times))
+            found.append((loss[0].detach() * times, loss[1].divergence * times, x.grad))
+        for mine, right in zip(*found, strict=True):
+            torch.testing.assert_close(mine, right, rtol=2e-5, atol=1e-7, equal_nan=True)
+
+
+def test_a_form_refuses_what_its_family_does_not_have():
+    for family, fields in (("kl", {"factor": 2.0}), ("mixture", {"order": 2.0}), ("alpha", {"mix": 0.5})):
+        with pytest.raises(ValueError, match=f"{next(iter(fields))} means nothing to the family {family}"):
+            Form(family, **fields)
+    with pytest.raises(ValueError, match="family must be one of kl, "):
+        Form("hellinger")

@@ -264,6 +264,7 @@ def test_each_test_is_a_line(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_gpu_tests_under_the_interpreter_are_an_error(tmp_path):
     """On a machine with a GPU they would all be skipped, and seem to have passed."""
     (tmp_path / "with_a_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")

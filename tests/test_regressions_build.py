@@ -249,6 +249,7 @@ def test_a_library_of_other_sources_is_not_left_in_place(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
+@pytest.mark.slow
 def test_clang_builds_it(tmp_path):
     """Every path of the library, as clang compiles it for one level."""
     quick = 'for x in "$@"; do case "$x" in -march=x86-64-v[24]) exit 1;; esac; done'

@@ -104,6 +104,7 @@ def test_a_student_does_not_depend_on_its_stack():
             assert torch.equal(alone.grad[0], x.grad[i])
 
 
+@pytest.mark.slow
 def test_text_students_learn(tmp_path):
     """The second data set: every student knows more than token frequencies, and KL's more than the hard
     labels'; again is the same."""

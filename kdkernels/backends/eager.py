@@ -308,9 +308,8 @@ class _Row:
             if form.order < 0
             else disjoint.squeeze(-1) & (form.family == "renyi")
         )
-        value = (
-            form.factor * log_r.squeeze(-1) / (form.order - 1) if form.family == "renyi" else F.squeeze(-1)
-        )
+        value = log_r.squeeze(-1) / (form.order - 1) if form.family == "renyi" else F.squeeze(-1)
+        value = form.factor * value
         if form.family == "alpha" and 0 < form.order < 1:
             return value  # always finite
         return torch.where(lost, self._infinite(form, lost), value)
@@ -360,7 +359,8 @@ class _Row:
             )
             unit = form.factor
             if form.family == "alpha":
-                unit = torch.where(lost, 0.0 if 0 < form.order < 1 else math.nan, log_r.exp() / form.order)
+                gain = log_r.exp() / form.order
+                unit = unit * torch.where(lost, 0.0 if 0 < form.order < 1 else math.nan, gain)
         # x as a difference of numbers that are far larger (a class at finfo.min) has no digits
         near = (
             (x.abs() < 0.5)
