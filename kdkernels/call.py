@@ -74,7 +74,8 @@ class Asked(NamedTuple):
     @staticmethod
     def of(divergence: Divergence, numbers: Numbers, vocab: int, backend: str) -> Asked:
         modifiers = numbers.modifiers
-        more = () if modifiers is PLAIN else modifiers  # most calls have none: a list half as long
+        # most calls have none: a list half as long. Dynamo does not know `is` of two of them
+        more = modifiers if torch.compiler.is_compiling() or modifiers is not PLAIN else ()
         flat = told(*numbers[:-1], divergence.parameter, *more)
         return Asked(divergence.name, *flat, vocab, backend)
 

@@ -291,7 +291,16 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("way", SCHEDULES)
+# torch 2.10 takes every compiled call for an exported one, whose backward cannot ask for numbers at run time
+EXPORTED = pytest.mark.xfail(
+    torch.__version__ < "2.11", reason="torch 2.10: is_exporting is true under torch.compile"
+)
+WAYS = [
+    pytest.param(x, marks=EXPORTED if x in ("of the hard term", "both gradients") else []) for x in SCHEDULES
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_schedule_of_numbers_compiles_again_and_again(way):
     """torch.compile took a number of an operator for a constant, and gave up at the ninth."""
     graphs, step = CompileCounterWithBackend("aot_eager"), SCHEDULES[way]
