@@ -56,8 +56,7 @@ def output(*command) -> str:
 class Kernel:
     target: str
     kernel: str
-    # plain: KL, cross entropy, T = inf; tilted: other orders; mixed: the mixture family and TVD, whose kernel
-    #     for both gradients is another
+    # plain: KL, cross entropy, T = inf; tilted: other orders; mixed: the mixture family and TVD
     shape: str
     widths: str  # bytes of a logit of the base and of the other
     threads: int
@@ -89,14 +88,14 @@ class Count:
 def parse(name: str) -> tuple[str, str, str, int, int] | None:
     """(kernel, shape, widths, threads, chunks) of a mangled loss kernel."""
     m = re.search(
-        r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)ELb(\d)EEELNS0_5ShapeE(\d)ELi(\d)ELi(\d)E", name
+        r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)EEELNS0_5ShapeE(\d)ELi(\d)ELi(\d)E", name
     )
     if m is None:
         return None
-    kernel, threads, chunks, teams, both, shape, base, other = m.groups()
+    kernel, threads, chunks, teams, shape, base, other = m.groups()
     return (
         kernel,
-        SHAPES[int(shape)] + (", both sides" if int(both) and int(shape) == 3 else ""),
+        SHAPES[int(shape)],
         f"{base}/{other}",
         int(threads) * int(teams),
         int(chunks),
