@@ -38,8 +38,9 @@ template <class F, class Real> KD_HD F transformed(F x, const Transform<Real> &t
 // The derivative, from what the transform has given.
 template <class F, class Real> KD_HD F slope(F transformed, const Transform<Real> &t) {
   if (!(t.softcap > 0)) return splat<F>(t.scale);
-  // 0 for a masked class, as its g is
-  const F one = splat<F>(1), share = select(transformed > -INFINITY, transformed * (1 / t.softcap), one);
+  // 0 for a masked class, as its g is, and for a logit of +inf, whose row no term may ask for
+  const F one = splat<F>(1), size = from_bits(bits(transformed) & Exp2<Real>::kAbs);
+  const F share = select(size < splat<F>(Real(INFINITY)), transformed * (1 / t.softcap), one);
   return (one - share) * (one + share) * t.scale;
 }
 

@@ -223,7 +223,11 @@ def transform_slack(case: Case, z, v, g, gv, D) -> tuple[float, float]:
     sizes = [np.where(x > x.max() - DEEPEST * T, np.abs(finite(x)), 0) for x in (z, v)]
     share, most = 3 * unit(case) / T, sum(float(x.max()) for x in sizes)
     moved = sum(float(np.abs(finite(s * d)).sum()) for s, d in zip(sizes, (g, gv), strict=True))
-    return share * moved + (share * most) ** 2, share * most * (1 + float(D))
+    kind, a = oracle.parse(case.divergence)
+    # an order multiplies the logits in the exponents of w
+    order = max(1.0, abs(a), abs(1 - a)) if kind.endswith("renyi") or kind == "alpha" else 1.0
+    order = order if math.isfinite(order) else 1.0
+    return share * moved + (share * most) ** 2, share * most * order * (1 + float(D))
 
 
 def hard_row(case: Case, z, label: int):

@@ -528,3 +528,16 @@ def test_a_masked_class_of_a_row_that_is_far_below_0(backend):
         x = z.clone().requires_grad_()
         fused_kd_loss(x, v, y, soft_weight=0.0, hard_weight=1.0, backend=backend).backward()
         torch.testing.assert_close(x.grad[0], F.softmax(z[0], -1) - F.one_hot(y, 3)[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "backend", wrong_on_triton("cpu", "eager", "triton", "cuda", reason="0 times a row that is nan")
+)
+def test_no_term_and_a_softcap_of_an_infinite_logit(backend):
+    """The slope of a softcap at +inf was -inf, and 0 times it nan, though no term asks for the row."""
+    z, v = rows_of(FP32, [math.inf, 0.0, 1.0], [0.0, 0.0, 0.0])
+    options = dict(soft_weight=0.0, student_transform=LogitTransform(0.5, 1.0), backend=backend)
+    x = z.clone().requires_grad_()
+    loss = fused_kd_loss(x, v, **options)
+    loss.backward()
+    assert loss == 0 and (x.grad == 0).all()
