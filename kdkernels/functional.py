@@ -346,8 +346,8 @@ def fused_kd_loss(
             because nothing bounds it (reverse KL, alpha, T = inf, a scale beyond 32): that takes 6 bytes a
             logit.
         teacher_grad: the gradient in the teacher's logits too, where they require one: mutual and online
-            distillation. From the same sweeps, but for what takes the fp64 path, and a few cases besides
-            (README, Limits). The hard term has none.
+            distillation. It takes a second call, of the reversed divergence; the hard term has none, and of
+            the cross entropy backend="eager" alone has one.
         student_transform, teacher_transform: a `LogitTransform`, scale and softcap, from what is given to the
             logits of the model, for both terms; the gradient is in what is given.
         label_smoothing: eps in [0, 1): the hard term is (1 - eps) CE + eps times the mean of -log q over the
