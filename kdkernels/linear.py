@@ -852,8 +852,8 @@ def fused_linear_kd_loss(
             tokens.
         vocab_size: the first vocab_size classes of both; required where V and V' differ. Only these are
             projected.
-        teacher_grad: the gradient in the teacher's hidden states, weight and bias too, from the same pass.
-            That in its logits has a share of the budget.
+        teacher_grad: the gradient in the teacher's hidden states, weight and bias too, by a second call on
+            each chunk; not of the cross entropy. That in its logits has a share of the budget.
         logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded: gradients are right to
             their own rounding, 0.2 % in bf16. None rounds logits to the products' dtype: chunks of twice the
             tokens in the same budget, twice as fast on a CPU, and gradients off by some per cent where the

@@ -1,9 +1,9 @@
 """Which backend runs a call: names, their order of preference for each kind of device, and the reason when
 one cannot.
 
-A backend is a module of this package with `name`, `unavailable(device, dtypes) -> reason | None`, and the two
-functions of ops.py, `loss` and `log_softmax`; `scale_` where a device has something better than `mul_`. To
-add one, write the module and put it into `ORDER`, `NAMES` and `_MODULES`.
+A backend is a module of this package with `name`, `unavailable(device, dtypes) -> reason | None`, `loss`,
+which takes a `Call` (call.py), and `log_softmax`; `scale_` where a device has something better than `mul_`.
+To add one, write the module and put it into `ORDER`, `NAMES` and `_MODULES`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from types import ModuleType
 
 import torch
 
-# device type -> backends, best first. cuda takes half of triton's instructions a logit
-# (docs/results/cuda_aot.md), and no GPU has timed it
-# yet: until one has, backend="cuda" is for those who ask for it, and a table of where it wins goes here.
+# device type -> backends, best first. cuda is half as fast as triton on an H200
+# (docs/results/gpu_nvidia_h200.md): backend="cuda" is for those who ask for it.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "eager"),
     "cuda": ("triton", "cuda", "eager"),
