@@ -77,8 +77,6 @@ Job make_job(const kd_call &c) {
   Job job{};
   job.call = c;
   job.plan = make_plan(c, false);
-  // so few classes do not average their roundings out, and are swept again in no time
-  if (c.vocab <= 1024) job.plan.patience = 4;
   if (job.plan.mixed) job.mix = narrowed(job.plan.mixture, float());
   job.c = float(job.plan.c);
   job.c_low = job.plan.exact ? float(job.plan.c_low) : 0;

@@ -363,6 +363,8 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   p.factor = c.factor;
   p.c = kLog2e / temperature;
   p.exact = temperature >= 64;
+  // so few classes do not average their roundings out, and are swept again in no time
+  if (c.vocab <= 1024) p.patience = 4;
   if (!wide) {
     p.c_low = p.c - float(p.c);
     p.c = float(p.c);

@@ -498,7 +498,12 @@ KNOWN: dict[str, Known] = {
     "a bound missed by less than its double": Known(
         "few classes, fp32 roundings that meet no others to average with",
         lambda case, failure: excess(failure) < 2,
-        one_row([9, 0, 4, 0, 9, -2, 0, 0, 6, 2], [9, 0, 4, 0, 9, -2, 12, 0, 6, 2], temperature=100.0),
+        one_row(
+            [-2, 6, 0, 2, 9, 1, 1, 4, 1, 2],
+            [-2, 1, 0, 2, 7, 7, 1, 4, 1, 7],
+            temperature=0.3,
+            divergence="reverse_kl",
+        ),
     ),
     "fp64's finfo.min": Known(
         "its quotient by T, or that times p, is beyond fp64",
@@ -514,7 +519,10 @@ KNOWN: dict[str, Known] = {
     ),
     "what is near fp32's largest": Known(
         "a part of it is beyond",
-        lambda case, failure: "is not a number" in kind_of(failure) and abs(figure(failure, "right ")) > 1e35,
+        lambda case, failure: (
+            "is not a number" in kind_of(failure)
+            and abs(figure(failure, "right ")) * (1e4 if case.weight is not None else 1) > 1e35
+        ),
         replace(
             one_row([0, 0], [-3.3895313892515355e38, 0], temperature=0.1, divergence="reverse_kl"),
             upstream=(1e-4,),
@@ -534,6 +542,22 @@ KNOWN: dict[str, Known] = {
         "z - v is the same of all the classes that the mask is in, and the rest of the logits is lost in it",
         lambda case, failure: "renyi" in case.divergence and largest(case) > 1e15 and ".grad" in failure,
         one_row([-1e30, -1e30, 0], [0, 1, 0], divergence="renyi(inf)"),
+    ),
+    "fp64: order inf of rows that are equal but for an offset": Known(
+        "D is what rounding is in z - v",
+        lambda case, failure: (
+            "renyi(inf)" in case.divergence
+            and case.dtypes[0] == "fp64"
+            and is_value(failure)
+            and figure(failure) < 1e-15 * (1 + largest(case)) / case.temperature
+        ),
+        one_row(
+            [-2.900899092356364, 41.373846689860024, -1.6695853471755981],
+            [-1003.9008990923563, -959.62615331014, -1002.6695853471756],
+            ("fp64", "fp64"),
+            divergence="renyi(inf)",
+            temperature=2.0,
+        ),
     ),
     "orders: a mass below e^-700": Known(
         "it is 0 in fp64",
@@ -564,6 +588,15 @@ KNOWN: dict[str, Known] = {
             labels=[1],
             hard_weight=2.0,
             backend="triton",
+        ),
+    ),
+    "triton: masks of finfo.min": Known(
+        "beyond fp32 over a small T, or when they are scaled",
+        lambda case, failure: (
+            case.get("backend") == "triton" and largest(case) > 1e38 and failure.startswith("value")
+        ),
+        one_row(
+            [0, 3], [-3.3895313892515355e38, 0], divergence="reverse_kl", temperature=0.1, backend="triton"
         ),
     ),
     "triton: a teacher's +inf at T = inf": Known(

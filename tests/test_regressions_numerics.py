@@ -495,6 +495,16 @@ def test_decoupled_classes_that_are_masked_as_a_whole(backend, mask):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("common", [[0.0], [0.0, 1.0]])
+def test_the_largest_ratio_where_a_student_is_its_teacher_but_for_a_mask(backend, common):
+    """max log(q / p) is what the mask takes from p's sum; 0 was right for the other way round alone."""
+    z, v = rows_of(FP32, [-math.inf, *common], [0.5, *common])
+    right = math.log1p(math.exp(0.5) / sum(map(math.exp, common)))
+    loss = fused_kd_loss(z, v, divergence="reverse_renyi(inf)", backend=backend)
+    assert loss.item() == pytest.approx(right, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ["kl", "skew_kl(0.75)", "renyi(2)"])
 def test_a_masked_label_without_a_hard_term(backend, divergence):
     """hard_weight=0 and statistics: the label's cross entropy is +inf and no part of the loss."""

@@ -181,7 +181,7 @@ def careful_row(
     zero = tl.zeros([BLOCK], tl.float64)
     top_z, top_v, least = zero - INF, zero - INF, zero + INF
     bad = tl.zeros([BLOCK], tl.int32)
-    lone_p, lone_q = bad, bad
+    lone_p, lone_q, differs = bad, bad, bad
     for at in tl.range(0, vocab, BLOCK):
         z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
         top_z, top_v = tl.maximum(top_z, z), tl.maximum(top_v, v)
@@ -214,6 +214,7 @@ def careful_row(
                 top_u = tl.maximum(top_u, tl.where(both, (v - mv) * k + b * y, -INF))
             if FAMILY >= SUPPORT:
                 chosen = chosen_classes(z, v, least, FAMILY, BASE_Z)
+                differs |= (((v if BASE_Z else z) > -INF) & (chosen == 0)).to(tl.int32)
                 rest += tl.where(chosen, 0.0, ev if FAMILY == SUPPORT and BASE_Z else ez)
                 top_set = tl.maximum(
                     top_set, tl.where(chosen, v if FAMILY == SUPPORT and BASE_Z else z, -INF)
@@ -266,7 +267,7 @@ def careful_row(
         else:
             infinite = has_lone_q if BASE_Z else has_lone_p
             value = difference(shift, 0.0, BASE_Z) - (least - difference(gap, 0.0, BASE_Z)) * k
-            value = tl.where(outside == 0.0, 0.0, tl.maximum(value, 0.0))
+            value = tl.where(tl.max(differs, 0) > 0, tl.maximum(value, 0.0), 0.0)  # 0: p = q
         outside = tl.where(infinite, 0.0, outside)
     else:
         value = shift * 0.0
