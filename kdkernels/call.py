@@ -17,6 +17,11 @@ from .divergence import Divergence, of
 from .transforms import PLAIN, Modifiers
 
 
+def row_dtype(device: torch.device) -> torch.dtype:
+    """Of what belongs to a row (losses, weights, statistics): float64, float32 where a device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Numbers(NamedTuple):
     """What a call multiplies with and divides by; T^2 and a reduction's denominator are in the scales.
 
@@ -37,12 +42,12 @@ class Call(NamedTuple):
 
     student, teacher: (..., V) logits, their rows as `addressable` has them. The first `vocab` classes count.
     labels: (...) int64; on the CPU checked where weight is not 0.
-    weight: (...) float64, None for 1 everywhere; a row of weight 0 is not read.
+    weight: (...) of `row_dtype`, None for 1 everywhere; a row of weight 0 is not read.
     grad: None, or the buffer of the gradient, in the student's shape and dtype. It may be the student's own
         storage. Classes beyond `vocab` and rows of weight 0 get 0.
-    stats: None, or (rows, COLUMNS) float64 (stats.py), nan for a row of weight 0.
+    stats: None, or (rows, COLUMNS) of `row_dtype` (stats.py), nan for a row of weight 0.
 
-    A backend's `loss` takes a Call and returns the rows' losses, (rows,) float64.
+    A backend's `loss` takes a Call and returns the rows' losses, (rows,) of `row_dtype`.
     """
 
     student: Tensor

@@ -89,7 +89,7 @@ def decoupled_kd_loss(
         log_p = functional.tempered_log_softmax(
             wide(teacher_logits[..., :vocab]), o.temperature, backend=backend
         )
-        rest = -torch.expm1(log_p.gather(-1, at).squeeze(-1).double())  # 1 - p_t
+        rest = -torch.expm1(log_p.gather(-1, at).squeeze(-1).to(weight.dtype))  # 1 - p_t
         # a broken row that does not count
         weight = torch.where(weight != 0, weight * (non_target_weight - target_weight * rest), 0.0)
     others = functional.fused_kd_loss(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Numbers, any_symbol
+from .call import Numbers, any_symbol, row_dtype
 from .options import Options
 
 # of an fp16 gradient; beyond, what keeps its largest elements below fp16's range would take the smallest
@@ -24,26 +24,24 @@ LARGEST_HALF = 65504.0
 def weights(
     student, labels, vocab: int, o: Options, token_weight, num_items
 ) -> tuple[Tensor | None, float | Tensor]:
-    """(fp64 weights of the rows, None where all count alike; what reduction="mean" divides by, on the rows'
-    device).
+    """(weights of the rows, of `row_dtype`, None where all count alike; what reduction="mean" divides by, on
+    the rows' device).
 
     num_items: as `options.checked_items` returns it.
     """
-    weight = None
+    weight, dtype = None, row_dtype(student.device)
     if token_weight is not None:
-        weight = token_weight.double()
+        weight = token_weight.to(dtype)
     if labels is not None:
         counted = labels != o.ignore_index
-        weight = counted.double() if weight is None else torch.where(counted, weight, 0.0)
+        weight = counted.to(dtype) if weight is None else torch.where(counted, weight, 0.0)
     denominator: float | Tensor = 1.0
     if o.reduction == "mean":
         denominator = (
             num_items if num_items is not None else at_least_one(student) if weight is None else weight.sum()
         )
         if isinstance(denominator, Tensor):
-            denominator = torch.where(
-                denominator == 0, 1.0, denominator.detach().to(student.device, torch.float64)
-            )
+            denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, dtype))
     if labels is not None and not o.hard_weight and student.device.type != "cpu":
         weight = nan_at_wrong(labels, weight, vocab)
     return weight, denominator

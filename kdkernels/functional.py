@@ -8,176 +8,19 @@ gradient of 1.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import inputs, ops
-from .call import SCHEMA, Asked, Call, Numbers, addressable, exchanged, told
+from .autograd import Pass, PerRow, Total, rows_alone
+from .call import Asked, Call, Numbers, addressable, told
 from .divergence import KL, Divergence, LogitMatching
 from .folding import MOST_STEEP, fold, reduced, steepness, unfolded, value_dtype, weights
-from .gradients import gradient_for, once, times_upstream
 from .options import AS_THEY_ARE, DTYPES, Options, check_tensors, checked_items, options
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform
-
-# ---------------------------------------------------------------- autograd
-
-
-class Pass(NamedTuple):
-    """What the operator is asked for of the rows, and, where the teacher has a gradient, of them with the two
-    exchanged."""
-
-    own: Asked
-    turned: Asked | None
-    stats: bool
-
-    @staticmethod
-    def of(o: Options, numbers: Numbers, vocab: int, of_teacher: bool) -> Pass:
-        own = Asked.of(o.divergence, numbers, vocab, o.backend)
-        turned = None
-        if of_teacher:
-            turned = Asked.of(*exchanged(o.divergence, numbers), vocab, o.backend)
-        return Pass(own, turned, o.return_stats)
-
-
-class _Total(torch.autograd.Function):
-    """Sum of the row losses; the forward fills the gradients of student and teacher, the backward multiplies
-    them by the upstream one."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, labels, weight, asked: Pass, boost: float, inplace: bool, wanted):
-        rows, grads, columns = _rows_and_gradients(student, teacher, labels, weight, asked, inplace, wanted)
-        ctx.wanted, ctx.boost = wanted, boost
-        ctx.save_for_backward(*grads)
-        if asked.stats:
-            ctx.mark_non_differentiable(columns)
-        return rows.sum().to(value_dtype(student)), columns
-
-    @staticmethod
-    def backward(ctx, upstream, _):
-        inputs.check_upstream("fused_kd_loss", upstream)
-        factor = upstream / ctx.boost if ctx.boost != 1.0 else upstream
-        grads = iter(times_upstream(ctx.saved_tensors, factor))
-        return *(next(grads) if wanted else None for wanted in ctx.wanted), *[None] * 6
-
-
-class _PerRow(torch.autograd.Function):
-    """Row losses; the backward runs the operator again with the upstream gradient in the rows' weights."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, labels, weight, asked: Pass, inplace: bool):
-        rows, columns = _rows_alone(student, teacher, labels, weight, asked)
-        ctx.save_for_backward(student, teacher, labels, weight)
-        ctx.asked, ctx.inplace = asked._replace(stats=False), inplace
-        if asked.stats:
-            ctx.mark_non_differentiable(columns)
-        return rows.view(student.shape[:-1]).to(value_dtype(student)), columns
-
-    @staticmethod
-    def backward(ctx, upstream, _):
-        inputs.check_upstream("fused_kd_loss", upstream)
-        student, teacher, labels, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        with torch.no_grad():
-            weight = _times_weight(upstream.double(), weight)
-            _, grads, _ = _rows_and_gradients(
-                student, teacher, labels, weight, ctx.asked, ctx.inplace, wanted
-            )
-        if torch.is_grad_enabled():
-            grads = [once(grad) for grad in grads]
-        grads = iter(grads)
-        return *(next(grads) if x else None for x in wanted), *[None] * 4
-
-
-def _times_weight(upstream: Tensor, weight: Tensor | None) -> Tensor:
-    """A gradient in the rows' losses as their weights; 0 where the weight is, whatever the gradient is."""
-    return upstream if weight is None else torch.where(weight != 0, upstream * weight, 0.0)
-
-
-# torch.export keeps operators, and nothing of an autograd.Function: what is to be trained through its graph
-# is one with a derivative
-ops.library.define(
-    f"trainable_loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {SCHEMA}) -> Tensor"
-)
-
-
-@torch.library.impl(ops.library, "trainable_loss", "CompositeExplicitAutograd")
-def _trainable_loss(*arguments) -> Tensor:
-    return ops.loss(*arguments, False, False)[0]
-
-
-@torch.library.register_fake("kdkernels::trainable_loss", lib=ops.library)
-def _(student, *rest):
-    return student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64)
-
-
-def _save_trainable(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.asked = Asked(*inputs[4:])
-
-
-def _trainable_backward(ctx, upstream):
-    student, teacher, labels, weight = ctx.saved_tensors
-    weight = _times_weight(upstream.view(student.shape[:-1]), weight)
-    own, others = ctx.needs_input_grad[:2]
-    asked, grad, other = ctx.asked, None, None
-    if others:
-        turned = Asked.of(*exchanged(*asked.record()), asked.vocab, asked.backend)
-        _, other, _ = ops.loss(teacher, student, None, weight, *turned, True, False)
-    if own:
-        _, grad, _ = ops.loss(student, teacher, labels, weight, *asked, True, False)
-    return grad, other, *[None] * (2 + len(asked))
-
-
-torch.library.register_autograd(
-    "kdkernels::trainable_loss", _trainable_backward, setup_context=_save_trainable, lib=ops.library
-)
-
-
-def _rows_alone(student, teacher, labels, weight, asked: Pass) -> tuple[Tensor, Tensor | None]:
-    """The rows' losses and statistics, without a gradient."""
-    z, v = student.detach(), teacher.detach()
-    if torch.compiler.is_compiling():
-        rows, _, columns = ops.loss(z, v, labels, weight, *asked.own, False, asked.stats)
-        return rows, columns if asked.stats else None
-    columns = ops.new_columns(z) if asked.stats else None
-    return ops.loss_into(z, v, labels, weight, *asked.own, None, columns), columns
-
-
-def _rows_and_gradients(
-    student, teacher, labels, weight, asked: Pass, inplace: bool, wanted: tuple[bool, bool]
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """The rows' losses, the gradients that are wanted of student and teacher, and statistics.
-
-    A gradient is in the student's storage, in memory that is used again, or in the compiler's. The teacher's
-    comes first: in place, the student's takes the logits that it is made from.
-    """
-    z, v, compiling = student.detach(), teacher.detach(), torch.compiler.is_compiling()
-    own, others = wanted
-    grads: tuple[Tensor, ...] = ()
-    if others and compiling:
-        grads = (ops.loss(v, z, None, weight, *asked.turned, True, False)[1],)
-    elif others:
-        grads = (gradient_for(teacher),)
-        ops.loss_into(v, z, None, weight, *asked.turned, grads[0], None)
-    if not own:
-        rows, columns = _rows_alone(student, teacher, labels, weight, asked)
-        return rows, grads, columns
-    if compiling and not inplace:
-        rows, grad, columns = ops.loss(z, v, labels, weight, *asked.own, True, asked.stats)
-        return rows, (grad, *grads), columns if asked.stats else None
-    grad = z if inplace else gradient_for(student)
-    columns = ops.new_columns(z) if asked.stats else None
-    rows = ops.loss_into(z, v, labels, weight, *asked.own, grad, columns)
-    if inplace and not compiling:  # autograd is told, so that whoever saved the logits finds out
-        torch.autograd.graph.increment_version(student)
-    return rows, (grad, *grads), columns
-
-
-# ---------------------------------------------------------------- the loss
 
 
 def _loss(
@@ -189,7 +32,7 @@ def _loss(
     num_items: int | Tensor | None,
 ) -> Tensor | tuple[Tensor, KDStats]:
     compiling = torch.compiler.is_compiling()
-    autograd = o.is_autograd and not compiling  # past the operator
+    autograd = o.is_autograd and not compiling
     if not compiling:
         inputs.check_mode("fused_kd_loss", (student, teacher if o.teacher_grad else None), autograd)
     if not autograd:
@@ -203,11 +46,11 @@ def _loss(
     weight, denominator = weights(student, labels, vocab, o, token_weight, num_items)
     # without a hard term only looked at: a wrong one is an error
     hard = labels if o.hard_weight or student.device.type == "cpu" else None
-    if autograd:
-        loss, columns = _differentiable(student, teacher, hard, weight, o, vocab, denominator)
-    else:
-        others = teacher if o.teacher_grad else teacher.detach()
-        loss, columns = _fused(student, others, hard, weight, o, vocab, denominator)
+    others = teacher if o.teacher_grad else teacher.detach()
+    run = _fused
+    if autograd and (inputs.is_transformed(student, others) or not o.is_exchangeable):
+        run = _differentiable
+    loss, columns = run(student, others, hard, weight, o, vocab, denominator)
     if not o.return_stats:
         return loss
     return loss, from_columns(
@@ -241,11 +84,12 @@ def _fused(
     asked = Pass.of(o, folded.numbers, vocab, wanted[1])
     rows = addressable(student), addressable(teacher), labels, folded.weight, asked
     if o.reduction == "none":
-        return _PerRow.apply(*rows, o.inplace)
+        losses, columns = PerRow.apply(*rows, o.inplace)
+        return losses.to(value_dtype(student)), columns
     if any(wanted):
-        total, columns = _Total.apply(*rows, folded.boost, inplace, wanted)
+        total, columns = Total.apply(*rows, folded.boost, inplace, wanted)
     else:
-        total, columns = _rows_alone(*rows)
+        total, columns = rows_alone(*rows)
         total = total.sum().to(value_dtype(student))
     return total if folded.post is None else (total * folded.post).to(total.dtype), columns
 
@@ -257,26 +101,24 @@ def _exported(
     asked = Pass.of(o, unfolded(o), vocab, False)
     x, y = addressable(student), addressable(teacher)
     rows = torch.ops.kdkernels.trainable_loss.default(x, y, labels, weight, *asked.own)
-    columns = _rows_alone(x, y, labels, weight, asked)[1] if o.return_stats else None
+    columns = rows_alone(x, y, labels, weight, asked)[1] if o.return_stats else None
     return reduced(rows, student, o, denominator), columns
 
 
 def _differentiable(
     student, teacher, labels, weight, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
-    """The eager backend past the operator: plain autograd, differentiable to any order."""
+    """The eager backend past the operator, in plain autograd, all rows at once: for forward-mode derivatives,
+    torch.func, and the teacher's gradient of a divergence that is no other one reversed."""
     from .backends import eager
 
     columns = None
     if o.return_stats:
         own = Asked.of(o.divergence, Numbers(float(o.temperature), modifiers=o.modifiers), vocab, o.backend)
-        _, columns = _rows_alone(student, teacher, labels, weight, Pass(own, None, True))
-    z, v = student[..., :vocab].reshape(-1, vocab), teacher[..., :vocab].reshape(-1, vocab)
-    labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
+        _, columns = rows_alone(student, teacher, labels, weight, Pass(own, None, True))
     if labels is not None and inputs.readable(labels):
         ops.check_labels(labels, weight, vocab)
-    v = v if o.teacher_grad else v.detach()
-    rows = eager.rows(Call(z, v, vocab, labels, weight, o.divergence, unfolded(o)))
+    rows = eager.rows(Call(student, teacher, vocab, labels, weight, o.divergence, unfolded(o)))
     return reduced(rows, student, o, denominator), columns
 
 

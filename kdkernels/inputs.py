@@ -135,15 +135,25 @@ def check_mode(
         raise RuntimeError(f"{function}: forward-mode derivatives need {instead}")
 
 
-def check_upstream(function: str, upstream: Tensor) -> None:
-    """Raise for many upstream gradients at once: the gradient is written over, or the operator run again, for
-    one."""
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which know PyTorch's own steps alone."""
+    return torch._C._are_functorch_transforms_active() or any(has_tangent(x) for x in tensors)
+
+
+def is_batched(upstream: Tensor) -> bool:
+    """Whether an upstream gradient is many at once."""
     # first what is quick to ask: a plain tensor has a storage, a batched one has none
-    if (
+    return (
         not torch.compiler.is_compiling()
         and not torch._C._has_storage(upstream)
         and "Batched" in str(torch._C._dispatch_keys(upstream))
-    ):
+    )
+
+
+def check_upstream(function: str, upstream: Tensor) -> None:
+    """Raise for many upstream gradients at once: the gradient is written over, or the operator run again, for
+    one."""
+    if is_batched(upstream):
         raise RuntimeError(f'{function}: is_grads_batched needs fused_kd_loss(backend="eager")')
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .call import SCHEMA, Asked, addressable, exchanged
+from .call import SCHEMA, Asked, addressable, exchanged, row_dtype
 from .divergence import Divergence
 from .folding import MOST_STEEP, boost_of, fold, largest, reduced, steepness, unfolded, value_dtype, weights
 from .gradients import once, times_upstream
@@ -145,8 +145,9 @@ def _run(
     )
     h, head = hidden.reshape(tokens, hidden.shape[-1]), weight[:vocab].to(dtype)
     head_bias = None if bias is None else bias[:vocab].to(dtype)
-    rows = (torch.empty if index is None else torch.zeros)(tokens, dtype=torch.float64, device=device)
-    columns = torch.full((tokens if stats else 0, COLUMNS), math.nan, dtype=torch.float64, device=device)
+    of_row = dict(dtype=row_dtype(device), device=device)
+    rows = (torch.empty if index is None else torch.zeros)(tokens, **of_row)
+    columns = torch.full((tokens if stats else 0, COLUMNS), math.nan, **of_row)
     turned = Asked.of(*exchanged(*asked.record()), vocab, asked.backend) if others else None
     models = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
     mine, theirs = (
@@ -491,16 +492,16 @@ def _(*arguments):
         Setup(*arguments[len(_TENSORS) + len(_ROWS) :][: len(Setup._fields)]),
     )
     hidden = tensors[0]
-    rows, double = math.prod(hidden.shape[:-1]), torch.float64
+    rows, of_row = math.prod(hidden.shape[:-1]), row_dtype(hidden.device)
     grads = []
     for i, need in enumerate(setup.needs):
         x, (_, of_products) = tensors[i], setup.models[i // 3]
         shape, dtype = (x.shape, setup.of_gradient(x.dtype, of_products)) if need else ((0,), torch.float32)
         grads.append(torch.empty(shape, dtype=dtype, device=hidden.device))
     return (
-        hidden.new_empty(rows, dtype=double),
+        hidden.new_empty(rows, dtype=of_row),
         *grads,
-        hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=double),
+        hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=of_row),
     )
 
 
@@ -553,7 +554,7 @@ class _PerRow(torch.autograd.Function):
         inputs.check_upstream("fused_linear_kd_loss", upstream)
         *tensors, logits, labels, row_weight = ctx.saved_tensors
         with torch.no_grad():
-            upstream, post = upstream.double(), None
+            upstream, post = upstream.to(row_dtype(upstream.device)), None
             if _underflows(ctx.setup):  # near 1 until it is in fp32, whatever the loss scale
                 post = largest(upstream) / ctx.boost
                 upstream = upstream / post
@@ -595,9 +596,9 @@ def _parts(arguments: tuple) -> tuple[tuple, Setup, Asked]:
 @torch.library.register_fake("kdkernels::trainable_linear_loss", lib=_library)
 def _(hidden, *arguments):
     rows, setup = math.prod(hidden.shape[:-1]), _parts((hidden, *arguments))[1]
-    return hidden.new_empty(rows, dtype=torch.float64), hidden.new_empty(
-        rows if setup.stats else 0, COLUMNS, dtype=torch.float64
-    )
+    dtype = row_dtype(hidden.device)
+    columns = hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=dtype)
+    return hidden.new_empty(rows, dtype=dtype), columns
 
 
 def _save_trainable(ctx, inputs, output) -> None:

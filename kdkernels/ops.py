@@ -1,6 +1,6 @@
 """The operators: opaque to torch.compile, each asking `backends` who runs it.
 
-`loss_into` gives the loss of each row in fp64 and fills a gradient and statistics in the same pass; `loss`
+`loss_into` gives the loss of each row and fills a gradient and statistics in the same pass; `loss`
 makes their buffers itself, which is what a compiler that plans memory takes. Arguments are those of `Call`
 (call.py), laid out flat. The autograd.Functions live in functional.py, outside the operator, which is cheaper
 than registering a backward for it.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .call import SCHEMA, Asked, Call, heard
+from .call import SCHEMA, Asked, Call, heard, row_dtype
 from .stats import COLUMNS
 
 library = torch.library.Library("kdkernels", "DEF")
@@ -58,19 +58,24 @@ def new_gradient(logits: Tensor, wanted: bool = True) -> Tensor:
 
 def new_columns(student: Tensor, wanted: bool = True) -> Tensor:
     """For the statistics of the rows (stats.py)."""
-    return student.new_empty((math.prod(student.shape[:-1]), COLUMNS) if wanted else 0, dtype=torch.float64)
+    shape = (math.prod(student.shape[:-1]), COLUMNS) if wanted else 0
+    return student.new_empty(shape, dtype=row_dtype(student.device))
+
+
+def new_losses(student: Tensor) -> Tensor:
+    """For the losses of the rows."""
+    return student.new_empty(math.prod(student.shape[:-1]), dtype=row_dtype(student.device))
 
 
 @torch.library.register_fake("kdkernels::loss_into", lib=library)
 def _(student, *rest):
-    return student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64)
+    return new_losses(student)
 
 
 @torch.library.register_fake("kdkernels::loss", lib=library)
 def _(student, *rest):
-    losses = student.new_empty(math.prod(student.shape[:-1]), dtype=torch.float64)
     *_, wants_grad, wants_stats = rest
-    return losses, new_gradient(student, wants_grad), new_columns(student, wants_stats)
+    return new_losses(student), new_gradient(student, wants_grad), new_columns(student, wants_stats)
 
 
 @torch.library.impl(library, "log_softmax", "CompositeExplicitAutograd")

@@ -119,8 +119,17 @@ class Options:
         _ = self.divergence.reversed  # of a parameter near its bound there may be none
 
     @property
+    def is_exchangeable(self) -> bool:
+        """Whether `check_exchangeable` has nothing to raise."""
+        try:
+            self.check_exchangeable()
+        except ValueError:
+            return False
+        return True
+
+    @property
     def is_autograd(self) -> bool:
-        """Whether the eager backend runs past the operator, in plain autograd."""
+        """Whether the loss can be differentiated to any order, which the eager backend does out of place."""
         return self.backend == "eager" and not self.inplace
 
 
@@ -313,7 +322,7 @@ def checked_items(num_items: float | Tensor | None, o: Options) -> float | Tenso
             f'num_items: replaces the denominator of reduction="mean"; reduction is {o.reduction!r}'
         )
     if not isinstance(num_items, Tensor):
-        _checkchecked_items(n := inputs.number("num_items", num_items))
+        _check_items(n := inputs.number("num_items", num_items))
         return n if n else 1
     inputs.check_dense("num_items", num_items)
     if num_items.numel() != 1:
@@ -324,10 +333,10 @@ def checked_items(num_items: float | Tensor | None, o: Options) -> float | Tenso
         raise TypeError(f"num_items: must be a number, got a tensor of {num_items.dtype}")
     num_items = num_items.detach().reshape(())
     if not torch.compiler.is_compiling() and inputs.readable(num_items):
-        _checkchecked_items(num_items.item())
+        _check_items(num_items.item())
     return num_items
 
 
-def _checkchecked_items(n: float) -> None:
+def _check_items(n: float) -> None:
     if not 0 <= n <= inputs.LARGEST:
         raise ValueError(f"num_items: must be finite and not negative, got {inputs.shown(n)}")

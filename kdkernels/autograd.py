@@ -1,0 +1,196 @@
+"""The loss of rows as autograd sees it: Functions around the operators, and an operator with a derivative for
+torch.export."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import inputs, ops
+from .call import SCHEMA, Asked, Call, Numbers, exchanged
+from .folding import value_dtype
+from .gradients import gradient_for, once, times_upstream
+from .options import Options
+
+
+class Pass(NamedTuple):
+    """What the operator is asked for of the rows, and, where the teacher has a gradient, of them with the two
+    exchanged."""
+
+    own: Asked
+    turned: Asked | None
+    stats: bool
+
+    @staticmethod
+    def of(o: Options, numbers: Numbers, vocab: int, of_teacher: bool) -> Pass:
+        own = Asked.of(o.divergence, numbers, vocab, o.backend)
+        turned = None
+        if of_teacher:
+            turned = Asked.of(*exchanged(o.divergence, numbers), vocab, o.backend)
+        return Pass(own, turned, o.return_stats)
+
+
+class Total(torch.autograd.Function):
+    """Sum of the row losses; the forward fills the gradients of student and teacher, the backward multiplies
+    them by the upstream one."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, weight, asked: Pass, boost: float, inplace: bool, wanted):
+        rows, grads, columns = rows_and_gradients(student, teacher, labels, weight, asked, inplace, wanted)
+        ctx.wanted, ctx.boost, ctx.asked = wanted, boost, asked.own
+        # of eager, whose gradient can be differentiated again, what it is made from as well
+        again = (student, teacher, labels, weight) if asked.own.backend == "eager" and not inplace else ()
+        ctx.save_for_backward(*grads, *again)
+        ctx.saved = len(grads)
+        if asked.stats:
+            ctx.mark_non_differentiable(columns)
+        return rows.sum().to(value_dtype(student)), columns
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        saved = ctx.saved_tensors  # which a checkpoint computes once
+        grads, again = saved[: ctx.saved], saved[ctx.saved :]
+        if again and _needs_a_graph(upstream):
+            grads = _through_a_graph(again, ctx.asked, upstream, ctx.wanted)
+        else:
+            inputs.check_upstream("fused_kd_loss", upstream)
+            grads = times_upstream(grads, upstream / ctx.boost if ctx.boost != 1.0 else upstream)
+        grads = iter(grads)
+        return *(next(grads) if wanted else None for wanted in ctx.wanted), *[None] * 6
+
+
+class PerRow(torch.autograd.Function):
+    """Row losses; the backward runs the operator again with the upstream gradient in the rows' weights."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, weight, asked: Pass, inplace: bool):
+        rows, columns = rows_alone(student, teacher, labels, weight, asked)
+        ctx.save_for_backward(student, teacher, labels, weight)
+        ctx.asked, ctx.inplace = asked._replace(stats=False), inplace
+        if asked.stats:
+            ctx.mark_non_differentiable(columns)
+        return rows.view(student.shape[:-1]), columns
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        if ctx.asked.own.backend == "eager" and not ctx.inplace and _needs_a_graph(upstream):
+            grads = iter(_through_a_graph(saved, ctx.asked.own, upstream, wanted))
+            return *(next(grads) if x else None for x in wanted), *[None] * 4
+        inputs.check_upstream("fused_kd_loss", upstream)
+        student, teacher, labels, weight = saved
+        with torch.no_grad():
+            weight = _times_weight(upstream, weight)
+            _, grads, _ = rows_and_gradients(student, teacher, labels, weight, ctx.asked, ctx.inplace, wanted)
+        if torch.is_grad_enabled():
+            grads = [once(grad) for grad in grads]
+        grads = iter(grads)
+        return *(next(grads) if x else None for x in wanted), *[None] * 4
+
+
+def _needs_a_graph(upstream: Tensor) -> bool:
+    """Whether a backward is to be differentiated again, or is many at once."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or inputs.is_batched(upstream))
+
+
+def _through_a_graph(tensors, asked: Asked, upstream: Tensor, wanted) -> tuple[Tensor, ...]:
+    """The gradients that are wanted of student and teacher, by autograd, so that they can be differentiated
+    again."""
+    from .backends import eager
+
+    student, teacher, labels, weight = tensors
+    divergence, numbers = asked.record()
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        rows = eager.rows(Call(student, teacher, asked.vocab, labels, weight, divergence, numbers))
+        leaves = [x for x, has in zip((student, teacher), wanted, strict=True) if has]
+        upstream = upstream.to(rows.dtype)
+        upstream = upstream.expand_as(rows) if upstream.dim() == 0 else upstream.reshape(rows.shape)
+        return torch.autograd.grad(rows, leaves, upstream, create_graph=again)
+
+
+def _times_weight(upstream: Tensor, weight: Tensor | None) -> Tensor:
+    """A gradient in the rows' losses as their weights; 0 where the weight is, whatever the gradient is."""
+    return upstream if weight is None else torch.where(weight != 0, upstream * weight, 0.0)
+
+
+# torch.export keeps operators, and nothing of an autograd.Function: what is to be trained through its graph
+# is one with a derivative
+ops.library.define(
+    f"trainable_loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {SCHEMA}) -> Tensor"
+)
+
+
+@torch.library.impl(ops.library, "trainable_loss", "CompositeExplicitAutograd")
+def _trainable_loss(*arguments) -> Tensor:
+    return ops.loss(*arguments, False, False)[0]
+
+
+@torch.library.register_fake("kdkernels::trainable_loss", lib=ops.library)
+def _(student, *rest):
+    return ops.new_losses(student)
+
+
+def _save_trainable(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.asked = Asked(*inputs[4:])
+
+
+def _trainable_backward(ctx, upstream):
+    student, teacher, labels, weight = ctx.saved_tensors
+    weight = _times_weight(upstream.view(student.shape[:-1]), weight)
+    own, others = ctx.needs_input_grad[:2]
+    asked, grad, other = ctx.asked, None, None
+    if others:
+        turned = Asked.of(*exchanged(*asked.record()), asked.vocab, asked.backend)
+        _, other, _ = ops.loss(teacher, student, None, weight, *turned, True, False)
+    if own:
+        _, grad, _ = ops.loss(student, teacher, labels, weight, *asked, True, False)
+    return grad, other, *[None] * (2 + len(asked))
+
+
+torch.library.register_autograd(
+    "kdkernels::trainable_loss", _trainable_backward, setup_context=_save_trainable, lib=ops.library
+)
+
+
+def rows_alone(student, teacher, labels, weight, asked: Pass) -> tuple[Tensor, Tensor | None]:
+    """The rows' losses and statistics, without a gradient."""
+    z, v = student.detach(), teacher.detach()
+    if torch.compiler.is_compiling():
+        rows, _, columns = ops.loss(z, v, labels, weight, *asked.own, False, asked.stats)
+        return rows, columns if asked.stats else None
+    columns = ops.new_columns(z) if asked.stats else None
+    return ops.loss_into(z, v, labels, weight, *asked.own, None, columns), columns
+
+
+def rows_and_gradients(
+    student, teacher, labels, weight, asked: Pass, inplace: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """The rows' losses, the gradients that are wanted of student and teacher, and statistics.
+
+    A gradient is in the student's storage, in memory that is used again, or in the compiler's. The teacher's
+    comes first: in place, the student's takes the logits that it is made from.
+    """
+    z, v, compiling = student.detach(), teacher.detach(), torch.compiler.is_compiling()
+    own, others = wanted
+    grads: tuple[Tensor, ...] = ()
+    if others and compiling:
+        grads = (ops.loss(v, z, None, weight, *asked.turned, True, False)[1],)
+    elif others:
+        grads = (gradient_for(teacher),)
+        ops.loss_into(v, z, None, weight, *asked.turned, grads[0], None)
+    if not own:
+        rows, columns = rows_alone(student, teacher, labels, weight, asked)
+        return rows, grads, columns
+    if compiling and not inplace:
+        rows, grad, columns = ops.loss(z, v, labels, weight, *asked.own, True, asked.stats)
+        return rows, (grad, *grads), columns if asked.stats else None
+    grad = z if inplace else gradient_for(student)
+    columns = ops.new_columns(z) if asked.stats else None
+    rows = ops.loss_into(z, v, labels, weight, *asked.own, grad, columns)
+    if inplace and not compiling:  # autograd is told, so that whoever saved the logits finds out
+        torch.autograd.graph.increment_version(student)
+    return rows, (grad, *grads), columns
