@@ -22,7 +22,7 @@ template <class F, class Crew> class Careful {
  public:
   using Int = typename Element<F>::Int;
   KD_HD Careful(const Plan &p, const Crew &crew)
-      : plan_(p), crew_(crew), k_(p.moments ? 1 : p.k), b_(1 - p.order), sign_(p.reverse ? -1 : 1) {}
+      : plan_(p), crew_(crew), k_(p.k), b_(1 - p.order), sign_(p.reverse ? -1 : 1) {}
 
   // classes(f) calls f(z, v) for every class of the row.
   template <class Classes> KD_HD double measure(Classes classes) {
@@ -38,14 +38,13 @@ template <class F, class Crew> class Careful {
     broken_ = crew_.any(nan_v_) || !std::isfinite(top_v_) || broken_student_;
     if (broken_) return NAN;
     apart_ = top_z_ - top_v_;
-    if (std::fabs(apart_) > kFarthest && (plan_.centered || !plan_.moments)) {
+    if (std::fabs(apart_) > kFarthest) {
       base_z_ = top_z_;
       base_v_ = top_v_;
       apart_ = 0;
     }
 
     classes([&](F z, F v) { add_sums(z, v); });
-    if (plan_.moments) return measure_moments(classes);
     const double sz = crew_.sum(sz_), sv = crew_.sum(sv_), sd = crew_.sum(sd_);
     inv_z_ = 1 / sz;
     inv_v_ = 1 / sv;
@@ -121,10 +120,9 @@ template <class F, class Crew> class Careful {
   template <class Classes> KD_HD Shapes shapes(Classes classes) const {
     if (broken_) return {NAN, NAN, NAN, NAN};
     F sz{}, sv{}, log_z{}, log_v{};
-    const double k = plan_.moments ? 0 : k_;
     classes([&](F z, F v) {
       const Int no_z = masked(z), no_v = masked(v);
-      const F a = select(no_z, F{}, (z - top_z_) * k), b = select(no_v, F{}, (v - top_v_) * k);
+      const F a = select(no_z, F{}, (z - top_z_) * k_), b = select(no_v, F{}, (v - top_v_) * k_);
       const F ez = select(no_z, F{}, exp2_flushed(a * kLog2e)),
               ev = select(no_v, F{}, exp2_flushed(b * kLog2e));
       sz += ez;
@@ -133,7 +131,7 @@ template <class F, class Crew> class Careful {
       log_v += select(ev > 0., ev * b, F{});  // a and b may be -inf
     });
     const double z = crew_.sum(sz), v = crew_.sum(sv), lse_z = log_of(z), lse_v = log_of(v);
-    return {lse_z + k * top_z_, lse_v + k * top_v_, lse_z - crew_.sum(log_z) / z,
+    return {lse_z + k_ * top_z_, lse_v + k_ * top_v_, lse_z - crew_.sum(log_z) / z,
             lse_v - crew_.sum(log_v) / v};
   }
 
@@ -169,12 +167,6 @@ template <class F, class Crew> class Careful {
     const Int no_z = masked(z), no_v = masked(v);
     lone_p_ |= no_z & ~no_v;
     lone_q_ |= no_v & ~no_z;
-    if (plan_.moments) {
-      const F both = select(no_z | no_v, F{}, splat<F>(1));
-      sv_ += both;
-      sd_ += select(no_z | no_v, F{}, gap(z, v));
-      return;
-    }
     const F ez = exp_z(z), ev = exp_v(v), y = diff(z, v) * plan_.c;
     const Int near = (abs_of(y) < .5) & ~(no_z | no_v);
     sz_ += ez;
@@ -249,7 +241,6 @@ template <class F, class Crew> class Careful {
 
   KD_HD F moved(F z, F v) const {
     const Int no_z = masked(z), no_v = masked(v);
-    if (plan_.moments) return select(no_z | no_v, F{}, (gap(z, v) - shift_) * inv_v_ * plan_.factor);
     const F q = exp_z(z) * inv_z_;
     if (plan_.support) return plan_.reverse ? F{} : select(no_v, q, -q * ratio_);
     if (plan_.extreme) return select(no_z, F{}, select(chosen(z, v), -exp_set(z) * in_set_, q)) * sign_;
@@ -269,21 +260,6 @@ template <class F, class Crew> class Careful {
     const F m1 = near_zero(x, near).m1,
             g = select(near, of_q ? -q * m1 : p * (near_zero(d, near).m1 - m1), q - w);
     return select(no_z, F{}, g * gain_);  // a masked class of the student is not moved
-  }
-
-  // T = inf: the variance of z - v over the classes that both have
-  template <class Classes> KD_HD double measure_moments(Classes classes) {
-    const double n = crew_.sum(sv_);
-    inv_v_ = 1 / n;
-    shift_ = plan_.centered ? crew_.sum(sd_) * inv_v_ : 0;
-    classes([&](F z, F v) {
-      const F x = select(masked(z) | masked(v), F{}, gap(z, v) - shift_);
-      f_ += x * x;
-    });
-    // order 0 asks only whose support it is
-    if (plan_.support) return crew_.any(plan_.reverse ? lone_p_ : lone_q_) ? INFINITY : 0;
-    if (crew_.any(lone_p_) || crew_.any(lone_q_)) return INFINITY;
-    return plan_.factor * crew_.sum(f_) * inv_v_ / 2;
   }
 
   const Plan &plan_;

@@ -18,8 +18,8 @@
 // Reverse KL is l = 0, base p. TVD, sum b |e^x - 1| / 2, has the same shape. x must be whole there before a
 // term can be formed, so that their rows are swept twice.
 //
-// Orders 0 and inf have no sum of terms; careful.h takes them. At T = inf b is uniform and f(x) = x^2 / 2
-// (row.h, "moments").
+// Orders 0 and inf have no sum of terms; careful.h takes them. At T = inf two moments of z - v are all there
+// is (moments.h).
 #pragma once
 #include "api.h"
 #include "number.h"
@@ -334,9 +334,10 @@ struct Plan {
   bool student_base = false, tilted = false, entropy = false;
   bool mixed = false, tvd = false;  // the mixture family, and TVD in it
   bool alpha = false;               // D is F itself
-  bool moments = false;             // T = inf: only the first two moments of z - v count
+  bool moments = false;             // T = inf: moments.h
   bool centered = true;             // logit matching compares z and v themselves, not their shapes
-  bool careful = false;             // orders 0 and inf, temperatures beyond the range of the tile step
+  // every row in fp64: T = inf, orders 0 and inf, temperatures beyond the range of the tile step
+  bool careful = false;
   bool support = false, extreme = false, reverse = false;
   double order = 1, tilt = 0, factor = 1;
   Mixed<double> mixture{};
@@ -372,6 +373,7 @@ inline Plan make_plan(const kd_call &c, bool wide) {
   p.k = (p.exact ? p.c + p.c_low : p.c) * kLn2;
   if (p.moments) {
     p.factor = c.limit;
+    p.careful = true;
     return p;
   }
   p.careful = p.support || p.extreme || temperature > 1e9 || temperature < 1e-9;

@@ -254,25 +254,6 @@ KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r
   }
   return {q, xi, zero};
 }
-// T = inf: e is 1 (0 for a masked class), em the difference itself.
-template <bool kMask, class F>
-KD_HD Kept<F> step_moments(F b, F o, typename Element<F>::Real ref, typename Element<F>::Real ref_low,
-                           Sums<F> &s, typename Element<F>::Int &wild) {
-  using Real = typename Element<F>::Real;
-  using Int = typename Element<F>::Int;
-  F e = splat<F>(1), y = difference<true>(o, b, ref, ref_low);
-  if (kMask) {
-    const Int both = (b == -Real(INFINITY)) & (o == -Real(INFINITY));
-    e = select(both, F{}, e);
-    y = select(both, F{}, y);
-  }
-  const Int far = bits(y) & Exp2<Real>::kAbs;
-  wild = far > wild ? far : wild;
-  s.s += e;
-  s.d += y;
-  s.k1 += y * y * Real(.5);
-  return {e, y, F{}};
-}
 
 // e again, as step returned it, where the rest was kept and nothing is masked.
 template <class F> KD_HD F weight_of(F b, const References<typename Element<F>::Real> &r) {
@@ -358,10 +339,6 @@ template <class Real> KD_HD Real left_over(Real A, Real C, Real end) {
   return std::fabs(end) < std::fabs(C) ? end - (C - A) : Real(0);
 }
 
-// e^x - 1 and psi for h, which at T = inf are their first and second order
-KD_HD double expm1_of(double x, const Plan &plan) { return plan.moments ? x : expm1_of(x); }
-KD_HD double f_of(double x, const Plan &plan) { return plan.moments ? x * x / 2 : f_of(x, plan.tilt); }
-
 // Who closes a row: one thread, block after block; or (csrc/cuda) the lanes of a warp, a block to a lane. sum
 // adds f(i, sums) over all i < n; first is the least i with the largest f(i).
 struct Alone {
@@ -390,7 +367,7 @@ KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {})
   double total[1]{};
   crew.sum(n, total, [&](int i, double (&sum)[1]) {
     Part &p = parts[i];
-    p.unit = p.empty() ? 0 : plan.moments ? 1 : exp_of(plan.k * (p.top - r.top));
+    p.unit = p.empty() ? 0 : exp_of(plan.k * (p.top - r.top));
     sum[0] += p.s * p.unit;
   });
   r.total = total[0];
@@ -409,14 +386,14 @@ KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {})
     if (p.empty()) return;
     p.unit /= r.total;
     // not x + 1, which rounds
-    const double far = p.offset - origin, x = expm1_of(far, plan), all = plan.moments ? 1 : exp_of(far);
-    if (!(std::fabs(far) <= 500 || plan.moments)) {
+    const double far = p.offset - origin, x = expm1_of(far), all = exp_of(far);
+    if (!(std::fabs(far) <= 500)) {
       sum[2] += 1;
       return;
     }
     sum[0] += p.unit * (p.s * x + p.d * all);
     sum[1] += p.unit * (p.s + p.d) * all;
-    if (p.care == kMasked && !plan.moments) sum[3] += p.unit * p.s * all;
+    if (p.care == kMasked) sum[3] += p.unit * p.s * all;
   });
   // classes that the base alone has are -e in d: where they are nearly all of the base, little is left of s +
   // d
@@ -424,17 +401,14 @@ KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {})
     r.lost = true;
     return r;
   }
-  if (plan.moments)
-    r.shift = plan.centered ? origin + moved[0] : 0;
-  else
-    r.shift = origin + (std::fabs(moved[0]) < .5 ? log1p_of(moved[0]) : log_of(moved[1]));
+  r.shift = origin + (std::fabs(moved[0]) < .5 ? log1p_of(moved[0]) : log_of(moved[1]));
 
   double sums[3]{};  // F, what its terms would be without their signs, R
   crew.sum(n, sums, [&](int i, double (&sum)[3]) {
     const Part &p = parts[i];
     if (p.empty()) return;
-    const double h = r.shift - p.offset, x = expm1_of(-h, plan), b = plan.tilt;
-    double own = p.k1, still = p.s * f_of(-h, plan), cross = p.d * x;
+    const double h = r.shift - p.offset, x = expm1_of(-h), b = plan.tilt;
+    double own = p.k1, still = p.s * f_of(-h, plan.tilt), cross = p.d * x;
     if (plan.tilted) {
       const double all = exp_of(-b * h);
       // not expm1(-h) - expm1(-b h), both -1
@@ -456,7 +430,7 @@ KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {})
     return r;
   }  // R = 0: no class in common
   r.F = larger(r.F, 0.);
-  r.refine = plan.centered && (!plan.tilted || near_one(r.R)) && sums[1] > plan.patience * r.F;
+  r.refine = (!plan.tilted || near_one(r.R)) && sums[1] > plan.patience * r.F;
   r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;
   const bool alpha = plan.alpha && plan.tilted;
   r.gain = plan.factor * (alpha ? exp_of(r.log_r) / plan.order : 1);
@@ -517,7 +491,6 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
   if (p.empty()) return {0, 0, 0};
   if (plan.mixed) return {p.unit * scale, 0, -p.unit * scale * r.moved, -p.unit * scale * r.above};
   const double unit = p.unit * scale * r.gain, h = r.shift - p.offset;
-  if (plan.moments) return {unit, 0, -unit * h};
   const double A = unit * exp_of(-h), C = unit * expm1_of(-h);
   if (!plan.tilted) return {A, 0, C};
   const double bh = plan.tilt * h, B = -unit * exp_of(-bh - r.log_r), less = unit * expm1_of(-bh - r.log_r);
@@ -529,20 +502,15 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
 template <class Logs, class Crew = Alone>
 KD_HD Shapes shapes_of(const Part *parts, const Logs *logs, int n, const Row &r, const Plan &plan,
                        const Crew &crew = {}) {
-  const double log_total = plan.moments ? 0 : log_of(r.total);
+  const double log_total = log_of(r.total);
   double sums[2]{};  // of p log p for the base and for the other
   crew.sum(n, sums, [&](int i, double (&sum)[2]) {
     const Part &p = parts[i];
-    if (plan.moments) sum[0] += p.s;  // uniform over the classes that are there
-    if (plan.moments || p.empty()) return;
+    if (p.empty()) return;
     const double h = r.shift - p.offset, log_unit = plan.k * (p.top - r.top) - log_total;
     sum[0] += p.unit * (log_unit * p.s + logs[i].log_b);
     sum[1] += p.unit * exp_of(-h) * ((log_unit - h) * (p.s + p.d) + logs[i].log_o);
   });
-  if (plan.moments) {
-    const double all = log_of(sums[0]);
-    return {all, all, all, all};
-  }
   const double base = plan.k * r.top + log_total, other = base + r.shift, of_b = 0 - sums[0],
                of_o = 0 - sums[1];
   return plan.student_base ? Shapes{base, other, of_b, of_o} : Shapes{other, base, of_o, of_b};

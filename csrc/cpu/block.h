@@ -339,32 +339,6 @@ void sweep_mixed(const S *b, const S *o, int64_t n, const Plan &plan, const Mixe
   }
 }
 
-template <bool kMask, class Real>
-void sweep_moments(const Real *b, const Real *o, int64_t n, Real *const *keep, Part &p) {
-  using F = typename Vec<Real>::F;
-  using I = typename Vec<Real>::I;
-  Accumulator<Real> total;
-  Sums<F> s;
-  I wild{};
-  const Real ref = Real(p.ref), low = Real(p.ref - ref);
-  const auto put = [&](int64_t i, const Kept<F> &k) __attribute__((always_inline)) {
-    store(keep[0] + i, k.e);
-    store(keep[1] + i, k.em);
-  };
-  each_vector<Real>(
-      b, o, n,
-      [&](int64_t i, F vb, F vo)
-          __attribute__((always_inline)) { put(i, step_moments<kMask>(vb, vo, ref, low, s, wild)); },
-      [&](int64_t i, F vb, F vo)
-          __attribute__((always_inline)) { put(i, step_moments<true>(vb, vo, ref, low, s, wild)); },
-      [&]() __attribute__((always_inline)) { total.template add<kPlain>(s, wild); });
-  p.s = sum_of<Real>(total.s);
-  p.d = sum_of<Real>(total.d);
-  p.k1 = sum_of<Real>(total.k1);
-  p.offset = double(ref) + low;
-  p.care = std::isfinite(total.reach()) ? (kMask ? kMasked : kExact) : kLost;
-}
-
 template <class Real, class S>
 void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, Real *const *keep,
            Part &p, Real *wide_b, Real *wide_o) {
@@ -390,10 +364,7 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPa
     else
       with_both(shape, std::false_type{});
   };
-  if (plan.moments) {
-    if constexpr (!Half<S>::value)
-      return care == kMasked ? sweep_moments<true>(b, o, n, keep, p) : sweep_moments<false>(b, o, n, keep, p);
-  } else if (plan.tilted) {
+  if (plan.tilted) {
     with(std::integral_constant<Shape, kTilted>{});
   } else if (plan.mixed) {
     with(std::integral_constant<Shape, kMixed>{});
@@ -429,11 +400,8 @@ template <class Real, class S>
 void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats, const double *ref,
                    Real *const *keep, Part &p, Real *wide_b, Real *wide_o) {
   p = Part();
-  if (stats) {
-    *stats = StatPart();
-    if (plan.moments) stats->top_o = largest<Real>(o, n);
-  }
-  const int64_t first = find_references<Real>(b, o, n, plan.moments ? 0 : plan.k, p);
+  if (stats) *stats = StatPart();
+  const int64_t first = find_references<Real>(b, o, n, plan.k, p);
   if (stats) stats->first_b = first;
   if (ref) p.ref = *ref;
   if (p.top == -INFINITY) {  // no class at all, unless a nan hides there
@@ -446,11 +414,10 @@ void measure_block(const S *b, const S *o, int64_t n, const Plan &plan, StatPart
     p.care = kLost;
     return;
   }
-  sweep(plan.moments || (plan.exact && !Half<S>::value) ? kExact : kFast, b, o, n, plan, stats, keep, p,
-        wide_b, wide_o);
+  sweep(plan.exact && !Half<S>::value ? kExact : kFast, b, o, n, plan, stats, keep, p, wide_b, wide_o);
   if (p.care == kLost) return sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
   // brief logs cancel where the references were far off and little of the other is left
-  if (stats && !plan.moments && p.s + p.d < .25 * p.s) {
+  if (stats && p.s + p.d < .25 * p.s) {
     sweep(kMasked, b, o, n, plan, stats, keep, p, wide_b, wide_o);
     if (p.care == kMasked) p.care = kExact;  // which is the same without masks
     return;

@@ -1,7 +1,7 @@
 // A row, block by block: what is kept of each block, and where.
 #pragma once
-#include "../careful.h"
 #include "../modifiers.h"
+#include "../moments.h"
 #include "block.h"
 
 namespace kd {
@@ -83,7 +83,7 @@ template <class Real> class RowJob {
   }
 
   void sweep_blocks(State &s, int64_t row, int64_t lo, int64_t hi, Desk<Real> &desk) const {
-    const double ref = plan_.moments ? s.row.shift : s.row.shift / plan_.k;
+    const double ref = s.row.shift / plan_.k;
     bool lost = false;
     for (int64_t i = lo; i < hi && !lost; i++) {  // once the row is lost, nothing that follows is used
       const int64_t n = length(i);
@@ -168,6 +168,12 @@ template <class Real> class RowJob {
 
   // A row that the sweep could not take, whole.
   void careful_row(State &s, int64_t row, Desk<Real> &desk, bool streaming) const {
+    with_careful<VD>(plan_, Lanes(), [&](auto &careful) { run_careful(careful, s, row, desk, streaming); });
+  }
+
+ private:
+  template <class Row64>
+  void run_careful(Row64 &careful, State &s, int64_t row, Desk<Real> &desk, bool streaming) const {
     constexpr int64_t N = kBlock<double>;
     alignas(64) double z[N], v[N], g[N];
     const Transform<double> of_z(c_.student_scale, c_.student_softcap),
@@ -182,8 +188,6 @@ template <class Real> class RowJob {
       return padded;
     };
     constexpr int W = Vec<double>::W;
-    const Lanes lanes;
-    Careful<VD, Lanes> careful(plan_, lanes);
     const auto classes = [&](auto body) {
       for (int64_t i = 0; i < c_.vocab; i += N) {
         const int64_t n = fill(i, smaller(N, c_.vocab - i));
@@ -227,7 +231,6 @@ template <class Real> class RowJob {
     }
   }
 
- private:
   // kept: what the first sweep left is where keep says
   template <class S>
   void mix_block(const State &s, Part &p, int64_t i, bool kept, const S *, const S *b, const S *o,
@@ -293,8 +296,7 @@ template <class Real> class RowJob {
       body(z, plan_.student_base ? z : v, plan_.student_base ? v : z);
     };
     if constexpr (sizeof(Real) == 4)
-      if (c_.student_dtype == c_.teacher_dtype && !plan_.moments && !of_student_.any() &&
-          !of_teacher_.any()) {
+      if (c_.student_dtype == c_.teacher_dtype && !of_student_.any() && !of_teacher_.any()) {
         if (c_.student_dtype == KD_BF16) return with((const bf16 *)z + i, (const bf16 *)v + i);
         if (c_.student_dtype == KD_F16) return with((const f16 *)z + i, (const f16 *)v + i);
       }

@@ -1,7 +1,7 @@
 // The kernels beside the two of the loss: rows in fp64 (careful.h), log-softmax, a gradient times its
 // upstream one.
 #pragma once
-#include "../careful.h"
+#include "../moments.h"
 #include "tile.h"
 
 namespace kd {
@@ -30,7 +30,8 @@ template <class G> struct BlockCrew {
   KD_DEVICE bool any(bool x) const { return gpu::sync_block_any(x); }
 };
 
-template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const BlockCrew<G> &crew) {
+template <class G, class Row64>
+KD_DEVICE void careful_row(const Job &job, int64_t row, const BlockCrew<G> &crew, Row64 &careful) {
   const kd_call &c = job.call;
   const RowAt at = look_up(job, row);
   if (at.weight == 0) {
@@ -46,7 +47,6 @@ template <class G> KD_DEVICE void careful_row(const Job &job, int64_t row, const
   const auto teacher = [&](int64_t i) {
     return transformed(double(element(at.teacher, i, c.teacher_dtype)), of_teacher);
   };
-  Careful<double, BlockCrew<G>> careful(job.plan, crew);
   const auto classes = [&](auto body) {
     KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) body(student(i), teacher(i));
   };
@@ -130,7 +130,8 @@ template <class G> KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) careful_rows(const
     if (row >= job.call.rows) return;
     const bool mine = job.all || bits(job.call.loss[row]) == kLostMark;
     gpu::sync_block();  // everyone has read the loss before anyone writes it
-    if (mine) careful_row(job, row, crew);
+    if (mine)
+      with_careful<double>(job.plan, crew, [&](auto &careful) { careful_row(job, row, crew, careful); });
   }
 }
 

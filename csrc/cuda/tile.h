@@ -325,9 +325,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     count = end - from < G::kTile ? end - from : G::kTile;
   }
   KD_DEVICE void allow_whole(bool yes) {
-    yes &=
-        !moments() && !(job.call.grad &&
-                        (uintptr_t)(at.grad + int64_t(class_of(0)) * size_of(job.call.student_dtype)) % 16);
+    yes &= !(job.call.grad &&
+             (uintptr_t)(at.grad + int64_t(class_of(0)) * size_of(job.call.student_dtype)) % 16);
     whole_from = first == 0 && at.offset > 0;
     // from here: asked for again at the end of a row
     whole_to = !yes ? 0 : class_of(int(gpu::from_here(int64_t(count)))) > vocab() ? count - 1 : count;
@@ -358,7 +357,6 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   }
   // each class of the gradient has a factor or a summand of its own: none is emitted as whole
   KD_DEVICE bool by_class() const { return job.smooth || job.transformed; }
-  KD_DEVICE bool moments() const { return kShape == kPlain && job.plan.moments; }
 
   // This thread's whole chunks, body(j, place) with j known when compiled; the others; all.
   template <class Body> KD_DEVICE void whole_chunks(Body body) const {
@@ -513,7 +511,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
   }
 
   KD_DEVICE References<float> references(const Part &p) const {
-    const float ref = float(p.ref), low = kCarry || moments() ? float(p.ref - ref) : 0;
+    const float ref = float(p.ref), low = kCarry ? float(p.ref - ref) : 0;
     return {float(p.top),          ref, low, job.c, kCarry ? job.c_low : 0, job.tilt, 0, job.reach,
             !job.plan.student_base};
   }
@@ -525,10 +523,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     float b[kRun], o[kRun];
     load_base(place, b);
     load_other(place, o);
-    KD_UNROLL for (int i = 0; i < kRun; i++) {
-      keep(i, moments() ? step_moments<true>(b[i], o[i], r.ref, r.ref_low, s, wild)
-                        : step<kShape, kCarry, true>(b[i], o[i], r, s, wild));
-    }
+    KD_UNROLL for (int i = 0; i < kRun; i++) { keep(i, step<kShape, kCarry, true>(b[i], o[i], r, s, wild)); }
   }
   KD_DEVICE void sweep_whole(const References<float> &r, Sums<float> &s, int32_t &wild) {  // em and et stay
     whole_chunks([&](int j, int place) {
@@ -670,7 +665,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       load_base(place, b);
       load_other(place, o);
       KD_UNROLL for (int i = 0; i < kRun; i++) {
-        if (!moments()) step<kShape, kCarry, true, kBothLogs>(b[i], o[i], r, s, wild);
+        step<kShape, kCarry, true, kBothLogs>(b[i], o[i], r, s, wild);
         const float here = float(class_of(place) + i);
         if (b[i] == r.top && here < first_b) first_b = here;
         if (o[i] == top_o && here < first_o) first_o = here;
@@ -761,10 +756,10 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       float x[5] = {s.s, s.d, s.k1, s.k2, s.t}, kept[kSums];
       KD_UNROLL for (int i = 0; i < kSums; i++) kept[i] = x[i];
       share(0, kept);
-      const bool far = T::any(moments() ? !(from_bits(wild) < INFINITY) : !(from_bits(wild) <= job.reach));
+      const bool far = T::any(!(from_bits(wild) <= job.reach));
       p.care = masked ? kMasked : kFast;
       if (!far) break;
-      if (masked || moments()) {
+      if (masked) {
         lost = true;
         break;
       }
@@ -799,7 +794,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         p.k2 = x[kSums - 2];
         p.t = x[kSums - 1];
       }
-      p.offset = (moments() ? 1 : plan.k) * (double(r.ref) + r.ref_low);
+      p.offset = plan.k * (double(r.ref) + r.ref_low);
       if (plan.entropy) {
         double y[3];
         collect(5, y);
@@ -1031,7 +1026,7 @@ KD_DEVICE void finish(const Job &job, const RowAt &x, const Row &row, Part *part
   if (lane == 0) {
     scratch.lost = row.lost;
     scratch.again = row.refine;
-    scratch.ref = job.plan.moments ? row.shift : row.shift / job.plan.k;
+    scratch.ref = row.shift / job.plan.k;
     if (job.hard) scratch.label_gradient = hard_scale * label_gradient(c, h);
     if (job.smooth) scratch.smoothing = float(-hard_scale * c.label_smoothing / h.count);
     if (loss && !row.refine) *loss = row.lost ? from_bits(kLostMark) : loss_of(job, x.weight, row.value, h);

@@ -17,7 +17,7 @@ from .eager_row import Row, Term, psi, summed, total
 
 # How far the classes of a row may be apart in fp32, which then rounds y = d + c at 1e-6: of an order, where
 # tilt y is a part of w's exponents, and where the gradient itself is as large as d.
-OF_TILTED, OF_SLOPES = 8.0, 64.0
+OF_TILTED, OF_SLOPES, LARGEST_LOG_R = 8.0, 64.0, 3.0
 
 
 def too_few_digits(row: Row, steepness: float) -> Tensor:
@@ -121,6 +121,8 @@ def power(row: Row, form: Form) -> Term:
         value = limits.or_infinite(row, form, lost, value)
     tilt = min(abs(form.order), abs(1 - form.order))
     too_far = too_few_digits(row, max(tilt / OF_TILTED, 0 if is_renyi else 1 / OF_SLOPES))
+    if not is_renyi:  # R multiplies what rounding leaves of q - w
+        too_far |= found.log_r.detach().squeeze(-1) > LARGEST_LOG_R
     return Term(value, lambda: _power_gradient(row, form, found, lost.unsqueeze(-1)), too_far)
 
 
@@ -210,7 +212,10 @@ def tvd(row: Row, form: Form) -> Term:
         slope = is_above * (below + equal / 2) - is_below * (above + equal / 2)
         return q * (slope + is_equal * (below - above) / 2)
 
-    return Term(summed(gap.abs()) / 2, gradient)
+    # the side with less probability: an error of c shifts both sums by the probability of their classes
+    more, less = summed(gap.clamp_min(0)), summed((-gap).clamp_min(0))
+    is_likely = summed(q.detach() * gap.detach().sign()) > 0
+    return Term(torch.where(is_likely, less, more), gradient)
 
 
 # ---------------------------------------------------------------- all of them
