@@ -69,12 +69,6 @@ class Folded(NamedTuple):
     boost: float = 1.0  # what the gradient has been multiplied with besides
 
 
-def unfolded(o: Options) -> Numbers:
-    """The numbers of rows that nothing is folded into."""
-    hard = float(o.hard_weight)
-    return Numbers(float(o.temperature), o.value_scale, o.grad_scale, hard, hard, o.modifiers)
-
-
 def steepness(o: Options, vocab: int, of_teacher: bool) -> float:
     """A bound on the elements of a row's gradients, in units of the factors that they are multiplied with;
     inf where there is none, or where a mixture's weight is a symbol, whose logarithm is not known.
@@ -97,7 +91,7 @@ def steepness(o: Options, vocab: int, of_teacher: bool) -> float:
 
 def fold(o: Options, leading, weight: Tensor | None, denominator, steepest: float | None) -> Folded:
     """steepest: None unless a gradient is fp16, and then a bound on its elements (`steepness`)."""
-    numbers = unfolded(o)
+    numbers = o.numbers
     if o.reduction == "none":
         return Folded(numbers, weight)
     if steepest is not None:
@@ -117,6 +111,8 @@ def fold(o: Options, leading, weight: Tensor | None, denominator, steepest: floa
         return Folded(numbers, weight, 1.0 / denominator)
     if isinstance(denominator, Tensor):
         weight = weight / denominator if weight is not None else (1.0 / denominator).expand(leading)
+        return Folded(numbers, weight)
+    if denominator == 1:
         return Folded(numbers, weight)
     T, value, grad, hard, hard_grad, modifiers = numbers
     d = denominator

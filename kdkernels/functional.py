@@ -17,7 +17,7 @@ from . import inputs, ops
 from .autograd import Pass, PerRow, Total, rows_alone
 from .call import Asked, Call, Numbers, addressable, told
 from .divergence import KL, Divergence, LogitMatching
-from .folding import MOST_STEEP, fold, reduced, steepness, unfolded, value_dtype, weights
+from .folding import MOST_STEEP, fold, reduced, steepness, value_dtype, weights
 from .options import AS_THEY_ARE, DTYPES, Options, check_tensors, checked_items, options
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform
@@ -98,7 +98,7 @@ def _exported(
     student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
     """`_fused` for torch.export: an operator that has a derivative, whatever requires one at the time."""
-    asked = Pass.of(o, unfolded(o), vocab, False)
+    asked = Pass.of(o, o.numbers, vocab, False)
     x, y = addressable(student), addressable(teacher)
     rows = torch.ops.kdkernels.trainable_loss.default(x, y, labels, weight, *asked.own)
     columns = rows_alone(x, y, labels, weight, asked)[1] if o.return_stats else None
@@ -114,11 +114,13 @@ def _differentiable(
 
     columns = None
     if o.return_stats:
-        own = Asked.of(o.divergence, Numbers(float(o.temperature), modifiers=o.modifiers), vocab, o.backend)
+        own = Asked.of(
+            o.divergence, Numbers(o.numbers.temperature, modifiers=o.numbers.modifiers), vocab, o.backend
+        )
         _, columns = rows_alone(student, teacher, labels, weight, Pass(own, None, True))
     if labels is not None and inputs.readable(labels):
         ops.check_labels(labels, weight, vocab)
-    rows = eager.rows(Call(student, teacher, vocab, labels, weight, o.divergence, unfolded(o)))
+    rows = eager.rows(Call(student, teacher, vocab, labels, weight, o.divergence, o.numbers))
     return reduced(rows, student, o, denominator), columns
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import inputs, ops
 from .call import SCHEMA, Asked, addressable, exchanged, row_dtype
 from .divergence import Divergence
-from .folding import MOST_STEEP, boost_of, fold, largest, reduced, steepness, unfolded, value_dtype, weights
+from .folding import MOST_STEEP, boost_of, fold, largest, reduced, steepness, value_dtype, weights
 from .gradients import once, times_upstream
 from .options import AS_THEY_ARE, DTYPES, Options, check_rows, checked_items, common_vocab, options
 from .stats import COLUMNS, KDStats, from_columns
@@ -638,7 +638,7 @@ def _linear_loss_of(tensors: tuple, labels, row_weight, denominator, o: Options,
     """(loss, statistics) of checked arguments; functional.py's `_fused` for hidden states."""
     hidden = tensors[0]
     if torch.compiler.is_exporting():
-        asked = Asked.of(o.divergence, unfolded(o), vocab, o.backend)
+        asked = Asked.of(o.divergence, o.numbers, vocab, o.backend)
         call = *tensors, labels, row_weight, *setup._replace(needs=_NO_NEEDS), *asked
         rows, columns = torch.ops.kdkernels.trainable_linear_loss.default(*call)
         return reduced(rows, hidden, o, denominator), columns

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, inputs
-from .call import regular
+from .call import Numbers, regular
 from .divergence import CrossEntropy, Divergence, LogitMatching, parse
 from .transforms import LogitTransform, Modifiers
 
@@ -48,9 +48,7 @@ class Options:
     z_loss: float
     return_stats: bool
     backend: str
-    value_scale: float = field(init=False)  # factor of D
-    grad_scale: float = field(init=False)  # factor of T dD/dz, or of the limit's gradient at T = inf
-    modifiers: Modifiers = field(init=False)
+    numbers: Numbers = field(init=False)  # of rows whose loss is not reduced
 
     def __post_init__(self) -> None:
         # comparisons rather than math.isfinite: this is traced by torch.compile
@@ -101,10 +99,10 @@ class Options:
         backends.check(self.backend)
         scale = self.soft_weight * (T**2 if self.t_squared and T != math.inf else 1.0)
         inputs.check_finite("soft_weight times T^2", scale)
-        object.__setattr__(self, "value_scale", scale)
-        object.__setattr__(self, "grad_scale", scale / T if T != math.inf else scale)
+        hard = float(self.hard_weight)
         mixed = self.student_transform, self.teacher_transform, self.label_smoothing, self.z_loss
-        object.__setattr__(self, "modifiers", Modifiers.of(*mixed))
+        scales = scale, scale / T if T != math.inf else scale, hard, hard
+        object.__setattr__(self, "numbers", Numbers(float(T), *scales, Modifiers.of(*mixed)))
 
     def check_exchangeable(self) -> None:
         """Raise for a teacher's gradient that is no student's of another divergence."""
