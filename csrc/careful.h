@@ -104,7 +104,7 @@ template <class F, class Crew> class Careful {
     const double terms = larger(crew_.sum(f_), 0.);
     if (!plan_.tilted) {
       gain_ = plan_.factor;
-      return plan_.factor * terms + (plan_.entropy ? crew_.sum(entropy_) : 0);
+      return plan_.factor * terms;
     }
     if (near_one(R)) log_r_ = log1p_of(-b_ * plan_.order * terms);
     gain_ = plan_.factor * (plan_.alpha ? exp_of(log_r_) / plan_.order : 1);
@@ -202,7 +202,6 @@ template <class F, class Crew> class Careful {
       term = select(no_v, q, term);
     }
     f_ += select(no_z & no_v, F{}, term);
-    entropy_ += select(p > 0., p * (log_v_ - (v - top_v_) * k_), F{});
   }
 
   // The term of D and G of a class of the mixture family; |x| may be beyond what an exponential takes.
@@ -268,7 +267,7 @@ template <class F, class Crew> class Careful {
   F mz = splat<F>(-INFINITY), mv = splat<F>(-INFINITY), mu_ = splat<F>(-INFINITY),
     least_v_ = splat<F>(INFINITY);
   Int nan_z_{}, nan_v_{}, lone_p_{}, lone_q_{};
-  F sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{}, entropy_{};
+  F sz_{}, sv_{}, sd_{}, su_{}, out_{}, in_{}, f_{};
   double base_z_ = 0, base_v_ = 0, apart_ = 0, top_z_ = 0, top_v_ = 0, top_u_ = 0, inv_z_ = 0, inv_v_ = 0,
          inv_u_ = 1, shift_ = 0, log_v_ = 0, log_r_ = 0, ratio_ = 0, least_ = 0, top_set_ = 0, in_set_ = 0,
          moved_ = 0, gain_ = 1;

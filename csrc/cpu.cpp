@@ -88,7 +88,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
 
   Part *shared_parts = split ? allocate<Part>(blocks) : nullptr;
   SmoothPart *shared_hard = split ? allocate<SmoothPart>(blocks) : nullptr;
-  StatPart *shared_stats = split && c.stats ? allocate<StatPart>(blocks) : nullptr;
+  StatPart *shared_stats = split && job.entropies() ? allocate<StatPart>(blocks) : nullptr;
   typename RowJob<Real>::State shared{shared_parts, shared_hard, shared_stats, Row(), HardRow(), 1};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -135,7 +135,7 @@ template <class Real> void run(const kd_call &c, const Plan &plan) {
     } else {
       Part *parts = allocate<Part>(blocks);
       SmoothPart *hard_parts = allocate<SmoothPart>(blocks);
-      StatPart *stat_parts = c.stats ? allocate<StatPart>(blocks) : nullptr;
+      StatPart *stat_parts = job.entropies() ? allocate<StatPart>(blocks) : nullptr;
       typename RowJob<Real>::State s{parts, hard_parts, stat_parts, Row(), HardRow(), 1};
 #pragma omp for schedule(dynamic, chunk)
       for (int64_t row = 0; row < c.rows - tail; row++)

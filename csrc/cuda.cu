@@ -86,6 +86,7 @@ Job make_job(const kd_call &c) {
   job.hard = c.labels && (c.hard_scale != 0 || c.hard_grad_scale != 0);
   job.smooth = job.hard && c.label_smoothing != 0;
   job.transformed = has_transform(c);
+  job.entropies = c.stats || job.plan.entropy;
   job.student = Transform<float>(c.student_scale, c.student_softcap);
   job.teacher = Transform<float>(c.teacher_scale, c.teacher_softcap);
   return job;
@@ -94,10 +95,11 @@ Job make_job(const kd_call &c) {
 int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 int64_t ticket_bytes(const kd_call &c) { return round16((1 + kCounters * c.rows) * 4); }
 int64_t workspace_of(const kd_call &c, const Job &job, const kd_geometry &g) {
-  return g.parts > 1 ? ticket_bytes(c) +
-                           c.rows * g.parts * g.tiles *
-                               (kWords + (job.plan.mixed ? kMixedWords : 0) + (c.stats ? kStatWords : 0)) * 8
-                     : 0;
+  return g.parts > 1
+             ? ticket_bytes(c) +
+                   c.rows * g.parts * g.tiles *
+                       (kWords + (job.plan.mixed ? kMixedWords : 0) + (job.entropies ? kStatWords : 0)) * 8
+             : 0;
 }
 
 // The geometry on the call's device; clusters that the device does not hold are left for blocks.

@@ -331,7 +331,8 @@ inline Mixed<float> narrowed(const Mixed<double> &m, float) {
 
 // What a call asks for, with every number that does not depend on the data computed once, in fp64.
 struct Plan {
-  bool student_base = false, tilted = false, entropy = false;
+  bool student_base = false, tilted = false;
+  bool entropy = false;             // the cross entropy: KL, and the teacher's entropy
   bool mixed = false, tvd = false;  // the mixture family, and TVD in it
   bool alpha = false;               // D is F itself
   bool moments = false;             // T = inf: moments.h

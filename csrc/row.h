@@ -25,17 +25,17 @@ template <class Real> struct References {
   bool other_is_student;
 };
 
-// log_b, log_o: in units of T
-template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{}; };
+// others, ties: s without the largest classes, and how many those are; log_b, log_o: in units of T
+template <class F> struct Sums { F s{}, d{}, k1{}, k2{}, t{}, others{}, ties{}, log_b{}, log_o{}; };
 // kMixed: e^y - 1 for em
 template <class F> struct Kept { F e, em, et; };
 
 // what is summed besides e, em and e psi; kMixed: the same, less exactly
-enum Shape { kPlain, kEntropy, kTilted, kMixed };
+enum Shape { kPlain, kTilted, kMixed };
 // kExact: (o - b)/T without its rounding errors; kMasked: and -inf logits
 enum Care { kFast, kExact, kMasked };
-// What the statistics sum: e a and eo a_o, of eo = e + em; or, where both have every class, em a_o alone, as
-// (other_log) gives the rest.
+// What entropies are made of: e a and eo a_o, of eo = e + em; or, where both have every class, em a_o alone,
+// as (other_log) gives the rest.
 enum Logs { kNoLogs, kBothLogs, kBriefLogs };
 
 // What the rounding of o - b has lost, exactly.
@@ -99,16 +99,13 @@ KD_HD Kept<F> step(F b, F o, const References<typename Element<F>::Real> &r, Sum
     }
     wild = lost ? Int{} + Exp2<Real>::kAbs : wild;
   }
-  // the largest is left out: log1p of the others keeps digits
-  s.s += kShape == kEntropy ? select(a == Real(0), zero, e) : e;
-  if (kShape == kEntropy) {
-    s.ties += select(a == Real(0), splat<F>(1), zero);
-    s.n -= select(e > zero, e * (a * r.c), zero);
-  }
+  s.s += e;
   s.d += em;
   s.k1 += k1;
   if (kLogs != kNoLogs) {
     const F eo = e + em, weight = kLogs == kBriefLogs ? em : eo;
+    s.others += select(a == Real(0), zero, e);
+    s.ties += select(a == Real(0), splat<F>(1), zero);
     // 0 log 0 = 0: e is exactly 0 where its logarithm is not finite
     s.log_b += kMask ? select(e > zero, e * a, zero) : e * a;
     s.log_o += kMask ? select((kLogs == kBriefLogs ? e : eo) > zero, weight * o_at, zero) : weight * o_at;
@@ -275,9 +272,8 @@ struct Part {
   double top = -INFINITY, ref = 0;
   double offset = 0;  // ref as the step took it, in natural units
   double s = 0;       // sum e; 0 where the base has no class
-  double rest = 0;    // s - 1 to its own digits (kEntropy)
   double d = 0;       // sum of em
-  // sums of e psi(y), e psi(tilt y), e + et, -e log e (kEntropy); after its second sweep the mixture
+  // sums of e psi(y), e psi(tilt y), e + et; after its second sweep the mixture
   // family's: of the terms of D (TVD: of what q has more), TVD's of what p has more, and of p where q has
   // more (step_mixed), of G. No words of their own: csrc/cuda sends parts about
   union {
@@ -292,20 +288,17 @@ struct Part {
     double t = 0;
     double excess;
   };
-  union {
-    double n = 0;
-    double moved;
-  };
+  double moved = 0;
   double unit = 0;  // what e = 1 stands for in the row: e^{(top - row's top)/T} / total
   int care = kFast;
   bool lone = false;  // of kMasked, on the CPU: a class that only one of the two has
   KD_HD bool empty() const { return s == 0 && d == 0; }
 };
 
-// For the statistics of a row: sums of e log e and of eo log eo, and the largest logit of the other.
-// first_b: where in the block the base's largest is
+// For the entropies and the statistics of a row: sums of e log e and of eo log eo; s - 1 to its own digits;
+// the largest logit of the other. first_b: where in the block the base's largest is
 struct StatPart {
-  double log_b = 0, log_o = 0, top_o = -INFINITY;
+  double log_b = 0, log_o = 0, rest = 0, top_o = -INFINITY;
   int64_t first_b = 0;
 };
 // sum eo a_o / T from brief logs: e y = em - e psi(y).
@@ -439,18 +432,6 @@ KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {})
   else
     r.value = plan.tilted ? r.log_r / (plan.order - 1) : r.F;
   r.value *= plan.factor;
-  // of the base: sum e (log total - log e), with total - 1 to its own digits
-  if (plan.entropy) {
-    double others[1]{}, of_base[1]{};
-    crew.sum(n, others, [&](int i, double (&sum)[1]) {
-      sum[0] += i == highest ? parts[i].rest : parts[i].unit * parts[i].s * r.total;
-    });
-    crew.sum(n, of_base, [&](int i, double (&sum)[1]) {
-      const Part &p = parts[i];
-      if (p.s > 0) sum[0] += p.unit * (p.n + p.s * (plan.k * (r.top - p.top) + log1p_of(others[0])));
-    });
-    r.value += of_base[0];
-  }
   return r;
 }
 
@@ -498,22 +479,28 @@ KD_HD Coefficients coefficients(const Part &p, const Row &r, const Plan &plan, d
   return {A, B, C - less};
 }
 
-// Of a row that is closed. logs: of its parts, StatParts or what begins like them.
+// Log-sum-exps and entropies of a row that is closed. logs: of its parts, StatParts or what begins like them.
+// The base's entropy, sum p (log total - log e), has its own digits also where one class has nearly all of p:
+// log total is log1p of the others.
 template <class Logs, class Crew = Alone>
 KD_HD Shapes shapes_of(const Part *parts, const Logs *logs, int n, const Row &r, const Plan &plan,
                        const Crew &crew = {}) {
   const double log_total = log_of(r.total);
-  double sums[2]{};  // of p log p for the base and for the other
+  const int highest = crew.first(n, [&](int i) { return parts[i].s > 0 ? parts[i].top : -INFINITY; });
+  double others[1]{};
+  crew.sum(n, others, [&](int i, double (&sum)[1]) {
+    sum[0] += i == highest ? logs[i].rest : parts[i].unit * parts[i].s * r.total;
+  });
+  double sums[2]{};  // of -p log p for the base and for the other
   crew.sum(n, sums, [&](int i, double (&sum)[2]) {
     const Part &p = parts[i];
+    if (p.s > 0) sum[0] += p.unit * (p.s * (plan.k * (r.top - p.top) + log1p_of(others[0])) - logs[i].log_b);
     if (p.empty()) return;
     const double h = r.shift - p.offset, log_unit = plan.k * (p.top - r.top) - log_total;
-    sum[0] += p.unit * (log_unit * p.s + logs[i].log_b);
-    sum[1] += p.unit * exp_of(-h) * ((log_unit - h) * (p.s + p.d) + logs[i].log_o);
+    sum[1] -= p.unit * exp_of(-h) * ((log_unit - h) * (p.s + p.d) + logs[i].log_o);
   });
-  const double base = plan.k * r.top + log_total, other = base + r.shift, of_b = 0 - sums[0],
-               of_o = 0 - sums[1];
-  return plan.student_base ? Shapes{base, other, of_b, of_o} : Shapes{other, base, of_o, of_b};
+  const double base = plan.k * r.top + log_total, other = base + r.shift;
+  return plan.student_base ? Shapes{base, other, sums[0], sums[1]} : Shapes{other, base, sums[1], sums[0]};
 }
 KD_HD bool broken(const Shapes &s) { return !(s.lse_z - s.lse_z == 0) || !(s.lse_v - s.lse_v == 0); }
 

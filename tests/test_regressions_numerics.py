@@ -494,6 +494,19 @@ def test_decoupled_classes_that_are_masked_as_a_whole(backend, mask):
     assert abs(z.grad.sum()) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager", "cuda"])
+@pytest.mark.parametrize("divergence", ["kl", "renyi(0.7)", "tvd"])
+def test_statistics_lose_the_entropy_of_a_one_hot_teacher(backend, divergence):
+    """Those of all divergences but the cross entropy were a difference of numbers that are rounded at 1."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(1, 300, generator=generator)
+    v[0, 7] = 26.0
+    z = v + 0.1 * torch.randn(1, 300, generator=generator)
+    _, stats = fused_kd_loss(z, v, divergence=divergence, return_stats=True, backend=backend)
+    p, log_p = v.double().softmax(-1), v.double().log_softmax(-1)
+    assert stats.teacher_entropy.item() == pytest.approx(-(p * log_p).sum().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("common", [[0.0], [0.0, 1.0]])
 def test_the_largest_ratio_where_a_student_is_its_teacher_but_for_a_mask(backend, common):

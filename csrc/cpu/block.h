@@ -127,12 +127,14 @@ template <class Real> struct Accumulator {
   using F = typename Vec<Real>::F;
   using I = typename Vec<Real>::I;
   using D = typename Vec<Real>::D;
-  D s{}, d{}, k1{}, k2{}, t{}, n{}, ties{}, log_b{}, log_o{};
+  D s{}, d{}, k1{}, k2{}, t{}, others{}, ties{}, log_b{}, log_o{};
   I wild{};
   template <Shape kShape, bool kStats = false> KD_HD void add(Sums<F> &x, I &w) {
     if (kStats) {
       log_b += __builtin_convertvector(x.log_b, D);
       log_o += __builtin_convertvector(x.log_o, D);
+      others += __builtin_convertvector(x.others, D);
+      ties += __builtin_convertvector(x.ties, D);
     }
     s += __builtin_convertvector(x.s, D);
     d += __builtin_convertvector(x.d, D);
@@ -140,10 +142,6 @@ template <class Real> struct Accumulator {
     if (kShape == kTilted) {
       k2 += __builtin_convertvector(x.k2, D);
       t += __builtin_convertvector(x.t, D);
-    }
-    if (kShape == kEntropy) {
-      n += __builtin_convertvector(x.n, D);
-      ties += __builtin_convertvector(x.ties, D);
     }
     wild = w > wild ? w : wild;
     x = Sums<F>{};
@@ -240,14 +238,10 @@ void sweep(const S *b, const S *o, int64_t n, const Plan &plan, StatPart *stats,
   if (kStats) {
     stats->log_b = sum_of<Real>(total.log_b) * plan.k;
     stats->log_o = sum_of<Real>(total.log_o) * plan.k;
+    const double ties = sum_of<Real>(total.ties);
+    stats->rest = sum_of<Real>(total.others) + (ties > 0 ? ties - 1 : 0);
     stats->top_o = largest_lane<Real>(top_o);
     if (kLogs == kBriefLogs) stats->log_o = other_log(p, stats->log_b, stats->log_o);
-  }
-  if (kShape == kEntropy) {
-    const double ties = sum_of<Real>(total.ties);
-    p.rest = p.s + (ties > 0 ? ties - 1 : 0);
-    p.s += ties;
-    p.n = sum_of<Real>(total.n) * kLn2;
   }
   p.care = total.reach() <= reach ? int(kCare) : kLost;
   p.lone = !none_of(lone);
@@ -368,8 +362,6 @@ void sweep(int care, const S *b, const S *o, int64_t n, const Plan &plan, StatPa
     with(std::integral_constant<Shape, kTilted>{});
   } else if (plan.mixed) {
     with(std::integral_constant<Shape, kMixed>{});
-  } else if (plan.entropy) {
-    with(std::integral_constant<Shape, kEntropy>{});
   } else {
     with(std::integral_constant<Shape, kPlain>{});
   }

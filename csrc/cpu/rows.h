@@ -57,6 +57,7 @@ template <class Real> class RowJob {
   int64_t blocks() const { return blocks_; }
   bool mixed() const { return plan_.mixed; }
   int64_t slot_bytes() const { return arrays_ * kSlot<Real> * sizeof(Real); }
+  bool entropies() const { return c_.stats || plan_.entropy; }
   bool hard() const { return c_.labels && (c_.hard_scale != 0 || c_.hard_grad_scale != 0); }
 
   // Whether each class of the gradient has a factor and a summand of its own.
@@ -92,7 +93,7 @@ template <class Real> class RowJob {
       with_block(row, i, desk, [&](auto *z, auto *b, auto *o) {
         if (hard()) s.hard_parts[i] = hard_block(z, n, keep[3]);
         if (plan_.careful) return;
-        measure_block(b, o, n, plan_, c_.stats ? s.stat_parts + i : nullptr, s.row.refine ? &ref : nullptr,
+        measure_block(b, o, n, plan_, entropies() ? s.stat_parts + i : nullptr, s.row.refine ? &ref : nullptr,
                       keep, s.parts[i], desk.b, desk.o);
         lost = s.parts[i].care == kLost;
       });
@@ -205,7 +206,7 @@ template <class Real> class RowJob {
       }
     }
     Shapes shapes{};
-    if (c_.stats) shapes = careful.shapes(classes);
+    if (entropies()) shapes = careful.shapes(classes);
     finish(s, row, value, desk, &shapes, none);
     if (!c_.grad) return;
     const bool soft_counts = grad_scale_ != 0;
@@ -338,6 +339,9 @@ template <class Real> class RowJob {
   // shapes: of a row that careful.h has measured; none: the soft term where it has no weight
   void finish(State &s, int64_t row, double value, Desk<Real> &desk, const Shapes *shapes,
               double none = 0) const {
+    Shapes found{};
+    if (entropies()) found = shapes ? *shapes : shapes_of(s.parts, s.stat_parts, int(blocks_), s.row, plan_);
+    if (plan_.entropy) value += found.of_v;
     double loss = c_.value_scale != 0 ? c_.value_scale * value : none, cross_entropy = NAN;
     if (hard()) {
       Real label;
@@ -348,12 +352,11 @@ template <class Real> class RowJob {
       loss += c_.hard_scale * hard_value(c_, s.hard);
     }
     c_.loss[row] = s.weight * loss;
-    if (c_.stats) put_stats(s, row, value, cross_entropy, desk, shapes);
+    if (c_.stats) put_stats(s, row, value, cross_entropy, found, shapes, desk);
   }
 
-  void put_stats(const State &s, int64_t row, double value, double cross_entropy, Desk<Real> &desk,
-                 const Shapes *shapes) const {
-    const Shapes found = shapes ? *shapes : shapes_of(s.parts, s.stat_parts, int(blocks_), s.row, plan_);
+  void put_stats(const State &s, int64_t row, double value, double cross_entropy, const Shapes &found,
+                 bool lost, Desk<Real> &desk) const {
     double *out = c_.stats + row * KD_STATS;
     out[KD_DIVERGENCE] = value;
     out[KD_CROSS_ENTROPY] = cross_entropy;
@@ -361,8 +364,8 @@ template <class Real> class RowJob {
     out[KD_TEACHER_LSE] = found.lse_v;
     out[KD_STUDENT_ENTROPY] = found.of_z;
     out[KD_TEACHER_ENTROPY] = found.of_v;
-    out[KD_STUDENT_TOP] = broken(found) ? NAN : double(top_class(s, row, true, shapes, desk));
-    out[KD_TEACHER_TOP] = broken(found) ? NAN : double(top_class(s, row, false, shapes, desk));
+    out[KD_STUDENT_TOP] = broken(found) ? NAN : double(top_class(s, row, true, lost, desk));
+    out[KD_TEACHER_TOP] = broken(found) ? NAN : double(top_class(s, row, false, lost, desk));
   }
 
   // The first class with the largest logit: of the block that has it, which a row that was lost has yet to

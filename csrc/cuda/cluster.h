@@ -96,7 +96,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       *gpu::of_block(to, i / kWords) =
           soft ? ((const double *)&desk.own)[w] : ((const double *)&desk.own_hard)[w - kPartWords];
     }
-    if (job.call.stats) KD_ROLLED for (int i = lane; i < blocks * kStatWords; i += 32) {
+    if (job.entropies) KD_ROLLED for (int i = lane; i < blocks * kStatWords; i += 32) {
         *gpu::of_block((double *)(desk.stats[parity] + rank) + i % kStatWords, i / kStatWords) =
             ((const double *)&desk.own_stats)[i % kStatWords];
       }

@@ -50,7 +50,7 @@ KD_DEVICE void careful_row(const Job &job, int64_t row, const BlockCrew<G> &crew
   const auto classes = [&](auto body) {
     KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) body(student(i), teacher(i));
   };
-  const double value = careful.measure(classes);
+  double value = careful.measure(classes);
   // a factor of 0 says that the soft term is not there, whatever it would be; the student's row breaks the
   // hard term too
   const double none = job.hard && careful.broken_student() ? NAN : 0;
@@ -79,8 +79,10 @@ KD_DEVICE void careful_row(const Job &job, int64_t row, const BlockCrew<G> &crew
     h = close_hard(
         c, 1, [&](int) -> const SmoothPart & { return own; }, at.label < 0 ? NAN : student(at.label));
   }
+  Shapes shapes{};
+  if (job.entropies) shapes = careful.shapes(classes);
+  if (job.plan.entropy) value += shapes.of_v;
   if (c.stats) {
-    const Shapes shapes = careful.shapes(classes);
     // of this thread, whose classes ascend
     double z = -INFINITY, v = -INFINITY, first_z = INFINITY, first_v = INFINITY;
     KD_ROLLED for (int64_t i = gpu::thread(); i < c.vocab; i += G::kThreads) {

@@ -63,7 +63,7 @@ KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int pa
   double *const stats =
       job.state + (job.call.rows * (kWords + (job.plan.mixed ? kMixedWords : 0)) + row * kStatWords) *
                       (job.parts * job.tiles);
-  if (job.call.stats)
+  if (job.entropies)
     KD_ROLLED for (int i = part * tiles * kStatWords + lane; i < (part + 1) * tiles * kStatWords; i += 32)
         stats[i] = ((double *)desk.stats)[i];
   gpu::sync_warp();
@@ -72,7 +72,7 @@ KD_DEVICE void exchange(const Job &job, const Desk<G> &desk, int64_t row, int pa
     gpu::await(arrived, job.parts);
   }
   gpu::sync_warp();
-  if (job.call.stats)
+  if (job.entropies)
     KD_ROLLED for (int i = lane; i < n * kStatWords; i += 32)((double *)desk.stats)[i] =
         gpu::load_fresh(stats + i);
   KD_ROLLED for (int i = lane; i < n * kWords; i += 32) {

@@ -28,7 +28,7 @@ constexpr int kLost = 3;  // Part::care of a tile that only careful.h can take
 constexpr int64_t kLostMark = 0x7ff8000000010571;
 // of 8 bytes, between blocks
 constexpr int kPartWords = sizeof(Part) / 8, kWords = kPartWords + sizeof(SmoothPart) / 8;
-constexpr int kStatWords = sizeof(TileStats) / 8;  // where statistics are asked for
+constexpr int kStatWords = sizeof(TileStats) / 8;  // where entropies are asked for
 // of a part after the second sweep of the mixture family; of a row's exchanges
 constexpr int kMixedWords = 4, kCounters = 4;
 
@@ -50,6 +50,7 @@ struct Job {
   int32_t stages, team_bytes;   // of logits in shared memory; shared memory of a team
   int32_t hard, all;            // the hard term is asked for; every row is careful.h's
   int32_t smooth, transformed;  // label smoothing is; one of the rows has a transform
+  int32_t entropies;            // asked for: statistics, or the cross entropy
   Transform<float> student, teacher;
   // [1 + kCounters rows]: the next (row, part); arrivals at a row's exchanges. Zero at launch
   uint32_t *tickets;
@@ -621,19 +622,6 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     wild = far > wild ? far : wild;
   }
 
-  // Sums of the classes' entropy under the base, without the largest ones: others, ties, n (row.h, kEntropy).
-  KD_DEVICE void sweep_entropy(float top, float (&x)[3]) const {
-    chunks([&](int place) {
-      float b[kRun];
-      load_base(place, b);
-      KD_UNROLL for (int i = 0; i < kRun; i++) {
-        const float a = b[i] - top, e = exp2_of_product(a, job.c, 0.f);
-        x[0] += a == 0 ? 0 : e;
-        x[1] += a == 0;
-        x[2] -= e > 0 ? e * (a * job.c) : 0;
-      }
-    });
-  }
   KD_DEVICE void sweep_hard(float top, float (&x)[2]) const {
     chunks([&](int place) {
       float z[kRun];
@@ -671,7 +659,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         if (o[i] == top_o && here < first_o) first_o = here;
       }
     });
-    float logs[2] = {s.log_b, s.log_o};
+    float largest[2] = {s.others, s.ties}, logs[2] = {s.log_b, s.log_o};
+    share(5, largest);
     share(12, logs);
     first_b = gpu::warp_largest(-first_b);
     first_o = gpu::warp_largest(-first_o);
@@ -682,7 +671,8 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     if (T::thread() == 0) scratch.top_o = top_o;
   }
   KD_DEVICE void collect_stats(TileStats *stats) const {  // by a warp
-    double logs[2];
+    double largest[2], logs[2];
+    collect(5, largest);
     collect(12, logs);
     const int w = T::lane() < G::kWarps ? T::lane() : 0;
     const float first_b = gpu::warp_largest(scratch.sums[w][14]),
@@ -690,6 +680,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     if (T::lane() == 0) {
       stats->log_b = logs[0] * job.plan.k;
       stats->log_o = logs[1] * job.plan.k;
+      stats->rest = largest[0] + (largest[1] > 0 ? largest[1] - 1 : 0);
       stats->top_o = scratch.top_o;
       stats->first_b = -first_b;
       stats->first_o = -first_o;
@@ -715,7 +706,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     allow_whole(true);
     const float own = largest_base(), of_warp = gpu::warp_largest(own);
     if (T::lane() == 0) scratch.top[T::warp()] = of_warp;
-    if ((job.hard && !plan.student_base) || job.call.stats) {
+    if ((job.hard && !plan.student_base) || job.entropies) {
       const float o = gpu::warp_largest(largest_other());
       if (T::lane() == 0) scratch.other_top[T::warp()] = o;
     }
@@ -746,7 +737,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
     p.top = top;
     if (scratch.again && !none) p.ref = scratch.ref;
     const References<float> r = references(p);
-    if (job.call.stats) sweep_stats(r, largest_of(scratch.other_top));
+    if (job.entropies) sweep_stats(r, largest_of(scratch.other_top));
 
     KD_ROLLED for (int masked = 0; !lost && !none; masked++) {
       Sums<float> s;
@@ -764,11 +755,6 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         break;
       }
       allow_whole(false);
-    }
-    if (plan.entropy) {
-      float x[3]{};
-      sweep_entropy(top, x);
-      share(5, x);
     }
     if (job.hard) {
       float x[2]{};
@@ -795,13 +781,6 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
         p.t = x[kSums - 1];
       }
       p.offset = plan.k * (double(r.ref) + r.ref_low);
-      if (plan.entropy) {
-        double y[3];
-        collect(5, y);
-        p.rest = y[0] + (y[1] > 0 ? y[1] - 1 : 0);
-        p.s = y[0] + y[1];
-        p.n = y[2] * kLn2;
-      }
     }
     SmoothPart h;
     if (job.hard) {
@@ -819,7 +798,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       h.below = y[0];
       h.count = y[1];
     }
-    if (job.call.stats) collect_stats(stats);
+    if (job.entropies) collect_stats(stats);
     if (T::lane() == 0) {
       *part = p;
       *hard = h;
@@ -1046,13 +1025,14 @@ KD_DEVICE void close(const Job &job, const RowAt &x, Part *parts, SmoothPart *ha
   row.lost = gpu::warp_largest(care) == kLost;
   if (!row.lost) row = close_row(parts, n, job.plan, crew);
   if (scratch.again) row.refine = false;
-  if (loss && job.call.stats && !row.lost) {
+  if (loss && job.entropies && !row.lost) {
     const Shapes shapes = shapes_of(parts, stats, n, row, job.plan, crew);
+    if (job.plan.entropy) row.value += shapes.of_v;
     const int b = crew.first(n, [&](int i) { return parts[i].s > 0 ? parts[i].top : -INFINITY; }),
               o = crew.first(n, [&](int i) { return stats[i].top_o; });
     const double first_b = stats[b].first_b, first_o = stats[o].first_o;
     double *const out = job.call.stats + (loss - job.call.loss) * KD_STATS;
-    if (lane == 0)
+    if (lane == 0 && job.call.stats)
       put_shapes(out, shapes, job.plan.student_base ? first_b : first_o,
                  job.plan.student_base ? first_o : first_b);
   }
