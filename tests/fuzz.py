@@ -626,6 +626,41 @@ KNOWN: dict[str, Known] = {
             backend="triton",
         ),
     ),
+    "fp16: a teacher's gradient beside a hard term": Known(
+        "one factor keeps both gradients off underflow, and the hard term is in the student's alone",
+        lambda case, failure: (
+            case.dtypes[1] == "fp16" and failure.startswith("v.grad") and bool(case.get("hard_weight"))
+        ),
+        replace(
+            one_row(
+                [0, 0],
+                [0, 1],
+                ("fp64", "fp16"),
+                labels=[1],
+                divergence="reverse_renyi(0.5)",
+                temperature=1e4,
+                hard_weight=1.0,
+                teacher_grad=True,
+                teacher_transform=LogitTransform(0.5, 5.0),
+            ),
+            upstream=(65536.0,),
+        ),
+    ),
+    "triton: the z-loss of a log-sum-exp near 0": Known(
+        "the log-sum-exp is rounded at the size of the logits in base 2",
+        lambda case, failure: (
+            case.get("backend") == "triton" and bool(case.get("z_loss")) and excess(failure) < 10
+        ),
+        one_row(
+            [0.010009765625],
+            [0],
+            ("bf16", "fp32"),
+            labels=[0],
+            hard_weight=1.0,
+            z_loss=10.0,
+            backend="triton",
+        ),
+    ),
     "triton: masks of finfo.min": Known(
         "beyond fp32 over a small T, or when they are scaled",
         lambda case, failure: (
