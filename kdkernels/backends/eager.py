@@ -63,7 +63,7 @@ class _Batch:
             x, self.broken_z = _clean(z, self.counts & (self.soft or self.hard or self.told), of_z)
             y, self.broken_v = _clean(v, self.counts & (self.soft or self.told), of_v)
         self.row, self.slope = Row(x, y, n.temperature, plain), of_z.slope
-        self.is_plain = of_z == LogitTransform()
+        self.transformed = of_z != LogitTransform()
         self.labels = None
         if call.labels is not None:
             self.labels = torch.where(self.counts.squeeze(-1), call.labels, 0)
@@ -95,7 +95,7 @@ class _Batch:
             g = n.grad_scale * self.term.gradient()
         if self.hard:
             g = g + n.hard_grad_scale * eager_hard.hard_gradient(self.row, self.labels, n.modifiers)
-        if not self.is_plain:
+        if self.transformed:
             g = g * self.slope(self.row.given_z)
         return torch.where(self.broken, math.nan, g) if self.broken.any() else g
 
