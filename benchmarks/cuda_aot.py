@@ -32,7 +32,7 @@ TABLE = ROOT / "docs" / "results" / "cuda_aot.md"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 CLUSTERS = ("sm_90", "sm_100")  # where the plan uses them
 MOST_KERNELS = 170
-SHAPES = ("plain", "entropy", "tilted", "mixed")  # Shape of row.h
+SHAPES = ("plain", "tilted", "mixed")  # Shape of row.h
 MIXES = ("tvd", "reverse kl", "mixture, near", "mixture, even", "mixture, skewed")  # MixKind of tile.h
 # issue slots and exponentials that a multiprocessor has for a logit at the rate of its memory, bf16
 ROOM = {"H100": (59, 7.4), "H200": (47, 5.8), "B200": (29, 3.7)}
@@ -56,7 +56,7 @@ def output(*command) -> str:
 class Kernel:
     target: str
     kernel: str
-    # plain: KL, cross entropy, T = inf; tilted: other orders; mixed: the mixture family and TVD
+    # plain: KL, cross entropy; tilted: other orders; mixed: the mixture family and TVD
     shape: str
     widths: str  # bytes of a logit of the base and of the other
     threads: int
@@ -155,7 +155,7 @@ def counts(target: str) -> list[Count]:
             chunks, shape, mix, base, other = re.search(
                 r"probeILi(\d)ELNS0_5ShapeE(\d)ELi(\d)ELi(\d)ELi(\d)E", name
             ).groups()
-            shape = SHAPES[int(shape)] if shape != "3" else MIXES[int(mix)]
+            shape = MIXES[int(mix)] if SHAPES[int(shape)] == "mixed" else SHAPES[int(shape)]
             instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", body)
             n = (
                 len([x for x in instructions if not x.startswith("NOP")]),
