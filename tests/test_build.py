@@ -246,6 +246,7 @@ def test_sanitizers(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_fewer_threads_than_asked_for():
     """OpenMP may give less: no block of a split row is forgotten."""
     run(sys.executable, TESTS / "exercise.py", env={"OMP_THREAD_LIMIT": "1", "KDKERNELS_TEST_THREADS": "4"})

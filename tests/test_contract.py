@@ -363,7 +363,10 @@ BATCHES = [(d, o) for d in DIVERGENCES for o in OPTIONS if o != "T = inf" or par
 INTERPRETED = [("kl", o) for o in OPTIONS if o not in ("soft", "neither")]
 INTERPRETED += [(d, "soft and hard") for d in ("renyi(2)", "renyi(inf)", "jsd(0.3)", "alpha(-0.5)")]
 CALLS = [pytest.param(b, d, o, id=f"{b}-{d}-{o}") for b in ("cpu", "eager") for d, o in BATCHES]
-CALLS += [pytest.param("triton", d, o, id=f"triton-{d}-{o}", marks=needs_triton) for d, o in INTERPRETED]
+SLOW = {("renyi(2)", "soft and hard"), ("alpha(-0.5)", "soft and hard"), ("kl", "softcap")}
+for d, o in INTERPRETED:
+    marks = [needs_triton, *[pytest.mark.slow] * ((d, o) in SLOW)]
+    CALLS.append(pytest.param("triton", d, o, id=f"triton-{d}-{o}", marks=marks))
 CALLS += [pytest.param("cuda", d, o, id=f"cuda-{d}-{o}", marks=needs_compiler) for d, o in BATCHES[::3]]
 
 
