@@ -75,7 +75,8 @@ def _fused(
         if o.reduction != "none" and steepest > MOST_STEEP:
             # no factor keeps such a gradient within fp16: it is fp32's until autograd casts it, with the loss
             # scale in it
-            inplace = inplace or halves[0] and not torch.compiler.is_compiling()  # nobody else has the copy
+            # nobody else has the copy, which a second derivative would start from
+            inplace = inplace or halves[0] and not (torch.compiler.is_compiling() or o.is_autograd)
             student, teacher = (
                 x.float() if half else x for x, half in zip((student, teacher), halves, strict=True)
             )

@@ -282,6 +282,24 @@ def test_eager_needs_a_device_with_fp64(monkeypatch, divergence, reduction):
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "alpha(2)", "jsd(0.5)"])
+def test_a_second_derivative_of_eager_depends_on_the_dtype(divergence, dtype, reduction):
+    """Where no factor bounds an fp16 gradient, its fp32 copy was taken for the gradient's memory."""
+    z, v = make_rows("plain", 2, 30, dtype)
+
+    def second(x):
+        x = x.clone().requires_grad_()
+        options = dict(divergence=divergence, temperature=2.0, reduction=reduction, backend="eager")
+        loss = fused_kd_loss(x, v.to(x.dtype), **options)
+        (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum() * 100, x)[0]
+
+    exact = second(z.double())
+    assert (second(z).double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+
+
 Z, V = make_rows("plain", 6, 300)
 Y = torch.tensor([0, 1, 2, 3, -100, 5])
 LEAVES = [x.double().requires_grad_() for x in (Z, V, Z[:, :8])]
