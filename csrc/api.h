@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#define KD_ABI_VERSION 1
+#define KD_ABI_VERSION 2
 
 extern "C" {
 
@@ -18,8 +18,8 @@ enum kd_status : int32_t { KD_OK = 0, KD_BAD_LABEL = 1, KD_BAD_CALL = 2, KD_CUDA
 // so that logits[:, :-1] needs no copy. Offsets are int64_t: 15k rows of 152k classes already pass 2^31.
 struct kd_call {
   const void *student, *teacher;  // logits, last dimension contiguous
-  void *grad;                     // null: value only. Has the student's dtype and may be its storage
-  const int64_t *labels;          // null without hard labels
+  void *grad;             // null: value only. In the student's dtype, whose storage it may be, or up to fp32
+  const int64_t *labels;  // null without hard labels
   // per row, null: all 1. A row of weight 0 is not read; its gradient is zeroed
   const double *weight;
   double *loss;                // per row: weight * (value_scale * D + hard_scale * CE)
@@ -32,7 +32,7 @@ struct kd_call {
   int32_t threads;  // of the CPU
   int32_t fresh;    // the gradient's pages have not been touched yet
   int32_t device;   // of CUDA
-  int32_t reserved;
+  int32_t grad_dtype;
   // the numbers of the family's member, as Form has them (kdkernels/divergence.py)
   double order, factor;
   double mix, teacher_part, student_part;

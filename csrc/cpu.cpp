@@ -46,7 +46,7 @@ template <class T> T *allocate(int64_t n) { return n > 0 ? (T *)std::malloc(n * 
 
 // Whether a gradient goes past the caches; its pages are asked for in few faults then.
 inline bool streams(const kd_call &c) {
-  const int64_t all = c.rows * c.grad_width * element_size(c.student_dtype);
+  const int64_t all = c.rows * c.grad_width * element_size(c.grad_dtype);
   if (!c.grad || !c.fresh || all <= (int64_t(8) << 20)) return false;
 #if defined(__linux__)
   const uintptr_t page = uintptr_t(2) << 20, lo = ((uintptr_t)c.grad + page - 1) / page * page,
@@ -58,7 +58,7 @@ inline bool streams(const kd_call &c) {
 
 template <class Real> void run(const kd_call &c, const Plan &plan) {
   const RowJob<Real> job(c, plan);
-  const int64_t blocks = job.blocks(), row_bytes = c.grad_width * element_size(c.student_dtype),
+  const int64_t blocks = job.blocks(), row_bytes = c.grad_width * element_size(c.grad_dtype),
                 all = c.rows * row_bytes;
   const bool streaming = streams(c);
   const bool small = c.rows * c.vocab < 32768;  // not worth waking a thread for

@@ -43,8 +43,8 @@ class Call(NamedTuple):
     student, teacher: (..., V) logits, their rows as `addressable` has them. The first `vocab` classes count.
     labels: (...) int64; on the CPU checked where weight is not 0.
     weight: (...) of `row_dtype`, None for 1 everywhere; a row of weight 0 is not read.
-    grad: None, or the buffer of the gradient, in the student's shape and dtype. It may be the student's own
-        storage. Classes beyond `vocab` and rows of weight 0 get 0.
+    grad: None, or the buffer of the gradient, in the student's shape. Its dtype is the student's, and it may
+        be the student's own storage, or one up to float32. Classes beyond `vocab` and rows of weight 0 get 0.
     stats: None, or (rows, COLUMNS) of `row_dtype` (stats.py), nan for a row of weight 0.
 
     A backend's `loss` takes a Call and returns the rows' losses, (rows,) of `row_dtype`.

@@ -25,8 +25,8 @@ from .options import AS_THEY_ARE, DTYPES, Options, check_rows, checked_items, co
 from .stats import COLUMNS, KDStats, from_columns
 from .transforms import LogitTransform
 
-# bytes of a chunk's logits, student's and teacher's together: see `fused_linear_kd_loss`
-CPU_BUDGET, GPU_BUDGET = 256 << 20, 1 << 30
+# bytes of a chunk's logits, student's and teacher's, and gradient: see `fused_linear_kd_loss`
+CPU_BUDGET, GPU_BUDGET = 256 << 20, 5 << 28
 ROUND = 64  # tokens: what matrix products divide well
 BLOCK_BYTES = 4 << 20  # of a temporary in `_product`
 LARGEST_FITTED = 2.0**14  # of a chunk's gradient that is measured before it is rounded to fp16
@@ -129,19 +129,21 @@ def _run(
     )
     logits_dtype, others_dtype = (setup.of_logits(x) for x in (dtype, setup.teacher_dtype))
     own, others = (any(needs) for needs, _ in setup.models)
-    # bytes a class: of gradients as the products take them, where these are narrower, in the teacher's
-    # buffer; of the teacher's gradient
-    narrowed = max(
-        dtype.itemsize if own and logits_dtype != dtype else 0,
-        setup.teacher_dtype.itemsize if others and others_dtype != setup.teacher_dtype else 0,
+    # a gradient has the dtype of the products that take it, or fp32 until it is fitted to fp16, which lies in
+    # the teacher's buffer then
+    own_dtype, turned_dtype = (logits_dtype, others_dtype) if setup.fitted else (dtype, setup.teacher_dtype)
+    fitted = max(x.itemsize for x in (dtype, setup.teacher_dtype)) if setup.fitted else 0
+    in_place = own_dtype == logits_dtype
+    sizes = (  # bytes a class: the student's logits, the teacher's, the teacher's gradient, the student's
+        logits_dtype.itemsize,
+        max(teacher.itemsize, fitted),
+        turned_dtype.itemsize if others else 0,
+        own_dtype.itemsize if own and not in_place else 0,
     )
-    more = others_dtype.itemsize if others else 0
-    size = chunk_tokens(
-        count, vocab, logits_dtype.itemsize + max(teacher.itemsize, narrowed) + more, setup.memory_budget
-    )
-    first, second, third = (
+    size = chunk_tokens(count, vocab, sum(sizes), setup.memory_budget)
+    first, second, third, fourth = (
         torch.empty(size * vocab * x, dtype=torch.uint8, device=device)
-        for x in (logits_dtype.itemsize, max(teacher.buffered, narrowed), more)
+        for x in (sizes[0], max(teacher.buffered, fitted), *sizes[2:])
     )
     h, head = hidden.reshape(tokens, hidden.shape[-1]), weight[:vocab].to(dtype)
     head_bias = None if bias is None else bias[:vocab].to(dtype)
@@ -172,23 +174,24 @@ def _run(
             v = teacher.logits(at, second)
             y, w = (a if a is None else a[at] for a in (labels, row_weight))
             if others:  # first: the student's gradient takes its logits' place
-                dv = _shaped(third, v.shape, others_dtype)
+                dv = _shaped(third, v.shape, turned_dtype)
                 ops.loss_into(v, z, None, w, *turned, dv, None)
             found = ops.new_columns(z) if stats else None
-            rows[at] = ops.loss_into(z, v, y, w, *asked, z if own else None, found)
+            dz = (z if in_place else _shaped(fourth, z.shape, own_dtype)) if own else None
+            rows[at] = ops.loss_into(z, v, y, w, *asked, dz, found)
             if stats:
                 columns[at] = found
             if own:
-                mine.add(mine.narrowed(z, second, dtype), x, head, at, start > 0)
+                mine.add(mine.fit(dz, second, dtype), x, head, at, start > 0)
             if others:
                 theirs.add(
-                    theirs.narrowed(dv, second, setup.teacher_dtype),
+                    theirs.fit(dv, second, setup.teacher_dtype),
                     teacher.inputs(at),
                     teacher.weight,
                     at,
                     start > 0,
                 )
-    first = second = third = z = v = dv = None  # before gradients are cast
+    first = second = third = fourth = z = v = dz = dv = None  # before gradients are cast
     return rows, *mine.finish(count), *theirs.finish(count), columns
 
 
@@ -221,15 +224,11 @@ class _Gradients:
             for x, need in zip((weight, bias), needs[1:], strict=True)
         )
 
-    def narrowed(self, dz: Tensor, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-        """A chunk's gradient in the logits as the products take it."""
-        if self.fitted:
-            self.fit(dz)
-        return dz if dz.dtype == dtype else _shaped(buffer, dz.shape, dtype).copy_(dz)
-
-    def fit(self, dz: Tensor) -> None:
-        """Multiply a chunk's fp32 gradient so that fp16 holds it, and the sums so far as well, which are
-        fp32."""
+    def fit(self, dz: Tensor, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """A chunk's gradient in the logits as the products take it: in fp32 it is multiplied so that fp16
+        holds it, and the sums so far as well, which are fp32."""
+        if not self.fitted:
+            return dz
         unit = torch.exp2(torch.floor(torch.log2(LARGEST_FITTED / dz.abs().amax()))).clamp_max(2.0**60)
         if self.unit is not None:
             unit = torch.minimum(unit, self.unit)
@@ -237,7 +236,7 @@ class _Gradients:
                 if sums is not None:
                     sums.total.mul_(unit / self.unit)
         self.unit = unit
-        dz.mul_(unit)
+        return dz.mul_(unit) if dz.dtype == dtype else _shaped(buffer, dz.shape, dtype).copy_(dz.mul_(unit))
 
     def add(self, dz: Tensor, x: Tensor, head: Tensor, at: slice | Tensor, more: bool) -> None:
         """Of a chunk: the logits' gradient, the hidden states, and the head; more: it is not the first."""
@@ -826,14 +825,15 @@ def fused_linear_kd_loss(
     the backward. No tensor has tokens x V elements. Projecting by chunks is Liger-Kernel's idea, Hsu et al.
     (2024), among others'.
 
-    A chunk has `memory_budget` bytes for the logits of both, or of the student where the teacher's are given;
-    its gradient takes the place of the student's. That makes budget / (V (bytes of a student's + of a
-    teacher's logit)) tokens, rounded down to 64s, then evened out between the chunks, and one at least; the
-    last chunk has what is left. Each chunk reads the weights, and reads and writes the weight's gradient,
-    which takes a chunk of a thousand tokens to be little on a GPU and some hundreds on a CPU: the budget is 1
-    GiB by default (512 tokens of a vocabulary of 262144, 4096 of 32768), and 256 MiB on a CPU (256 of
-    131072). Beside it there are the gradients, and for 16-bit weights and several chunks the sum of their
-    gradients in fp32.
+    A chunk has `memory_budget` bytes for the logits of both, or of the student where the teacher's are given,
+    and for the gradient in the student's: in the dtype of the products that take it, beside the logits where
+    these are wider, else in their place. That makes budget / (V (bytes of a student's + of a teacher's logit
+    + of a gradient beside them)) tokens, rounded down to 64s, then evened out between the chunks, and one at
+    least; the last chunk has what is left. Each chunk reads the weights, and reads and writes the weight's
+    gradient, which takes a chunk of a thousand tokens to be little on a GPU and some hundreds on a CPU: the
+    budget is 1.25 GiB by default (in bf16 512 tokens of a vocabulary of 262144, 4096 of 32768), and 256 MiB
+    on a CPU (192 of 131072). Beside it there are the gradients, and for 16-bit weights and several chunks the
+    sum of their gradients in fp32.
 
     Args:
         student_hidden: (..., H) bfloat16, float16, float32 or float64, what the student's head takes.
@@ -856,10 +856,10 @@ def fused_linear_kd_loss(
         teacher_grad: the gradient in the teacher's hidden states, weight and bias too, by a second call on
             each chunk; not of the cross entropy. That in its logits has a share of the budget.
         logits_dtype: torch.float32 leaves the logits of 16-bit products unrounded: gradients are right to
-            their own rounding, 0.2 % in bf16. None rounds logits to the products' dtype: chunks of twice the
-            tokens in the same budget, twice as fast on a CPU, and gradients off by some per cent where the
-            student is near its teacher.
-        memory_budget: bytes of a chunk's logits, see above.
+            their own rounding, 0.2 % in bf16. None rounds logits to the products' dtype: chunks of 2.5 times
+            the tokens in the same budget, twice as fast on a CPU, and gradients off by some per cent where
+            the student is near its teacher.
+        memory_budget: bytes of a chunk's logits and of the gradient in them, see above.
 
     The head is its weight and bias, and nothing else of its module is called. Adapters on it (PEFT's LoRA of
     `lm_head`, whose `.weight` is that of the frozen layer) are left out and get no gradient: merge them,

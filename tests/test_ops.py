@@ -1,15 +1,21 @@
 """The operators as torch sees them: opcheck, torch.compile, torch.export, autocast, torch.func, pickle."""
 
+import contextlib
 import copy
 import math
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import raw
 import torch
-from rows import make_rows
+from rows import DOUBLE_BACKENDS, make_rows
 
 from kdkernels import KDLoss, fused_kd_loss, logit_matching_loss, tempered_log_softmax
+
+sys.path.insert(0, str(Path(__file__).parent / "simt"))
+import build  # noqa: E402
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager", "auto"])
@@ -128,3 +134,34 @@ def test_no_grad_and_frozen_student():
     assert not fused_kd_loss(z, v).requires_grad
     with torch.inference_mode():
         assert fused_kd_loss(z * 1, v * 1).isfinite()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "triton", "cuda"])
+@pytest.mark.parametrize(
+    ("logits", "gradient"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.float64, torch.float32),
+    ],
+)
+def test_a_gradient_of_another_dtype(backend, logits, gradient):
+    """It is the student's own, rounded; past the classes that count, and in rows of weight 0, it is 0."""
+    if logits == torch.float64 and backend not in DOUBLE_BACKENDS:
+        pytest.skip("no float64")
+    y, w = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0]).double()
+    cuda = build.in_place_of_cuda() if backend == "cuda" else contextlib.nullcontext()
+    with cuda:
+        for divergence, modifiers in (("kl", ()), ("jsd(0.3)", ()), ("renyi(2)", (1.0, 3.0)), ("tvd", ())):
+            z, v = make_rows("plain", 5, 4099, logits)
+            asked = v, y, w, divergence, 2.0, 0.3, 4090, modifiers
+            exact = torch.full(z.shape, 7.0, dtype=z.dtype if z.dtype.itemsize >= 4 else torch.float32)
+            found = torch.full(z.shape, 7.0, dtype=gradient)
+            losses = raw.losses(backend, z.to(exact.dtype), *asked, grad=exact)
+            torch.testing.assert_close(raw.losses(backend, z, *asked, grad=found), losses, rtol=1e-6, atol=0)
+            assert found.any() and not found[:, 4090:].any() and not found[1].any()
+            rounded = exact.to(gradient) if gradient.itemsize < 4 else exact.float()
+            unit = torch.finfo(gradient).eps if gradient.itemsize < 4 else 1e-6
+            torch.testing.assert_close(found, rounded, rtol=unit, atol=1e-7 * float(exact.abs().max()))

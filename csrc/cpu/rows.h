@@ -49,7 +49,7 @@ template <class Real> class RowJob {
     if (p.mixed) mix_ = narrowed(p.mixture, Real());
     third_ = p.tilted && !p.student_base;
     arrays_ = 2 + third_ + hard();
-    size_ = element_size(c.student_dtype);
+    size_ = element_size(c.grad_dtype);
     const double unit = by_class() ? 1 : c.student_scale;
     grad_scale_ = c.grad_scale * unit;
     hard_grad_scale_ = c.hard_grad_scale * unit;
@@ -285,7 +285,7 @@ template <class Real> class RowJob {
   const char *teacher(int64_t row) const {
     return at(c_.teacher, c_.teacher_dtype, c_.teacher_stride, c_, row);
   }
-  char *grad(int64_t row) const { return (char *)at(c_.grad, c_.student_dtype, c_.grad_stride, c_, row); }
+  char *grad(int64_t row) const { return (char *)at(c_.grad, c_.grad_dtype, c_.grad_stride, c_, row); }
   int64_t length(int64_t block) const { return smaller(kBlock<Real>, c_.vocab - block * kBlock<Real>); }
 
   // body(student, base, other): the block where it lies if both rows are stored alike, else as Reals on the
@@ -414,7 +414,7 @@ template <class Real> class RowJob {
     if (apart)
       emit(m, how, kept, factors, rest, desk.g, sizeof(Real) == 8 ? KD_F64 : KD_F32, 0, n, false);
     else
-      emit(m, how, kept, factors, rest, out, c_.student_dtype, i0, n, streaming && label < 0);
+      emit(m, how, kept, factors, rest, out, c_.grad_dtype, i0, n, streaming && label < 0);
     if (label >= 0) {
       double g = mixed ? kept[0][label] * (double(Real(factors[1])) * kept[1][label] +
                                            double(Real(factors[0])) + double(rest))
@@ -424,7 +424,7 @@ template <class Real> class RowJob {
       if (apart)
         desk.g[label] = value;
       else
-        store_row(out, c_.student_dtype, label + i0, 1, false, Real(0),
+        store_row(out, c_.grad_dtype, label + i0, 1, false, Real(0),
                   [=](int64_t) { return splat<typename Vec<Real>::F>(value); });
     }
     if (apart)
@@ -443,7 +443,7 @@ template <class Real> class RowJob {
     else
       load_row(student(row), c_.student_dtype, i0, n, desk.b);
     store_row(
-        grad(row), c_.student_dtype, i0, n, streaming, Real(0),
+        grad(row), c_.grad_dtype, i0, n, streaming, Real(0),
         [=, &desk](int64_t j) __attribute__((always_inline)) {
           const F at = load<F>(z + j);
           return F((load<F>(desk.g + j) + select(at > Real(-INFINITY), splat<F>(more), F{})) * slope(at, t));

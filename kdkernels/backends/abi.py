@@ -21,7 +21,7 @@ from ..call import Call, Numbers
 from ..transforms import Modifiers
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-VERSION = 1  # KD_ABI_VERSION of csrc/api.h
+VERSION = 2  # KD_ABI_VERSION of csrc/api.h
 BUILD_RECORD = Path(__file__).parent.parent / "_build.txt"
 
 
@@ -42,7 +42,7 @@ class Loss(ctypes.Structure):
                 "threads",
                 "fresh",
                 "device",
-                "reserved",
+                "grad_dtype",
             )
         ),
         *((x, c_double) for x in ("order", "factor", "mix", "teacher_part", "student_part", "limit")),
@@ -222,6 +222,7 @@ def loss_call(call: Call, threads: int = 1, device: int = 0, stream=None) -> tup
     c.threads, c.device, c.stream = threads, device, stream
     if call.grad is not None:
         c.grad, (_, _, c.grad_stride) = call.grad.data_ptr(), _layout(call.grad)
+        c.grad_dtype = DTYPES[call.grad.dtype]
         c.fresh = c.grad != c.student and call.grad.is_contiguous()
     if labels is not None:
         c.labels = labels.data_ptr()

@@ -69,16 +69,21 @@ def shape(text: str) -> tuple[int, int, int]:
     return tokens, vocab, width
 
 
+def class_bytes(itemsize: int) -> int:
+    """Of a chunk, a token and class: both logits, and a 16-bit gradient beside them."""
+    return 2 * LOGIT_BYTES + (itemsize if itemsize < LOGIT_BYTES else 0)
+
+
 def memory(
     tokens: int, vocab: int, width: int, itemsize: int = 2, budget: int = linear.GPU_BUDGET
 ) -> dict[str, int]:
     """Peak bytes beyond hidden states and weights, by what they are for, both models of one width and
     dtype."""
     logits, gradients = tokens * vocab * itemsize, (tokens + vocab) * width * itemsize
-    chunk = linear.chunk_tokens(tokens, vocab, 2 * LOGIT_BYTES, budget)
+    chunk = linear.chunk_tokens(tokens, vocab, class_bytes(itemsize), budget)
     # 16-bit: the weight's gradient is summed in fp32, and cast when the chunks are gone
     several, total = chunk < tokens and itemsize == 2, vocab * width * 4
-    chunks = 2 * chunk * vocab * LOGIT_BYTES
+    chunks = chunk * vocab * class_bytes(itemsize)
     held = tokens * width * itemsize
     return {
         "chunk": chunk,
@@ -280,7 +285,7 @@ def run(bench: Bench, case: Case) -> dict:
     chunk = linear.chunk_tokens(
         case.tokens,
         case.vocab,
-        2 * LOGIT_BYTES,
+        class_bytes(TORCH_DTYPES[case.dtype].itemsize),
         linear.CPU_BUDGET if bench.device.type == "cpu" else linear.GPU_BUDGET,
     )
     return asdict(case) | {
