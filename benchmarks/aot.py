@@ -32,17 +32,28 @@ from triton.compiler import ASTSource
 
 from kdkernels import parse
 from kdkernels.backends import triton as backend
-from kdkernels.backends.triton_plan import FAMILIES, MIXTURES, WINDOW, Device
+from kdkernels.backends.triton.plan import Device
+from kdkernels.backends.triton.spec import WINDOW, Spec
 from kdkernels.call import Call, Numbers
 from kdkernels.stats import COLUMNS
 from kdkernels.transforms import Modifiers
 
 RESULTS = Path(__file__).parent / "results" / "triton_aot.csv"
 TABLE = Path(__file__).parent.parent / "docs" / "results" / "triton_aot.md"
-# (instructions, exponentials) a logit: what the design counted for two sweeps in bf16, and what no change may
-# exceed
-GOALS = {"kl": (58, 4.4), "renyi": (59, 7.4)}
-LIMITS = {"kl": (62, 4.5), "renyi": (95, 6.5), "reverse_kl": (56, 3.5), "jsd": (155, 7.5), "tvd": (85, 5.5)}
+# (instructions a logit, registers) that no change may exceed, of rows in bf16 without labels on an H100,
+# whose memory at full speed leaves 59 instructions a logit; exact: at T = 16
+LIMITS = {
+    "kl": (34, 64),
+    "reverse_kl": (34, 64),
+    "cross_entropy": (34, 64),
+    "renyi": (38, 64),
+    "alpha": (38, 64),
+    "tvd": (48, 64),
+    "jsd": (60, 64),
+    "skew_kl": (64, 64),
+    "exact kl": (61, 128),
+}
+PROGRAMS = 3  # to a multiprocessor at least, which the registers must leave room for
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -51,19 +62,18 @@ class Target:
     name: str
     gpu: GPUTarget
     device: Device
-    registers: int  # of a thread, with THREADS_PER_PROCESSOR of them in flight
-    most_registers: int  # with three quarters of that, for orders and hard labels at once
+    file: int  # registers of a multiprocessor
 
 
 TARGETS = {
     x.name: x
     for x in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), Device(108, 40 << 20), 128, 168),
-        Target("sm_90", GPUTarget("cuda", 90, 32), Device(132, 50 << 20), 128, 168),
-        Target("sm_100", GPUTarget("cuda", 100, 32), Device(148, 126 << 20), 128, 168),
-        Target("sm_120", GPUTarget("cuda", 120, 32), Device(170, 96 << 20), 128, 168),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), Device(304, 256 << 20, 64), 256, 256),
-        Target("gfx950", GPUTarget("hip", "gfx950", 64), Device(256, 256 << 20, 64), 256, 256),
+        Target("sm_80", GPUTarget("cuda", 80, 32), Device(108, 32, True), 64 << 10),
+        Target("sm_90", GPUTarget("cuda", 90, 32), Device(132, 32, True), 64 << 10),
+        Target("sm_100", GPUTarget("cuda", 100, 32), Device(148, 32, True), 64 << 10),
+        Target("sm_120", GPUTarget("cuda", 120, 32), Device(170, 32, True), 64 << 10),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), Device(304, 64), 128 << 10),
+        Target("gfx950", GPUTarget("hip", "gfx950", 64), Device(256, 64), 128 << 10),
     )
 }
 
@@ -135,7 +145,11 @@ def covering() -> list[Case]:
     """A case for each path, family, dtype and flag."""
     return [
         Case(),
+        Case(temperature=16.0),
         Case("renyi(0.5)", vocab=32768),
+        Case("renyi(0.9)", vocab=32768),
+        Case("cross_entropy"),
+        Case("alpha(2.0)"),
         Case("renyi(0.5)", vocab=4096, hard=True),
         Case("renyi(2.0)", vocab=128256),
         Case("renyi(0.5)", vocab=50257, hard=True, weighted=True),
@@ -146,10 +160,14 @@ def covering() -> list[Case]:
         Case("reverse_kl"),
         Case("alpha(-2.0)", vocab=4096),
         Case("jsd(0.5)"),
+        Case("jsd(0.5)", temperature=16.0),
+        Case("jsd(0.5)", student="float32", teacher="float32"),
         Case("jsd(0.1)", vocab=4096, hard=True),
         Case("skew_kl(0.1)", vocab=50257, hard=True),
         Case("skew_reverse_kl(0.1)", student="float32", teacher="float32", grad=False),
         Case("tvd"),
+        Case("tvd", student="float32", teacher="float32"),
+        Case(student="float32", teacher="float32"),
         Case(hard=True, modifiers=ALL),
         Case("renyi(0.5)", vocab=2048, hard=True, modifiers=ALL, stats=True),
     ]
@@ -253,14 +271,18 @@ def compile_for(case: Case, target: Target, seen: set | None = None) -> Iterator
 def read_nvidia(compiled, launch: backend.Launch) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        run = lambda *x: subprocess.run([*x, file.name], capture_output=True, text=True, check=True).stdout  # noqa: E731
+
+        def run(*command) -> str:
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
         usage, text = run(BIN / "cuobjdump", "-res-usage"), run(BIN / "nvdisasm", "-c")
     number = {x: int(y) for x, y in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     widths = {
         op: max([_width(x) for x in re.findall(rf"\b{op}\.([\w.]+)", text)] or [0]) for op in ("LDG", "STG")
     }
     body = _loops(text)
-    per_tile = launch.arguments.get("RB", 0) * launch.arguments.get("R", 0) / (32 * launch.warps)
+    spec = launch.arguments.get("SPEC")
+    per_tile = spec.tile / (32 * launch.warps) if launch.kernel == "loss_rows" else 0
     # The loops of the sweeps: jumps to functions and barriers are in what a row does once. The first sweep is
     # there twice (`poor`); of a window, the longest loops are those of its edges.
     sweeps = [
@@ -269,13 +291,7 @@ def read_nvidia(compiled, launch: backend.Launch) -> dict:
         if any("MUFU.EX2" in y for y in x) and not any(y.startswith(("BAR", "CALL")) for y in x)
     ]
     stores = [x for x in sweeps if any("STG" in y for y in x)]
-    which = -1 if launch.arguments.get("ACCESS") == WINDOW else 0
-    others = [x for x in sweeps if x not in stores]
-    hot = [loops[which] for loops in (others, stores) if loops and per_tile]
-    # the sums of a mixture, and the first sweep twice
-    if FAMILIES[launch.arguments["FAMILY"]] in MIXTURES and len(others) == 3:
-        a, b, c = map(len, others)
-        hot = [others[0], others[2 if a - b < b - c else 1], *stores[:1]]
+    hot = _stages([x for x in sweeps if x not in stores], spec) + _stages(stores, spec) if per_tile else []
     return dict(
         registers=number["REG"],
         spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
@@ -285,6 +301,16 @@ def read_nvidia(compiled, launch: backend.Launch) -> dict:
         instructions=round(sum(len(x) for x in hot) / per_tile, 1) if hot else 0.0,
         exponentials=round(sum("MUFU.EX2" in y for x in hot for y in x) / per_tile, 2) if hot else 0.0,
     )
+
+
+def _stages(loops: list[list[str]], spec: Spec) -> list[list[str]]:
+    """A loop for each sweep: of tiles that need no mask, which are shorter than those of a window's edges;
+    the exact form's first sweep is there twice."""
+    found = loops[len(loops) // 2 :] if spec.access == WINDOW else loops
+    if len(found) == 3:
+        a, b, c = map(len, found)
+        found = [found[0], found[2 if a - b < b - c else 1]]
+    return found[: 2 if spec.mixes and len(found) > 1 else 1]
 
 
 def _width(modifiers: str) -> int:
@@ -343,16 +369,14 @@ def read_amd(compiled, launch: backend.Launch) -> dict:
     )
 
 
-def plain(found: Found) -> tuple[float, float] | None:
-    """(instructions, exponentials) of all sweeps over rows in bf16 without labels, which are what goals and
-    limits are about."""
-    if (
-        found.exponentials > 3
-        and found.case.endswith("bfloat16")
-        and found.case.split("(")[0].split()[0] in LIMITS
-    ):
-        return found.instructions, found.exponentials
-    return None
+def limits(found: Found) -> tuple[float, int] | None:
+    """Of a kernel that has some; see `LIMITS`."""
+    name, T = re.match(r"(\w+).* T=(\w+) ", found.case).groups()
+    if found.target != "sm_90" or found.kernel != "loss_rows" or not found.case.endswith("bfloat16"):
+        return None
+    if "renyi(0.9)" in found.case:  # exact as well
+        return None
+    return LIMITS.get({"2": "", "16": "exact "}.get(T, "?") + name)
 
 
 def table(rows: list[Found]) -> str:
@@ -371,9 +395,8 @@ def table(rows: list[Found]) -> str:
     for x in rows:
         widths = f"{x.load_bytes}, {x.store_bytes}" if "value" not in x.case else f"{x.load_bytes}"
         counts = [f"{x.instructions:g}", f"{x.exponentials:g}"] if x.exponentials > 1 else ["", ""]
-        goals = GOALS.get(x.case.split("(")[0].split()[0])
-        if plain(x) and goals:
-            counts = [f"{n} (goal {goal})" for n, goal in zip(counts, goals, strict=True)]
+        if most := limits(x):
+            counts[0] += f" (at most {most[0]})"
         lines.append([x.target, x.case, x.kernel, f"{x.warps}", f"{x.registers}", widths, *counts])
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     spills = sum(x.spills + x.local for x in rows)
@@ -389,31 +412,15 @@ def faults(found: Found) -> list[str]:
     out = []
     if found.spills or found.local:
         out.append(f"{found.spills} spills, {found.local} bytes of stack")
-    target = TARGETS[found.target]
-    name = found.case.split("(")[0].split()[0]
-    light = name in ("kl", "cross_entropy") and "hard" not in found.case
-    mixture, rows = (
-        name in ("jsd", "skew_kl", "skew_reverse_kl", "tvd"),
-        found.kernel in ("loss_rows", "loss_parts"),
-    )
-    modified = (
-        any(x in found.case for x in ("capped", "scaled", "stats"))
-        or name == "cross_entropy"
-        and "both sides" in found.case
-    )
-    heavy = modified or (not light if rows else mixture)
-    budget = target.most_registers if heavy else target.registers
-    if rows and "hard" in found.case and (mixture or modified):  # two programs to a multiprocessor
-        budget = max(budget, backend.HEAVIEST_REGISTERS)
-    if found.registers > budget:
-        out.append(f"{found.registers} registers, {budget} is the budget")
-    if counts := plain(found):
-        most = LIMITS[found.case.split("(")[0].split()[0]]
-        if counts[0] > most[0] or counts[1] > most[1]:
-            out.append(
-                f"{counts[0]} instructions and {counts[1]} exponentials a logit, {most} are the limits"
-            )
-    if found.kernel in ("loss_rows", "loss_parts") and (
+    threads = TARGETS[found.target].gpu.warp_size * found.warps
+    room = TARGETS[found.target].file // PROGRAMS // threads
+    if found.kernel == "loss_rows" and found.registers > room:
+        out.append(f"{found.registers} registers leave no room for {PROGRAMS} programs")
+    if most := limits(found):
+        if found.instructions > most[0] or found.registers > most[1]:
+            counts = f"{found.instructions} instructions and {found.registers} registers"
+            out.append(f"{counts}, {most} are the limits")
+    if found.kernel == "loss_rows" and (
         found.load_bytes < 16 or (found.store_bytes < 16 and "value" not in found.case)
     ):
         out.append(f"accesses of {found.load_bytes} and {found.store_bytes} bytes")

@@ -5,11 +5,12 @@ of each logit, against a device's rates.
     python benchmarks/traffic.py --here       beside measured times, on a GPU
 
 Loss and gradient of rows of V logits move at least 3 V b bytes a row (each logit read once, the gradient
-written once). The plan (`kdkernels.backends.triton_plan`) keeps a row between its two sweeps in registers or
-in the second-level cache; where it does not fit, the second sweep reads from memory again, 5 V b. A row's
-time is the longest of three: its bytes over the copy bandwidth, its instructions over the issue rate, its
-exponentials over the rate of the special-function units; the first overlaps the others, as several programs
-share a multiprocessor. What a tile of the CUDA kernels takes once (sums, exchange, closing) is not in it.
+written once). The plan (`kdkernels.backends.triton.plan`) keeps what all programs have of their rows between
+their sweeps in the second-level cache; where that does not fit, each later sweep reads from memory again. A
+row's time is the longest of three: its bytes over the copy bandwidth, its instructions over the issue rate,
+its exponentials over the rate of the special-function units; the first overlaps the others, as several
+programs share a multiprocessor. What a tile of the CUDA kernels takes once (sums, exchange, closing) is not
+in it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pathlib import Path
 
 from kdkernels import parse
 from kdkernels.backends import abi, cuda
-from kdkernels.backends.triton_plan import CACHE_SHARE, Device, Plan, plan
+from kdkernels.backends.triton.plan import RESIDENT, Device, Plan, plan
 from kdkernels.call import Call, Numbers
 
+CACHE_SHARE = 0.6  # of the second-level cache for rows between their sweeps; the rest passes through
 COUNTS = Path(__file__).parent / "results" / "triton_aot.csv"
 CUDA_COUNTS = COUNTS.with_name("cuda_aot.csv")
 # of a block, of all
@@ -49,6 +51,7 @@ class Rates:
     name: str
     target: str
     device: Device
+    cache: int  # bytes of the second-level cache
     copy: float
     clock: float
 
@@ -64,17 +67,18 @@ class Rates:
 
 # copy bandwidth as the best copies reach it, nine tenths of the data sheet's; boost clocks
 DEVICES = (
-    Rates("A100 80GB", "sm_80", Device(108, 40 << 20), 1.75e12, 1.41e9),
-    Rates("H100 SXM", "sm_90", Device(132, 50 << 20), 3.0e12, 1.83e9),
-    Rates("H200", "sm_90", Device(132, 60 << 20), 4.3e12, 1.83e9),
-    Rates("B200", "sm_100", Device(148, 126 << 20), 7.2e12, 1.85e9),
+    Rates("A100 80GB", "sm_80", Device(108, 32, True), 40 << 20, 1.75e12, 1.41e9),
+    Rates("H100 SXM", "sm_90", Device(132, 32, True), 50 << 20, 3.0e12, 1.83e9),
+    Rates("H200", "sm_90", Device(132, 32, True), 60 << 20, 4.3e12, 1.83e9),
+    Rates("B200", "sm_100", Device(148, 32, True), 126 << 20, 7.2e12, 1.85e9),
 )
 
 
-def bytes_per_logit(chosen: Plan, vocab: int, size: int, device: Device) -> float:
+def bytes_per_logit(chosen: Plan, rates: Rates, rows: int, vocab: int, size: int, sweeps: int) -> float:
     """Of memory, for a logit of the student with its teacher's and its gradient's, `size` bytes each."""
-    kept = chosen.whole or chosen.grid // chosen.parts * 2 * vocab * size <= CACHE_SHARE * device.cache
-    return (3 if kept else 5) * size
+    programs = min(rows * chosen.parts, rates.device.processors * RESIDENT)
+    kept = programs * 2 * size * vocab / chosen.parts <= CACHE_SHARE * rates.cache
+    return (3 if kept else 1 + 2 * sweeps) * size
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,14 @@ class Prediction:
 
 
 def predict(
-    rates: Rates, rows: int, vocab: int, size: int, instructions: float, exponentials: float
+    rates: Rates, rows: int, vocab: int, size: int, instructions: float, exponentials: float, sweeps: int = 2
 ) -> Prediction:
     """The time of loss and gradient; a device that is not full is slower by the programs it lacks."""
-    chosen = plan(rows, vocab, size, size, vocab * size % 16 != 0, rates.device)
-    moved = bytes_per_logit(chosen, vocab, size, rates.device)
+    chosen = plan(rows, vocab, size, size, rates.device, vocab * size % 16 != 0)
+    moved = bytes_per_logit(chosen, rates, rows, vocab, size, sweeps)
     logits = rows * vocab
     # a program a multiprocessor is what memory needs, and one a scheduler what arithmetic needs
-    programs = min(chosen.grid, chosen.parts * rows)
+    programs = chosen.parts * rows
     memory_share = min(1.0, programs / rates.device.processors)
     compute_share = min(1.0, programs * chosen.warps / (4 * rates.device.processors))
     times = {
@@ -149,7 +153,7 @@ def predict_cuda(rates: Rates, rows: int, vocab: int, divergence: str) -> Predic
     )
     again = (tiles - 1) / tiles  # the share that is read and computed twice
     blocks = min(rows * parts, rates.device.processors * max(1, 512 // threads))
-    in_cache = blocks / parts * 4 * vocab <= CACHE_SHARE * rates.device.cache
+    in_cache = blocks / parts * 4 * vocab <= CACHE_SHARE * rates.cache
     moved = 6.0 if in_cache else 6.0 + 4 * again
     logits = rows * vocab
     share = min(1.0, blocks * threads / 512 / rates.device.processors)
@@ -199,13 +203,15 @@ def main() -> None:
         f"{'device':10} {'divergence':10} {'rows x V':>14} {'B/logit':>8} {'ms':>8} {'of copy':>8}  "
         "bound, backend"
     )
-    models = {"triton": lambda r, d, *shape: predict(r, *shape, 2, *counts(r.target, d))}
+    models = {
+        "triton": lambda r, d, *shape: predict(r, *shape, 2, *counts(r.target, d), 3 if d[0] == "j" else 2)
+    }
     if isinstance(cuda.library(), str):
         print(f"cuda: {cuda.library()}")
     else:
         models["cuda"] = lambda r, d, *shape: predict_cuda(r, *shape, d)
     for rates in DEVICES:
-        for divergence in ("kl", "renyi(2.0)"):
+        for divergence in ("kl", "renyi(0.5)", "jsd(0.5)"):
             for (rows, vocab), (backend, model) in itertools.product(SHAPES, models.items()):
                 found = model(rates, divergence, rows, vocab)
                 share = found.floor_share(rates, rows, vocab, 2)

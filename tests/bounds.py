@@ -55,3 +55,22 @@ def spread_of(z, v, T: float) -> float:
         return 0.0
     finite = [x[x > -math.inf] for x in (z, v)]
     return max(float(x.max() - x.min()) for x in finite) / T
+
+
+def plain_value_bound(name: str, D: float) -> float:
+    """Of Triton's plain form, for gradients of 16 bits: the rounding of sums and of their logarithm."""
+    return (3e-6 if name.startswith("alpha") else 1e-6) * (1 + abs(D))
+
+
+def plain_gradient_bound(name: str, exact, dtype, spread: float, D: float) -> float:
+    """Of the same: 1.05 times the rounding of the gradient's dtype, or that and, as if independent of it,
+    what the plain form's own rounding makes, absolute. An order multiplies exponents, alpha(a) has R / a
+    more."""
+    order = (
+        abs(float(name.split("(")[1][:-1])) if name.startswith(("renyi", "reverse_renyi", "alpha")) else 1.0
+    )
+    gain = max(1.0, abs(1 + order * (order + 1) * D) / order) if name.startswith("alpha") else 1.0
+    own = (1e-6 + 1.5e-7 * spread * max(1.0, order)) * gain
+    rounding = float(cast_bound(dtype, exact).norm())
+    rounded = float((exact.to(dtype).double() - exact).norm())
+    return max(1.05 * rounded, math.hypot(min(rounding, rounded * 1.05), own))

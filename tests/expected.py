@@ -13,7 +13,15 @@ from collections.abc import Iterator
 import numpy as np
 import oracle
 import torch
-from bounds import cast_bound, gradient_bound, gradient_bound_of, spread_of, value_bound, value_bound_of
+from bounds import (
+    cast_bound,
+    gradient_bound,
+    gradient_bound_of,
+    plain_value_bound,
+    spread_of,
+    value_bound,
+    value_bound_of,
+)
 from calls import DTYPES, PER_CLASS, Case, gradient, run, side_of
 
 LD, INF, NAN = np.longdouble, np.longdouble("inf"), np.longdouble("nan")
@@ -205,7 +213,18 @@ def soft_bounds(case: Case, z, v, D, size: float, of_teacher: bool = False) -> t
         if order is None
         else value_bound(order, case.vocab, T, spread, D)
     )
+    if is_plain(case):
+        _, number = oracle.parse(name)[:2]
+        order = max(1.0, abs(number)) if kind in ("renyi", "reverse_renyi", "alpha") else 1.0
+        gain = max(1.0, abs(1 + number * (number - 1) * D) / abs(number)) if kind == "alpha" else 1.0
+        value = max(value, plain_value_bound(name, D))
+        room = max(room, (1e-6 + 1.5e-7 * spread * order) * gain)
     return value + offset**2, room
+
+
+def is_plain(case: Case) -> bool:
+    """Whether Triton takes its plain form, which has bounds of its own; `test_which_form_a_call_takes`."""
+    return case.get("backend") == "triton" and "fp32" != case.dtypes[0] != "fp64" and case.temperature <= 8
 
 
 def undecided(z, v, T: float) -> float:

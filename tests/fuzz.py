@@ -466,16 +466,7 @@ KNOWN: dict[str, Known] = {
         lambda case, failure: (
             case.get("backend") == "triton" and not {"fp32", "fp64"} & set(case.dtypes) and is_rounded(case)
         ),
-        one_row([0, 0.0316], [1001, 1001], ("fp16", "fp16"), backend="triton"),
-    ),
-    "Triton: a term of weight 0": Known(
-        "soft_weight=0 and a row that the soft term cannot take: nan, where the term is not there",
-        lambda case, failure: (
-            case.get("backend") == "triton"
-            and case.get("soft_weight") == 0
-            and "is not a number" in kind_of(failure)
-        ),
-        one_row([0], [math.nan], soft_weight=0.0, backend="triton"),
+        one_row([0, 0.0316], [1001, 1001], ("fp16", "fp16"), temperature=9.0, backend="triton"),
     ),
     "TVD of equal rows": Known(
         "a gradient of 1e-17 where the right one is 0, and of any sign where an offset is rounded",
@@ -611,20 +602,6 @@ KNOWN: dict[str, Known] = {
         ),
         one_row([0, 0], [math.nan, 0], call="decoupled_kd_loss", labels=[0], target_weight=0.0),
     ),
-    "Triton: a label that is masked, in rows beyond the first sweep": Known(
-        "they have no gradient at the label",
-        lambda case, failure: (
-            case.get("backend") == "triton" and failure.startswith("z.grad") and lacks_label(case)
-        ),
-        one_row(
-            [0, -math.inf],
-            [0, 0],
-            divergence="reverse_renyi(0.0)",
-            labels=[1],
-            hard_weight=2.0,
-            backend="triton",
-        ),
-    ),
     "fp16: elements of a teacher's gradient that are subnormal": Known(
         "one factor keeps both gradients off underflow; the hard term that it makes room for, or a "
         "divergence's steepness, is not theirs",
@@ -656,7 +633,7 @@ KNOWN: dict[str, Known] = {
         one_row(
             [0.010009765625],
             [0],
-            ("bf16", "fp32"),
+            ("fp32", "fp32"),
             labels=[0],
             hard_weight=1.0,
             z_loss=10.0,
@@ -671,20 +648,6 @@ KNOWN: dict[str, Known] = {
         one_row(
             [0, 3], [-3.3895313892515355e38, 0], divergence="reverse_kl", temperature=0.1, backend="triton"
         ),
-    ),
-    "triton: a teacher's +inf at T = inf": Known(
-        "0 where the row is nan",
-        lambda case, failure: (
-            case.get("backend") == "triton" and math.isinf(case.temperature) and is_broken(case)
-        ),
-        one_row([0, 0], [math.inf, 0], temperature=math.inf, t_squared=True, backend="triton"),
-    ),
-    "triton: 1e-21 where the student is the teacher but for an offset": Known(
-        "the square of what is left of the offset; bounds.py allows 1e-30",
-        lambda case, failure: (
-            case.get("backend") == "triton" and is_value(failure) and figure(failure) < 1e-18
-        ),
-        one_row([0.6611328125], [1000.5], ("fp16", "fp16"), temperature=3.0, backend="triton"),
     ),
 }
 

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import cast_bound, gradient_bound_of, spread_of, value_bound_of
+from bounds import cast_bound, gradient_bound_of, plain_value_bound, spread_of, value_bound_of
 
 from kdkernels import LogitTransform, decoupled_kd_loss, fused_kd_loss, fused_linear_kd_loss
 
@@ -108,10 +108,10 @@ def check_masks(backend, dtype, divergence, T):
         loss, grad = measured(z, v, T=T, divergence=divergence, backend=backend)
         # a class that has nothing is no part of the spread
         spread = spread_of(*(x.clamp_min(-30.0) for x in (z[0], v[0])), T)
-        assert (
-            loss.item() == pytest.approx(D, abs=value_bound_of(divergence, 3, T, spread, abs(D)))
-            or not abs(D) < 1e38
-        ), (z, v)
+        plain = backend == "triton" and dtype == BF16
+        room = value_bound_of(divergence, 3, T, spread, abs(D))
+        room = max(room, plain_value_bound(divergence, D)) if plain else room
+        assert loss.item() == pytest.approx(D, abs=room) or not abs(D) < 1e38, (z, v)
         if float(g.norm()) < 1e30:
             slack = gradient_bound_of(float(g.norm()), min(D, 10.0)) * (1 + spread)
             assert ((grad[0] - g).abs() <= slack + (cast_bound(dtype, g) if dtype == BF16 else 0)).all(), (
@@ -213,7 +213,6 @@ def test_a_large_finite_mask_as_a_bias_of_the_linear_loss(backend, divergence):
 # ---------------------------------------------------------------- a soft weight of 0
 
 BROKEN = {"nan": math.nan, "inf": math.inf, "masked": -math.inf}
-NO_SOFT_TERM = wrong_on_triton(*BACKENDS, reason="the gradient of a term of weight 0 is 0 times nan")
 
 
 def a_broken_teacher(how, vocab=40):
@@ -242,7 +241,7 @@ def of_hard_term(z, y, weight=0.5, reduction="sum", **smoothing):
 @pytest.mark.parametrize(
     "divergence", ["kl", "reverse_kl", "renyi(0.5)", "renyi(0)", "renyi(inf)", "jsd(0.5)", "tvd", "alpha(2)"]
 )
-@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_soft_weight_of_0_and_a_broken_teacher(backend, divergence, how):
     """The term is not there: value and gradient are the hard term's alone. The gradient was nan."""
     z, v, y = a_broken_teacher(how)
@@ -264,7 +263,7 @@ def test_a_soft_weight_of_0_and_a_broken_teacher(backend, divergence, how):
             torch.testing.assert_close(x.grad.double(), grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_soft_weight_of_0_at_infinite_temperature(backend):
     z, v, y = a_broken_teacher("nan")
     loss, grad = measured(z, v, y, T=1.0, soft_weight=0.0, hard_weight=0.5, backend=backend)
@@ -286,7 +285,7 @@ def test_a_soft_weight_of_0_at_infinite_temperature(backend):
     assert loss.item() == pytest.approx(right.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_soft_weight_of_0_with_label_smoothing_and_a_softcap(backend):
     z, v, y = a_broken_teacher("nan")
     options = dict(
@@ -298,7 +297,7 @@ def test_a_soft_weight_of_0_with_label_smoothing_and_a_softcap(backend):
     torch.testing.assert_close(grad, x.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_soft_weight_of_0_in_the_linear_loss_and_in_place(backend):
     z, v, y = a_broken_teacher("inf")
     eye = torch.eye(40).requires_grad_()
@@ -316,7 +315,7 @@ def test_a_soft_weight_of_0_in_the_linear_loss_and_in_place(backend):
     torch.testing.assert_close(x.grad.double(), grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", NO_SOFT_TERM)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_soft_weight_of_0_and_the_gradient_of_a_broken_teacher(backend):
     """The hard term has none in the teacher: it is 0."""
     z, v, y = a_broken_teacher("nan")
@@ -387,12 +386,13 @@ def test_16_bit_logits_with_a_common_offset(backend, divergence, case, of_teache
 @pytest.mark.parametrize("divergence", ["kl", "jsd(0.5)"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_bound_of_16_bit_logits_with_a_common_offset_on_a_gpu(backend, divergence, case):
-    """docs/numerics.md, section 5: the kernels for GPUs do not carry it."""
+    """docs/numerics.md, section 5: CUDA's kernels do not carry it; Triton's have other bounds for 16 bits."""
     for of_teacher in (True, False):
         z, v = with_offset(*case, of_teacher)
         D, _ = exact(z, v, divergence)
         loss = fused_kd_loss(z, v, divergence=divergence, reduction="sum", backend=backend).item()
-        assert abs(loss - D) <= 1.7e-7 * case[1] * math.sqrt(D) + 1e-6 * D
+        bound = 1.7e-7 * case[1] * math.sqrt(D) + 1e-6 * D
+        assert abs(loss - D) <= (plain_value_bound(divergence, D) if backend == "triton" else bound)
 
 
 # ---------------------------------------------------------------- the gradient of TVD where rows are
@@ -478,9 +478,7 @@ def test_no_gradient_of_tvd_where_all_classes_are_equal(backend):
 
 @pytest.mark.parametrize(
     "backend",
-    wrong_on_triton(
-        "cpu", "eager", "triton", "cuda", reason="z - v of rows that lie 1e30 apart has no digit of z"
-    ),
+    ("cpu", "eager", "triton", "cuda"),
 )
 @pytest.mark.parametrize("mask", [-1e30, -3.4e38])
 def test_decoupled_classes_that_are_masked_as_a_whole(backend, mask):
@@ -553,9 +551,7 @@ def test_a_masked_class_of_a_row_that_is_far_below_0(backend):
         torch.testing.assert_close(x.grad[0], F.softmax(z[0], -1) - F.one_hot(y, 3)[0], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "backend", wrong_on_triton("cpu", "eager", "triton", "cuda", reason="0 times a row that is nan")
-)
+@pytest.mark.parametrize("backend", ("cpu", "eager", "triton", "cuda"))
 def test_no_term_and_a_softcap_of_an_infinite_logit(backend):
     """The slope of a softcap at +inf was -inf, and 0 times it nan, though no term asks for the row."""
     z, v = rows_of(FP32, [math.inf, 0.0, 1.0], [0.0, 0.0, 0.0])

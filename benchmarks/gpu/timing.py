@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kdkernels.backends import cuda, triton, triton_plan
+from kdkernels.backends import cuda
+from kdkernels.backends.triton import numbers as triton_numbers
+from kdkernels.backends.triton import plan as triton_plan
 from kdkernels.bench import contenders
 from kdkernels.divergence import parse
 
@@ -38,12 +40,10 @@ FLUSH = 256 << 20
 BUSY_CYCLES = 4_000_000  # of the device, 2 ms: what a step's launches take the host at most
 # the Triton plan's knobs and their values, one changed at a time
 TRITON_KNOBS = {
-    "CACHE_SHARE": (triton_plan, (0.15, 0.3, 0.45, 0.6, 0.9)),
-    "MOST_PARTS": (triton_plan, (2, 4, 8, 16)),
-    "SMALLEST_PART": (triton_plan, (4096, 8192, 16384)),
-    "THREADS_PER_PROCESSOR": (triton_plan, (384, 512, 640)),
-    "MOST_REGISTERS": (triton, (96, 128, 168)),
-    "HEAVY_REGISTERS": (triton, (128, 168)),
+    "PART": (triton_plan, (16 << 10, 32 << 10, 64 << 10, 128 << 10)),
+    "LANES": (triton_plan, (128, 256, 512)),
+    "RESIDENT": (triton_plan, (4, 6, 8)),
+    "WARM": (triton_numbers, (0.0, 8.0)),  # 0: every call takes the exact form
 }
 CUDA_KNOBS = {"wide": (0, 1), "stages": (2, 3)}  # kd_tune's
 

@@ -6,101 +6,112 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import (
-    ALPHA,
-    COLUMNS,
-    ENTROPY,
-    EXTREME,
+from .arithmetic import (
     INF,
-    MOMENTS,
-    NOWHERE,
-    NUMBERS,
-    POWER,
-    ROWS_DATA,
-    SKEWED,
-    SMOOTHED,
-    SUPPORT,
-    TVD,
     expm164,
     finite,
-    is_lost,
-    joined,
     kl_terms,
-    label_of,
     log1p64,
     long,
     magnitude,
-    mixes,
     mixture_slope,
     mixture_term,
     power_terms,
     psi_series,
-    reverses,
     select,
-    side,
-    tell_terms,
-    transformed,
-    weighted,
     wide,
-    write_zeros,
 )
+from .hard import joined
+from .kernels import NUMBERS, ROWS_DATA, is_lost, weighted
+from .records import (
+    ALPHA,
+    CAPPED,
+    ENTROPY,
+    EXTREME,
+    KL,
+    MIXTURE,
+    MOMENTS,
+    POWER,
+    SKEWED,
+    SMOOTHED,
+    SUPPORT,
+    TVD,
+    Scales,
+    Side,
+)
+from .rows import label_of, transformed, write_zeros
+from .statistics import COLUMNS, tell_terms
+from .sums import NOWHERE
 
 REACH64 = tl.constexpr(700.0)
+FARTHEST = tl.constexpr(1e15)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def careful_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS, MARKS, STATS,
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
     k, tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
-    FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
-    WEIGHTED: tl.constexpr, GRAD: tl.constexpr,
-    TRANSFORM: tl.constexpr, TELL: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SPEC: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The operator's contract in the textbook's order and fp64, for every row or for those whose loss in
-    MARKS is lost; ROWS to a program.
-    """
+    """The operator's contract in the textbook's order and fp64, for every row or for those whose loss is
+    lost; ROWS to a program."""
+    spec: tl.constexpr = SPEC
     first = tl.program_id(0) * ROWS
     some = tl.full([], 1, tl.int32)
-    if not ALL:
+    if not EVERY:
         several = first + tl.arange(0, ROWS)
-        losses = tl.load(MARKS + several, mask=several < rows, other=0.0)
+        losses = tl.load(LOSS + several, mask=several < rows, other=0.0)
         some = tl.max(is_lost(losses).to(tl.int32), 0)
     if some > 0:
         for index in tl.range(first, tl.minimum(first + ROWS, rows)):
             row = long(index)
-            weight = tl.load(WEIGHTS + row) if WEIGHTED else wide(1.0)
+            weight = tl.load(WEIGHTS + row) if spec.weighted else wide(1.0)
             lost = tl.full([], 1, tl.int32)
-            if not ALL:
-                lost = is_lost(tl.load(MARKS + row)).to(tl.int32)
+            if not EVERY:
+                lost = is_lost(tl.load(LOSS + row)).to(tl.int32)
             g_at = row // inner * g_outer + row % inner * g_inner
-            if ALL & GRAD:
+            if EVERY and spec.grad:
                 write_zeros(G + g_at, tl.where(weight == 0.0, 0, vocab), width, BLOCK)
             if weight == 0.0:
                 tl.store(LOSS + row, weight)
             elif lost > 0:
+                z = Side(
+                    Z + (row // inner * z_outer + row % inner * z_inner), z_scale, z_softcap, z_steepness
+                )
+                v = Side(
+                    V + (row // inner * v_outer + row % inner * v_inner), v_scale, v_softcap, v_steepness
+                )
+                scales = Scales(
+                    weight, value_scale, value_unit, weight * grad_scale, hard_scale,
+                    weight * hard_grad_scale, wide(smoothing), wide(z_loss), factor,
+                )  # fmt: skip
                 careful_row(
-                    side(Z + (row // inner * z_outer + row % inner * z_inner), z_scale, z_softcap,
-                    z_steepness, TRANSFORM),
-                    side(V + (row // inner * v_outer + row % inner * v_inner), v_scale, v_softcap,
-                    v_steepness, TRANSFORM), G + g_at,
-                    LABELS, LOSS, STATS + row * COLUMNS, row, weight, vocab, wide(k), wide(tilt),
-                    wide(base_share), wide(other_share),
-                    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, wide(smoothing),
-                    wide(z_loss), factor,
-                    FAMILY, BASE_Z, CENTERED, HARD, GRAD, TELL, BLOCK,
+                    z, v, G + g_at, LABELS, LOSS, STATS + row * COLUMNS, row, vocab, wide(k), wide(tilt),
+                    wide(base_share), wide(other_share), scales,
+                    spec.family, spec.student_base, spec.centered, spec.hard, spec.grad, spec.stats,
+                    spec.transform, BLOCK,
                 )  # fmt: skip
 
 
 @triton.jit
-def block64(Z, V, at, vocab, BLOCK: tl.constexpr):
+def block64(Z, V, at, vocab, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr):
     """(z, v, class, the slope of z's transform) of a block, -inf beyond the row."""
     cols = at + tl.arange(0, BLOCK)
-    z = tl.load(Z[0] + cols, mask=cols < vocab, other=-INF).to(tl.float64)
-    v = tl.load(V[0] + cols, mask=cols < vocab, other=-INF).to(tl.float64)
-    z, slope = transformed(z, Z, psi_series)
-    return z, transformed(v, V, psi_series)[0], cols, slope
+    z = tl.load(Z.X + cols, mask=cols < vocab, other=-INF).to(tl.float64)
+    v = tl.load(V.X + cols, mask=cols < vocab, other=-INF).to(tl.float64)
+    z, slope = transformed(z, Z, psi_series, TRANSFORM)
+    return z, transformed(v, V, psi_series, TRANSFORM)[0], cols, slope
+
+
+@triton.jit
+def apart(z, v, mz, mv):
+    """(z - mz) - (v - mv), 0 where a class has only one of the two: from z - v, whose digits are those of the
+    logits, but where the rows lie so far apart that it has none of theirs."""
+    gap = mz - mv
+    t = tl.where(tl.abs(gap) > FARTHEST, (z - mz) - (v - mv), (z - v) - gap)
+    return tl.where((z > -INF) & (v > -INF), t, 0.0)
 
 
 @triton.jit
@@ -126,7 +137,7 @@ def difference(z, v, REVERSE: tl.constexpr):
 
 @triton.jit
 def mixed64(p, q, d, both, mix, base, other, FAMILY: tl.constexpr, BASE_Z: tl.constexpr):
-    """(the term of D, xi) of the mixture family; see triton_kernels.mixed_terms."""
+    """(the term of D, xi) of the mixture family; see mixture.py."""
     b, o, x = p, q, d
     if BASE_Z:
         b, o, x = q, p, -d
@@ -146,14 +157,16 @@ def mixed64(p, q, d, both, mix, base, other, FAMILY: tl.constexpr, BASE_Z: tl.co
 
 
 @triton.jit
-def tell_side(STATS, X, top, broken, k, vocab, FAMILY: tl.constexpr, BLOCK: tl.constexpr):
+def tell_side(
+    STATS, X, top, broken, k, vocab, FAMILY: tl.constexpr, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Writes the log-sum-exp, entropy and top-1 class of one side, two columns apart; at T = inf its classes
     count alike."""
     k = 0.0 if FAMILY == MOMENTS else k
     s = tl.zeros([BLOCK], tl.float64)
     moved, best, place = s, s - INF, tl.full([BLOCK], NOWHERE, tl.int32)
     for at in tl.range(0, vocab, BLOCK):
-        x, _, cols, _ = block64(X, X, at, vocab, BLOCK)
+        x, _, cols, _ = block64(X, X, at, vocab, TRANSFORM, BLOCK)
         depth = tl.where(x > -INF, (x - top) * k, 0.0)
         e = tl.where(x > -INF, tl.exp(depth), 0.0)
         s += e
@@ -170,38 +183,38 @@ def tell_side(STATS, X, top, broken, k, vocab, FAMILY: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def careful_row(
-    Z, V, G, LABELS, LOSS, STATS, row, weight, vocab, k, tilt, base_share, other_share,
-    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss, factor,
+    Z, V, G, LABELS, LOSS, STATS, row, vocab, k, tilt, base_share, other_share, scales,
     FAMILY: tl.constexpr, BASE_Z: tl.constexpr, CENTERED: tl.constexpr, HARD: tl.constexpr,
-    GRAD: tl.constexpr, TELL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GRAD: tl.constexpr, TELL: tl.constexpr, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = 1.0 - tilt if BASE_Z else tilt
     order = tilt if BASE_Z else 1.0 - tilt
     zero = tl.zeros([BLOCK], tl.float64)
     top_z, top_v, least = zero - INF, zero - INF, zero + INF
-    bad = tl.zeros([BLOCK], tl.int32)
-    lone_p, lone_q, differs = bad, bad, bad
+    bad_z = tl.zeros([BLOCK], tl.int32)
+    bad_v, lone_p, lone_q, differs = bad_z, bad_z, bad_z, bad_z
     for at in tl.range(0, vocab, BLOCK):
-        z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
+        z, v, _, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
         top_z, top_v = tl.maximum(top_z, z), tl.maximum(top_v, v)
-        bad |= ((z != z) | (v != v)).to(tl.int32)
+        bad_z |= (z != z).to(tl.int32)
+        bad_v |= (v != v).to(tl.int32)
         lone_p |= ((z == -INF) & (v > -INF)).to(tl.int32)
         lone_q |= ((v == -INF) & (z > -INF)).to(tl.int32)
         if FAMILY == EXTREME:
             least = tl.minimum(least, tl.where((z if BASE_Z else v) > -INF, difference(z, v, BASE_Z), INF))
     mz, mv, least = tl.max(top_z, 0), tl.max(top_v, 0), tl.min(least, 0)
-    broken = (tl.max(bad, 0) > 0) | (finite(mz) == 0) | (finite(mv) == 0)
+    broken_z = (tl.max(bad_z, 0) > 0) | (finite(mz) == 0)
+    broken = broken_z | (tl.max(bad_v, 0) > 0) | (finite(mv) == 0)
     has_lone_p, has_lone_q = tl.max(lone_p, 0) > 0, tl.max(lone_q, 0) > 0
-    mz, mv = tl.where(broken, 0.0, mz), tl.where(broken, 0.0, mv)
+    mz, mv = tl.where(broken_z, 0.0, mz), tl.where(broken, 0.0, mv)
     gap = mz - mv
 
     # sums relative to both maxima
     sz, sv, sd, rest, top_u, top_set = zero, zero, zero, zero, zero - INF, zero - INF
     for at in tl.range(0, vocab, BLOCK):
-        z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
+        z, v, _, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
         both = (z > -INF) & (v > -INF)
-        t = tl.where(both, z - v, gap) - gap
+        t = apart(z, v, mz, mv)
         if FAMILY == MOMENTS:
             sv += both.to(tl.float64)
             sd += tl.where(both, z - v, 0.0)
@@ -227,7 +240,7 @@ def careful_row(
         near = tl.abs(sum_d) < 0.5 * sum_v
         shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
 
-    infinite = has_lone_q if reverses(FAMILY, BASE_Z) else has_lone_p
+    infinite = has_lone_q if FAMILY == KL and BASE_Z else has_lone_p
     most = wide(INF)  # what an infinite value is; the factor of a negative order's is negative
     log_r, mu, sum_u, set_top, sum_set, outside = (
         shift * 0.0,
@@ -245,9 +258,9 @@ def careful_row(
         mu = tl.where(disjoint, 0.0, mu)
         su = zero
         for at in tl.range(0, vocab, BLOCK):
-            z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
+            z, v, _, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
             both = (z > -INF) & (v > -INF)
-            t = tl.where(both, z - v, gap) - gap
+            t = apart(z, v, mz, mv)
             su += tl.where(both, tl.exp((v - mv) * k + b * (t * k) - mu), 0.0)
         sum_u = tl.where(infinite, 1.0, tl.sum(su, 0))
         log_r = tl.where(infinite, 0.0, mu + tl.log(sum_u) - tl.log(sum_v) - b * shift)
@@ -257,7 +270,7 @@ def careful_row(
         set_top = tl.where(empty, 0.0, set_top)
         inside = zero
         for at in tl.range(0, vocab, BLOCK):
-            z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
+            z, v, _, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
             own = v if FAMILY == SUPPORT and BASE_Z else z
             inside += tl.where(chosen_classes(z, v, least, FAMILY, BASE_Z), tl.exp((own - set_top) * k), 0.0)
         sum_set = tl.where(empty, 1.0, tl.sum(inside, 0))
@@ -274,9 +287,9 @@ def careful_row(
         f, own, slopes = zero, zero, zero
         R = tl.exp(log_r)
         for at in tl.range(0, vocab, BLOCK):
-            z, v, _, _ = block64(Z, V, at, vocab, BLOCK)
+            z, v, _, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
             both = (z > -INF) & (v > -INF)
-            t = tl.where(both, z - v, gap) - gap
+            t = apart(z, v, mz, mv)
             if FAMILY == MOMENTS:
                 x = tl.where(both, (z - v) - shift, 0.0)
                 f += 0.5 * x * x
@@ -293,10 +306,10 @@ def careful_row(
                             p, q, w * R, d, tilt, 1.0 / tilt, psi_series, magnitude, select, False
                         )
                     term = tl.where(both, term / (1.0 - tilt), tl.where(v == -INF, q / order, p / b))
-                elif mixes(FAMILY):
+                elif MIXTURE <= FAMILY and FAMILY <= TVD:
                     term, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
                     slopes += q * xi
-                elif reverses(FAMILY, BASE_Z):
+                elif FAMILY == KL and BASE_Z:
                     slopes += tl.where(both, q * d, 0.0)
                     _, term = kl_terms(q, p, -d, psi_series, magnitude, select)
                     term = tl.where(both, term, p)
@@ -307,7 +320,7 @@ def careful_row(
                 own += tl.where(p > 0.0, p * (tl.log(sum_v) - (v - mv) * k), 0.0)
         F = tl.maximum(tl.sum(f, 0), 0.0)
         moved = tl.sum(slopes, 0)
-        if reverses(FAMILY, BASE_Z):
+        if FAMILY == KL and BASE_Z:
             gain = tl.where(infinite, float("nan"), gain)
         if FAMILY == MOMENTS:
             infinite = tl.where(tilt == 0.0, has_lone_p if BASE_Z else has_lone_q, has_lone_p | has_lone_q)
@@ -326,23 +339,23 @@ def careful_row(
                 most = tl.where(order < 0.0, -INF, most)
         else:
             value = F
-            if mixes(FAMILY):
+            if MIXTURE <= FAMILY and FAMILY <= TVD:
                 infinite = broken
             if FAMILY == ENTROPY:
                 value += tl.sum(own, 0)
     value = tl.where(broken, float("nan"), tl.where(infinite, most, value))
 
     if TELL:  # of both sides; what this leaves of a row that is broken is nan
-        tell_terms(STATS, value, value, factor, False)
-        tell_side(STATS + 2, Z, mz, broken, k, vocab, FAMILY, BLOCK)
-        tell_side(STATS + 3, V, mv, broken, k, vocab, FAMILY, BLOCK)
+        tell_terms(STATS, value, value, scales.factor, False)
+        tell_side(STATS + 2, Z, mz, broken, k, vocab, FAMILY, TRANSFORM, BLOCK)
+        tell_side(STATS + 3, V, mv, broken, k, vocab, FAMILY, TRANSFORM, BLOCK)
     hard_value, hard_factor, hard_label, each, label = value * 0.0, value * 0.0, value * 0.0, value * 0.0, -1
     if HARD:
         label, label_logit = label_of(LABELS, Z, row, 0, vocab)
-        label_logit = transformed(wide(label_logit), Z, psi_series)[0]
+        label_logit = transformed(wide(label_logit), Z, psi_series, TRANSFORM)[0]
         others, depths, classes = zero, zero, zero
         for at in tl.range(0, vocab, BLOCK):
-            z, _, cols, _ = block64(Z, V, at, vocab, BLOCK)
+            z, _, cols, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
             others += tl.where(cols == label, 0.0, tl.exp(z - mz))
             if HARD == SMOOTHED:
                 depths += tl.where(z > -INF, z - mz, 0.0)
@@ -351,19 +364,18 @@ def careful_row(
         own_share = tl.exp(label_logit - mz)
         hard_value = tl.where(own_share == 1.0, log1p64(hard), tl.log(own_share + hard) + (mz - label_logit))
         if TELL:
-            tl.store(STATS + 1, tl.where(broken, float("nan"), hard_value))
+            tl.store(STATS + 1, tl.where(broken_z, float("nan"), hard_value))
         hard_value, hard_factor, hard_label, each = joined(
             hard_value, own_share, hard, tl.sum(depths, 0), tl.maximum(tl.sum(classes, 0), 1.0), mz,
-            label_logit, weight * hard_grad_scale,
-            smoothing, z_loss, HARD,
+            label_logit, scales.hard_grad, scales.smoothing, scales.z_loss, HARD,
         )  # fmt: skip
-        hard_value = tl.where(broken, float("nan"), hard_value)
+        hard_value = tl.where(broken_z, float("nan"), hard_value)
     if GRAD:
-        soft = tl.where(broken, float("nan"), weight * grad_scale)
+        soft = tl.where(broken, float("nan"), scales.grad)
         for at in tl.range(0, vocab, BLOCK):
-            z, v, cols, slope = block64(Z, V, at, vocab, BLOCK)
+            z, v, cols, slope = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
             both = (z > -INF) & (v > -INF)
-            t = tl.where(both, z - v, gap) - gap
+            t = apart(z, v, mz, mv)
             if FAMILY == MOMENTS:
                 g = tl.where(both, (z - v) - shift, 0.0) * (tilt / count)
             else:
@@ -375,10 +387,10 @@ def careful_row(
                         g = zero if FAMILY == SUPPORT else -g
                 else:
                     p, d = tl.exp((v - mv) * k) / sum_v, t * k - shift
-                    if mixes(FAMILY):
+                    if MIXTURE <= FAMILY and FAMILY <= TVD:
                         _, xi = mixed64(p, q, d, both, tilt, base_share, other_share, FAMILY, BASE_Z)
                         g = q * (xi - moved)
-                    elif reverses(FAMILY, BASE_Z):
+                    elif FAMILY == KL and BASE_Z:
                         g = q * (d - moved)
                     else:
                         x, w = zero, p
@@ -402,8 +414,8 @@ def careful_row(
                 g += tl.where(
                     cols == label, hard_label, tl.where(z > -INF, hard_factor * tl.exp(z - mz) - each, 0.0)
                 )
-            if len(Z) > 2:
+            if TRANSFORM == CAPPED:
                 g *= slope
             tl.store(G + cols, g.to(tl.float32).to(G.dtype.element_ty), mask=cols < vocab)
-    loss = weighted(value, hard_value, weight, value_scale, value_unit, hard_scale, HARD)
+    loss = weighted(value, hard_value, scales, HARD)
     tl.store(LOSS + row, tl.where(broken, float("nan"), loss))

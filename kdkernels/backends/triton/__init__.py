@@ -1,0 +1,128 @@
+"""Triton: CUDA, ROCm and XPU from one source; CPU tensors under its interpreter, for tests.
+
+`loss` goes through launch.py (a call's launches), plan.py (their geometry) and kernels.py (what is launched).
+Rows go from stage to stage: sums.py, close.py, gradient.py; mixture.py has two stages of its own, careful.py
+the rows that are out of a float's range.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+from torch import Tensor
+
+from ...call import Call
+from ...divergence import of
+from .launch import Launch, interpreting, launches, on
+from .launch import kernel as kernel
+from .numbers import single
+from .plan import Device
+
+name = "triton"
+
+SOFTMAX_BLOCK = 2048
+SCALE_BLOCK = 8192
+SCALE_PROGRAMS = 8  # of `scale_all`, on a multiprocessor
+
+
+def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
+    """Why this backend cannot run on a device for such logits; None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install kdkernels[triton]"
+    if device.type not in ("cuda", "xpu", "cpu"):
+        return f"triton has no {device.type} device"
+    if device.type == "cpu" and not interpreting():
+        return "CPU tensors run under triton's interpreter only: TRITON_INTERPRET=1, for tests"
+    if torch.float64 in dtypes:
+        return "it computes in fp32, and float64 logits ask for more"
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def figures(device: torch.device) -> Device:
+    """What the plan needs to know of a device."""
+    if device.type == "cpu":
+        return Device(processors=2)
+    properties = getattr(torch, device.type).get_device_properties(device)
+    known = [getattr(properties, x, None) for x in ("multi_processor_count", "gpu_subslice_count")]
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return Device(next((x for x in known if x), 64), getattr(properties, "warp_size", None) or 32, nvidia)
+
+
+def loss(call: Call) -> Tensor:
+    """The contract of `Call`."""
+    if call.stats is not None:
+        call.stats.fill_(math.nan)  # of rows that count for nothing
+    n = call.numbers
+    if n.value_scale != 0 or n.grad_scale != 0:
+        return _losses(call)
+    # 0 times a term is no term, also where the term is nan
+    hard = call.labels is not None and (n.hard_scale != 0 or n.hard_grad_scale != 0)
+    out = None
+    if call.stats is not None or not hard:
+        out = _losses(call._replace(grad=None)).zero_()
+    if hard:
+        return _losses(_without_a_teacher(call))
+    if call.grad is not None:
+        call.grad.zero_()
+    return out
+
+
+def _without_a_teacher(call: Call) -> Call:
+    """The hard term alone: the student is its own teacher."""
+    n, m = call.numbers, call.numbers.modifiers
+    m = m._replace(teacher_scale=m.student_scale, teacher_softcap=m.student_softcap)
+    same = n._replace(temperature=1.0, modifiers=m)
+    return call._replace(teacher=call.student, divergence=of("kl", 0.0), numbers=same, stats=None)
+
+
+def _losses(call: Call) -> Tensor:
+    device = call.student.device
+    out = torch.empty(math.prod(call.student.shape[:-1]), dtype=torch.float64, device=device)
+    if out.numel():
+        with on(device):
+            for launch in launches(call, out, figures(device)):
+                launch.run(device)
+    return out
+
+
+def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> Tensor:
+    """The operator's contract (ops.py)."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    vocab = logits.shape[-1]
+    if out.numel() == 0:
+        return out
+    if math.isinf(temperature):  # uniform over the classes that are not masked
+        x = logits.float()
+        return (
+            out.zero_()
+            if upstream is not None
+            else torch.where(x > -math.inf, x - x, x).log_softmax(-1).to(logits.dtype)
+        )
+    x, u = logits.contiguous(), out if upstream is None else upstream.contiguous()
+    k = single(1 / temperature)
+    more = dict(BACKWARD=upstream is not None, BLOCK=SOFTMAX_BLOCK)
+    with on(logits.device):
+        Launch(
+            "log_softmax_rows",
+            out.numel() // vocab,
+            dict(X=x, U=u, OUT=out, vocab=vocab, k=k, k_low=1 / temperature - k) | more,
+            8,
+        ).run(x.device)
+    return out
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, 0-d on its device, without waiting for it; nothing is moved where it is 1."""
+    count = grad.numel()
+    if not grad.is_contiguous():
+        grad.mul_(factor)
+    elif count:
+        with on(grad.device):
+            grid = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * figures(grad.device).processors)
+            Launch("scale_all", grid, dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run(
+                grad.device
+            )

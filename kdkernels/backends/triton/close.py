@@ -1,0 +1,245 @@
+"""Between the sweeps: what the sums of a row say, as fp64 scalars.
+
+Plain: log-sum-exps in base 2, the value, and two factors of the gradient. Exact: what the reference K lacks,
+h = log sum o - log sum b - K, so that the second sweep has y = log(o / b).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .arithmetic import INF, LN2, LOG2E, MOST, exp2_64, expm164, finite, log1p64, log2_64, wide
+from .records import ALPHA, ENTROPY, Reference
+from .sums import reference_at
+
+
+class Plain(NamedTuple):
+    """n_b, n_o: integers near the log-sum-exps in base 2; the second sweep's exponents are relative to them.
+
+    A tile's gradient is C (A x - y), x and y as `gradient.plain_gradient` says.
+    """
+
+    n_b: tl.tensor
+    n_o: tl.tensor
+    A: tl.tensor
+    C: tl.tensor
+
+
+class Exact(NamedTuple):
+    """The exact form's reference, which is log sum o - log sum b to all digits, and M_b.
+
+    A tile's gradient is A em + P et + C e, with eu for et where `direct`; see `sums.py`.
+    """
+
+    reference: tl.tuple
+    M_b: tl.tensor
+    A: tl.tensor
+    P: tl.tensor
+    C: tl.tensor
+    direct: tl.tensor
+
+
+@triton.jit
+def settled(sums, log_r, numbers, spec: tl.constexpr):
+    """Whether the sums of the first sweep are numbers that the rest can be made of; `careful.py` takes the
+    other rows. An R of 40 nats, and what is relative to it, is within a float's range."""
+    ok = finite(sums.f) & finite(sums.others + sums.exponents) & (sums.s > 0.0) & (sums.so > 0.0)
+    ok = ok & finite(sums.s) & finite(sums.so)
+    ok = ok & (tl.abs(sums.top_b * numbers.c) < MOST) & (tl.abs(sums.top_o * numbers.c) < MOST)
+    if spec.power:
+        ok = ok & ((sums.u if spec.exact else sums.f) > 0.0) & (tl.abs(log_r) < 40.0)
+    return ok
+
+
+# ---------------------------------------------------------------- the plain form
+
+
+@triton.jit
+def log2_sums(sums, numbers):
+    """log2 of both rows' sums of exponentials, in logits' own scale."""
+    M_b, M_o = wide(tl.ceil(sums.top_b * numbers.c)), wide(tl.ceil(sums.top_o * numbers.c))
+    return M_b + log2_64(sums.s), M_o + log2_64(sums.so), M_b, M_o
+
+
+@triton.jit
+def log2_ratio(sums, numbers):
+    """log2 sum p^a q^{1 - a} of the two softmaxes (orders), and log2 of the sum as it stands."""
+    log_b, log_o, M_b, M_o = log2_sums(sums, numbers)
+    log_w = log2_64(sums.f) + (M_b + numbers.tilt * (M_o - M_b))
+    return log_w - log_b - numbers.tilt * (log_o - log_b), log_w
+
+
+@triton.jit
+def signed(value, numbers, spec: tl.constexpr):
+    """D of an order, which rounding may have taken past 0: of a negative order its factor is negative."""
+    if spec.student_base and spec.family != ALPHA:
+        return tl.where(numbers.tilt < 0.0, tl.minimum(value, 0.0), tl.maximum(value, 0.0))
+    else:
+        return tl.maximum(value, 0.0)
+
+
+@triton.jit
+def of_order(log_r, numbers, spec: tl.constexpr):
+    """D from log R."""
+    b = wide(numbers.tilt)
+    if spec.family == ALPHA:
+        value = expm164(log_r) / (b * (b - 1.0))
+    else:
+        value = log_r / (b - 1.0 if spec.student_base else -b)
+    return signed(value, numbers, spec)
+
+
+@triton.jit
+def plain_value(sums, numbers, spec: tl.constexpr):
+    """D of a row; mixtures sum it later."""
+    if spec.power:
+        return of_order(log2_ratio(sums, numbers)[0] * LN2, numbers, spec)
+    elif spec.family == ENTROPY:
+        return (sums.f / sums.s + log2_64(sums.so)) * LN2
+    else:
+        return tl.maximum((sums.f / sums.s - log2_64(sums.s) + log2_64(sums.so)) * LN2, 0.0)
+
+
+@triton.jit
+def plain_close(sums, value, scale, numbers, spec: tl.constexpr):
+    """`Plain` of a row, for a gradient times `scale`.
+
+    The factors have what the integers lack, made in fp64: no digit is lost to a log-sum-exp rounded to fp32,
+    and where z = v the gradient is exactly 0.
+    """
+    log_b, log_o, M_b, M_o = log2_sums(sums, numbers)
+    n_b, n_o = tl.floor(log_b + 0.5), tl.floor(log_o + 0.5)
+    b_unit, o_unit = exp2_64(n_b - log_b), exp2_64(n_o - log_o)
+    A, C = o_unit / b_unit, scale * b_unit
+    if spec.power:
+        log_r, log_w = log2_ratio(sums, numbers)
+        if spec.family == ALPHA:
+            scale *= exp2_64(log_r) / (numbers.tilt if spec.student_base else 1.0 - wide(numbers.tilt))
+        q_unit = b_unit if spec.student_base else o_unit
+        A, C = exp2_64(n_b + numbers.tilt * (n_o - n_b) - log_w) / q_unit, -scale * q_unit
+    elif spec.reverse_kl:
+        A, C = value / LN2 - ((n_b - log_b) - (n_o - log_o)), C * LN2
+    return Plain(n_b.to(tl.float32), n_o.to(tl.float32), A.to(tl.float32), C.to(tl.float32))
+
+
+# ---------------------------------------------------------------- the exact form
+
+
+@triton.jit
+def base_2(reference, numbers):
+    """K + K_low in base 2, at the scale of logits, which is c."""
+    return (wide(reference.K) + reference.K_low) / numbers.k * numbers.c
+
+
+@triton.jit
+def missing(sums, reference, numbers):
+    """h: what the reference lacks of log sum o - log sum b, in nats."""
+    M_b, M_o = tl.ceil(sums.top_b * numbers.c), tl.ceil(sums.top_o * numbers.c)
+    near = tl.abs(sums.f) < 0.5 * sums.s
+    rest = tl.log(sums.so / sums.s) + ((wide(M_o) - M_b) - base_2(reference, numbers)) / LOG2E
+    return tl.where(near, log1p64(tl.where(near, sums.f / sums.s, 0.0)), rest)
+
+
+@triton.jit
+def log_power_sum(sums, h, numbers, spec: tl.constexpr):
+    """log R, from sums that hold their digits where R is not near 1; near 1 it comes from F."""
+    if spec.power:
+        near = tl.abs(sums.p) < 0.5 * sums.s
+        near_1 = log1p64(tl.where(near, sums.p / sums.s, 0.0))
+        return tl.where(near, near_1, tl.log(sums.u / sums.s)) - numbers.tilt * h
+    else:
+        return h * 0.0
+
+
+@triton.jit
+def poor(sums, h, log_r, numbers, spec: tl.constexpr):
+    """Whether the first sweep should be repeated with K + h for its reference.
+
+    Where |h| is large, h is a logarithm of rounded exponentials, 1e-7 of each, and so are q and w. That shows
+    where both distributions are a few classes; elsewhere the gradient is large, or errors average. Where log
+    R is large, so are the exponents of w: with the references of the second sweep, a dominant class of w has
+    the same error, bit for bit, in its sum and in the gradient.
+    """
+    far = tl.abs(sums.f) >= 0.5 * sums.s
+    again = far & (sums.s < 4.0) & (sums.so < 4.0) | (tl.abs(log_r) > 3.0)
+    if spec.mixes:
+        largest = tl.math.exp2(tl.fma(sums.top_b, numbers.c, -tl.ceil(sums.top_b * numbers.c)))
+        again = again | (sums.s - largest < 1e-5 * sums.s) & (h != 0.0)
+    if spec.reverse_kl:
+        again = again | far
+    return again
+
+
+@triton.jit
+def shifted(reference, h, numbers):
+    """The reference with h added. h is in c's scale, which k is a rounding away from."""
+    exact = wide(reference.K) + reference.K_low + h * (wide(numbers.k) * LOG2E / numbers.c)
+    high = exact.to(tl.float32)
+    return reference_at(high, (exact - high).to(tl.float32), numbers)
+
+
+@triton.jit
+def far_from_1(log_r):
+    """Whether R is so far from 1 that q - w is subtracted as it stands, and D is a logarithm."""
+    return tl.abs(log_r) > 1.0
+
+
+@triton.jit
+def exact_close(sums, reference, h, log_r, scale, numbers, spec: tl.constexpr):
+    """`Exact` of a row, for a gradient times `scale`."""
+    after = shifted(reference, h, numbers)
+    unit, direct = scale / sums.s, far_from_1(log_r)
+    A, P, C = unit, unit * 0.0, unit * 0.0
+    if spec.power:
+        # as it is in the first sweep, where w is made of a few classes: their rounding is that of its sum
+        after = Reference(
+            tl.where(direct, reference.K, after.K), tl.where(direct, reference.K_low, after.K_low),
+            tl.where(direct, reference.N, after.N), tl.where(direct, reference.w, after.w),
+        )  # fmt: skip
+        left = tl.where(direct, h, 0.0)  # of what y lacks
+        if spec.family == ALPHA:
+            unit *= tl.exp(log_r) / (numbers.tilt if spec.student_base else 1.0 - wide(numbers.tilt))
+        A, P = unit * tl.exp(-left), -unit * tl.exp(-numbers.tilt * left - log_r)
+        C = tl.where(direct, unit if spec.student_base else A, -unit * expm164(-log_r))
+    elif spec.reverse_kl:
+        # the mean of y under b, seen from the new reference
+        mean = sums.p / sums.s + (wide(reference.K) - after.K) + (wide(reference.K_low) - after.K_low)
+        unit = tl.where(finite(mean), unit, float("nan"))  # where D is infinite
+        P, C = -unit, unit * mean
+    M_b = tl.ceil(sums.top_b * numbers.c)
+    return Exact(after, M_b, A.to(tl.float32), P.to(tl.float32), C.to(tl.float32), direct)
+
+
+@triton.jit
+def exact_value(sums, f, d, log_r, numbers, spec: tl.constexpr):
+    """D from what the second sweep has summed: f, the terms of F, and d, of e (e^y - 1).
+
+    d is what y still lacks, as sum q = sum p: with it F is F' - (d / s)^2 / 2, up to a third order, F' as it
+    was summed. A row of one class has F = 0 by that alone.
+    """
+    F = tl.where(finite(f), f / sums.s, INF)
+    rest = tl.where(tl.abs(d) < 1e-3 * sums.s, d / sums.s, 0.0)
+    if spec.power:
+        b = wide(numbers.tilt)
+        F = tl.maximum(F / (1.0 - b) - 0.5 * rest * rest, 0.0)
+        near = tl.abs(log_r) < 0.4
+        far = expm164(tl.where(near, 0.0, log_r)) / (b * (b - 1.0))
+        if spec.family == ALPHA:
+            return tl.where(near, F, far)
+        else:
+            log_r = tl.where(near, log1p64(tl.where(near, -b * (1.0 - b) * F, 0.0)), log_r)
+            return log_r / (b - 1.0 if spec.student_base else -b)
+    else:
+        return tl.maximum(F - 0.5 * rest * rest, 0.0)
+
+
+@triton.jit
+def entropy(others, ties, own, top, numbers):
+    """sum p (log sum e - log e), the sum without its largest term, which would swamp the others. The sums are
+    over 2^M of top."""
+    unit = tl.exp((wide(top) * numbers.c - tl.ceil(top * numbers.c)) / LOG2E)
+    rest = others / unit + (ties - 1.0)
+    return own / unit / LOG2E / (1.0 + rest) + log1p64(rest)

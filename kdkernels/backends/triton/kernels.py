@@ -1,0 +1,226 @@
+"""The kernel of the loss: a row, or a part of one, from its logits to its loss and gradient.
+
+    plain      first_sweep -> plain_value, plain_close -> write_plain
+    exact      first_sweep -> h (first_sweep again where h is poor) -> write_exact -> exact_value
+    mixtures   first_sweep -> (h) -> middle_sweep -> mixed_value, mixed_close -> write_mixed
+
+The other files are named after these stages. What the first sweep finds out of a float's range is left to
+`careful.py`: its loss is `lost_row()`, and its gradient is not written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import LN2, LOW, exp2_64, long, psi_short, wide
+from .close import (
+    entropy,
+    exact_close,
+    exact_value,
+    log2_ratio,
+    log2_sums,
+    log_power_sum,
+    missing,
+    plain_close,
+    plain_value,
+    poor,
+    settled,
+    shifted,
+)
+from .exchange import Exchange, row_sums, second_of_parts, second_sums
+from .gradient import write_exact, write_plain
+from .hard import hard_of
+from .mixture import MixedSums, middle_sweep, mixed_close, mixed_value, write_mixed
+from .records import AGAIN, ALL, ENTROPY, FIRST, LAST, MIDDLE, Numbers, Row, Scales, Side
+from .rows import label_of, row_at, transformed, write_zeros
+from .statistics import COLUMNS, tell_sides, tell_terms
+from .sums import reference_at, sample
+
+LOST = tl.constexpr(0x7FF8_10_57_0000_0000)
+# compiled for any value
+NUMBERS = [
+    "inner", "z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner", "vocab", "width", "rows",
+    "parts", "size",
+]  # fmt: skip
+# a number of each: where they begin, as of labels[1:], makes no other kernel
+ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS"]
+
+
+@triton.jit
+def lost_row():
+    """The loss of a row that `careful_rows` is to compute: a nan that arithmetic does not make."""
+    return tl.full([], LOST, tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def is_lost(loss):
+    return loss.to(tl.int64, bitcast=True) == LOST
+
+
+@triton.jit
+def weighted(value, hard_value, scales, hard: tl.constexpr):
+    """The loss of a row."""
+    scale = wide(scales.value) * scales.value_unit
+    loss = tl.where(scale == 0.0, 0.0, scale * value)
+    if hard:
+        loss += tl.where(scales.hard == 0.0, 0.0, scales.hard * hard_value)
+    return scales.weight * loss
+
+
+@triton.jit
+def tell(LOSS, STATS, value, sums, hard, numbers, scales, spec: tl.constexpr):
+    """Writes a row's loss and statistics."""
+    tl.store(LOSS, weighted(value, hard.value, scales, spec.hard))
+    if spec.stats:
+        tell_sides(STATS, sums, numbers, spec)
+        tell_terms(STATS, value, hard.cross_entropy, scales.factor, spec.hard)
+
+
+@triton.jit
+def once(x, read, slot: tl.constexpr, spec: tl.constexpr):
+    """What a program reads of its logits before the first exchange: in later launches under the interpreter
+    the gradient may have taken their place."""
+    if spec.phase == ALL:
+        return read
+    else:
+        SLOT = x.STATE + x.part * spec.state + slot
+        if spec.phase == FIRST:
+            tl.store(SLOT, wide(read))
+        return tl.load(SLOT).to(tl.float32)
+
+
+@triton.jit
+def plain_row(row, x, label_logit, LOSS, STATS, numbers, scales, spec: tl.constexpr):
+    sums = row_sums(row, x, numbers, reference_at(0.0, 0.0, numbers), LOW, LOW, 0, spec)
+    if spec.phase > AGAIN:
+        log_r = wide(0.0)
+        if spec.power:
+            log_r = log2_ratio(sums, numbers)[0] * LN2
+        if settled(sums, log_r, numbers, spec):
+            hard = hard_of(sums, label_logit, scales, spec)
+            value = sums.s
+            if not spec.mixes:
+                value = plain_value(sums, numbers, spec)
+            closed = plain_close(sums, value, scales.grad, numbers, spec)
+            if spec.mixes:
+                s = exp2_64(log2_sums(sums, numbers)[0] - closed.n_b)
+                mixed_row(row, x, s, closed, sums, hard, LOSS, STATS, numbers, scales, spec)
+            else:
+                if spec.grad:
+                    write_plain(row, closed, hard, numbers, spec)
+                if x.part == 0:
+                    tell(LOSS, STATS, value, sums, hard, numbers, scales, spec)
+        else:
+            tl.store(LOSS, lost_row())
+
+
+@triton.jit
+def exact_row(row, x, label_logit, LOSS, STATS, numbers, scales, spec: tl.constexpr):
+    top_b, top_o, K = sample(row, numbers, spec)
+    K = once(x, K, 15, spec) if not spec.alone else K
+    reference = reference_at(K, K * 0.0, numbers)
+    sums = row_sums(row, x, numbers, reference, top_b, top_o, 0, spec)
+    if spec.phase > FIRST:
+        h = missing(sums, reference, numbers)
+        log_r = log_power_sum(sums, h, numbers, spec)
+        ok = settled(sums, log_r, numbers, spec)
+        if ok & poor(sums, h, log_r, numbers, spec):
+            reference = shifted(reference, h, numbers)
+            sums = row_sums(row, x, numbers, reference, sums.top_b, sums.top_o, 1, spec)
+            if spec.phase > AGAIN:
+                h = missing(sums, reference, numbers)
+                log_r = log_power_sum(sums, h, numbers, spec)
+                ok = settled(sums, log_r, numbers, spec)
+        if spec.phase > AGAIN:
+            if ok:
+                exact_rest(row, x, sums, reference, h, log_r, label_logit, LOSS, STATS, numbers, scales, spec)
+            else:
+                tl.store(LOSS, lost_row())
+
+
+@triton.jit
+def exact_rest(
+    row, x, sums, reference, h, log_r, label_logit, LOSS, STATS, numbers, scales, spec: tl.constexpr
+):  # fmt: skip
+    hard = hard_of(sums, label_logit, scales, spec)
+    closed = exact_close(sums, reference, h, log_r, scales.grad, numbers, spec)
+    if spec.mixes:
+        mixed_row(row, x, sums.s, closed, sums, hard, LOSS, STATS, numbers, scales, spec)
+    elif spec.phase != MIDDLE:
+        mine = write_exact(row, closed, hard, sums.top_b, numbers, spec)
+        found, last = second_sums(mine, x, False, spec)
+        if last:
+            f, d, others, ties, own = found
+            value = exact_value(sums, f, d, log_r, numbers, spec)
+            if spec.family == ENTROPY:
+                value += entropy(others, ties, own, sums.top_b, numbers)
+            tell(LOSS, STATS, value, sums, hard, numbers, scales, spec)
+
+
+@triton.jit
+def mixed_row(row, x, s, closed, sums, hard, LOSS, STATS, numbers, scales, spec: tl.constexpr):
+    """The other two sweeps of a mixture; s: what b's softmax is over."""
+    if spec.phase == LAST and not spec.alone:
+        middle, last = second_of_parts(x, spec), x.part == 0
+    else:
+        middle, last = second_sums(middle_sweep(row, closed, numbers, spec), x, spec.grad, spec)
+        if spec.grad and not spec.alone:
+            last = x.part == 0
+    if spec.phase != MIDDLE:
+        middle = MixedSums(middle[0], middle[1], middle[2], middle[3], middle[4])
+        if spec.grad:
+            write_mixed(row, mixed_close(s, middle, closed, scales.grad, spec), hard, numbers, spec)
+        if last:
+            tell(LOSS, STATS, mixed_value(s, middle, spec), sums, hard, numbers, scales, spec)
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
+def loss_rows(
+    Z, V, G, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNT,
+    inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width, parts, size,
+    c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale,
+    hard_grad_scale, smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness,
+    factor, SPEC: tl.constexpr,
+):  # fmt: skip
+    """The operator's contract (ops.py), `parts` programs to a row, `size` places of its window to each."""
+    spec: tl.constexpr = SPEC
+    part = 0 if spec.alone else tl.program_id(0) % parts
+    row = long(tl.program_id(0) if spec.alone else tl.program_id(0) // parts)
+    weight = tl.load(WEIGHTS + row) if spec.weighted else wide(1.0)
+    z_at, edge = row_at(row, inner, z_outer, z_inner, spec)
+    v_at, _ = row_at(row, inner, v_outer, v_inner, spec)
+    g_at, _ = row_at(row, inner, g_outer, g_inner, spec)
+    TILE: tl.constexpr = spec.tile
+    first = 0 if spec.alone else tl.multiple_of(part * size, TILE)
+    last = tl.minimum(first + size, edge + vocab)
+    if spec.grad and spec.phase >= LAST:
+        if part == 0:
+            write_zeros(G + g_at, edge + vocab, edge + width, spec.tile)
+    if weight == 0.0:
+        if spec.grad:
+            write_zeros(G + g_at, tl.maximum(first, edge), last, spec.tile)
+        tl.store(LOSS + row, weight)
+    else:
+        student = Side(Z + z_at, z_scale, z_softcap, z_steepness)
+        teacher = Side(V + v_at, v_scale, v_softcap, v_steepness)
+        x = Exchange(STATE + row * parts * spec.state, COUNT + 2 * row, part, parts)
+        label, label_logit = -1, wide(0.0)
+        if spec.hard:
+            label, logit = label_of(LABELS, student, row, edge, vocab)
+            label_logit = wide(transformed(logit, student, psi_short, spec.transform)[0])
+            if not spec.alone:
+                label_logit = wide(once(x, label_logit.to(tl.float32), 14, spec))
+        numbers = Numbers(c, k, tilt, inverse_tilt, base_share, other_share)
+        scales = Scales(
+            weight, value_scale, value_unit, weight * grad_scale, hard_scale, weight * hard_grad_scale,
+            smoothing, z_loss, factor,
+        )  # fmt: skip
+        base, other = teacher, student
+        if spec.student_base:
+            base, other = student, teacher
+        here = Row(base, other, G + g_at, edge, first, last, vocab, label)
+        if spec.exact:
+            exact_row(here, x, label_logit, LOSS + row, STATS + row * COLUMNS, numbers, scales, spec)
+        else:
+            plain_row(here, x, label_logit, LOSS + row, STATS + row * COLUMNS, numbers, scales, spec)

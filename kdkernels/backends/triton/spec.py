@@ -1,0 +1,99 @@
+"""What is compiled of a call (`Spec`), and the constants that launcher and kernels share. Knows no Triton.
+
+A row has a base b, the distribution that its sums are weighted with, and another, o: teacher and student, or
+the other way round (`Spec.base`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+# of a Form (divergence.py), as the kernels tell them apart. KL is KL(b, o): reverse KL with the student for b
+FAMILIES = (
+    "KL", "ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME"
+)  # fmt: skip
+MIXTURES = ("MIXTURE", "SKEWED", "TVD")  # their gradient takes a sum more: three sweeps
+# Spec.base; STEEP: the student, where the tilt is below -1
+TEACHER, STUDENT, STEEP = range(3)
+# Spec.access. EVEN: every row starts and ends on 16 bytes. WINDOW: the rows of all tensors are off by the
+# same number of classes, so that all but the ends are read 16 bytes at a time. SCALAR: a class an access
+EVEN, WINDOW, SCALAR = range(3)
+# Spec.hard: without and with label smoothing. Spec.transform: scales alone, or a softcap too
+CROSS_ENTROPY, SMOOTHED = 1, 2
+SCALED, CAPPED = 1, 2
+# Spec.phase: under the interpreter, whose programs run one after another, those of a row cannot wait for each
+# other, and what lies between two exchanges is a launch of its own. ALL: everything, which is what a GPU runs
+FIRST, AGAIN, MIDDLE, LAST, ALL = range(5)
+KEPT = 14  # numbers of `Sums`
+MOST_PARTS = 32  # programs to a row
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled for: everything else of a call is a number at run time."""
+
+    family: int
+    base: int
+    exact: bool  # whether small differences keep their digits: `launch.is_exact`
+    hard: int
+    grad: bool
+    weighted: bool
+    transform: int
+    stats: bool
+    carry: bool  # whether o - b is more than a float: for fp32 logits and transformed ones
+    fast_log2: bool  # whether the compiler has NVIDIA's instruction
+    centered: bool  # of MOMENTS: logit matching compares the logits themselves
+    access: int
+    alone: bool  # one program to a row
+    phase: int
+    lanes: int  # a tile has so many runs
+    run: int  # of so many classes, 16 bytes of the narrower logits
+
+    @property
+    def tile(self) -> int:
+        return self.lanes * self.run
+
+    @property
+    def student_base(self) -> bool:
+        return self.base != TEACHER
+
+    @property
+    def power(self) -> bool:
+        return FAMILIES[self.family] in ("POWER", "ALPHA")
+
+    @property
+    def mixes(self) -> bool:
+        return FAMILIES[self.family] in MIXTURES
+
+    @property
+    def reverse_kl(self) -> bool:
+        """Whose gradient is in the base's logits, and asks for D."""
+        return FAMILIES[self.family] == "KL" and self.student_base
+
+    @property
+    def splits(self) -> bool:
+        """Whether the gradient is not linear in the reference K: the sweeps subtract its rounding, too."""
+        return self.mixes or self.reverse_kl
+
+    @property
+    def slots(self) -> int:
+        """fp64 numbers of a first sweep that programs exchange; between launches also what is read once."""
+        if self.phase != ALL:
+            return KEPT + 2
+        return KEPT if self.stats or self.hard == SMOOTHED else 8 if self.exact else 6 if self.hard else 5
+
+    @property
+    def second(self) -> int:
+        """fp64 numbers of the sweep after it that they exchange."""
+        return 5 if self.exact or self.mixes else 0
+
+    @property
+    def state(self) -> int:
+        """fp64 numbers of a program."""
+        return self.slots * (2 if self.exact else 1) + self.second
+
+    @property
+    def inner(self) -> Spec:
+        """Of tiles that lie within a row's window: they need no mask."""
+        return dataclasses.replace(self, access=EVEN) if self.access == WINDOW else self

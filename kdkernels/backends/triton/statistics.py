@@ -1,0 +1,35 @@
+"""The statistics of a row (stats.py): D, the cross entropy, and of both sides the log-sum-exp, the entropy
+and the class with the largest logit, from what the first sweep has summed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ... import stats
+from .arithmetic import LN2, log2_64, wide
+
+COLUMNS = tl.constexpr(stats.COLUMNS)
+
+
+@triton.jit
+def tell_side(STATS, top, s, moved, place, numbers):
+    """moved: sum of e a, e = 2^a relative to the integer M."""
+    tl.store(STATS, (wide(tl.ceil(top * numbers.c)) + log2_64(s)) * LN2)
+    tl.store(STATS + 2, tl.maximum((log2_64(s) - moved / s) * LN2, 0.0))
+    tl.store(STATS + 4, place)
+
+
+@triton.jit
+def tell_sides(STATS, sums, numbers, spec: tl.constexpr):
+    base = 0 if spec.student_base else 1
+    tell_side(STATS + 2 + base, sums.top_b, sums.s, sums.moved_b, sums.place_b, numbers)
+    tell_side(STATS + 3 - base, sums.top_o, sums.so, sums.moved_o, sums.place_o, numbers)
+
+
+@triton.jit
+def tell_terms(STATS, value, cross_entropy, factor, HARD: tl.constexpr):
+    """D and the cross entropy of a row."""
+    tl.store(STATS, value * factor)
+    if HARD:
+        tl.store(STATS + 1, cross_entropy)
