@@ -445,6 +445,8 @@ REGISTRY: dict[str, type[Divergence]] = {
         LogitMatching,
     )
 }
+# other names that papers and libraries have for some of them
+ALIASES = {"forward_kl": "kl", "js": "jsd(0.5)"}
 
 
 @functools.lru_cache(maxsize=256)
@@ -455,8 +457,11 @@ def of(name: str, parameter: float) -> Divergence:
 
 
 def parse(text: str) -> Divergence:
-    """The divergence of a text form: "kl", "renyi(0.5)", "renyi(inf)", "jsd(0.1)". parse(d.text) == d."""
-    name, bracket, rest = text.strip().partition("(")
+    """The divergence of a text form: "kl", "renyi(0.5)", "renyi(inf)", "jsd(0.1)". parse(d.text) == d.
+
+    "forward_kl" is "kl", and "js" is "jsd(0.5)".
+    """
+    name, bracket, rest = ALIASES.get(text.strip(), text).strip().partition("(")
     cls = REGISTRY.get(name.strip())
     if cls is None or (bracket and not rest.endswith(")")):
         written = {

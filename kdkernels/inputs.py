@@ -107,6 +107,12 @@ def differentiated(x: Tensor) -> bool:
     return x.requires_grad or (forward_ad._current_level >= 0 and has_tangent(x))
 
 
+def leaf_detached(x: Any) -> Any:
+    """x without its requires_grad where it is a parameter that nobody asks a gradient of here; what a graph
+    stands behind stays as it is, since detaching it would cut the graph unseen."""
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad and x.is_leaf else x
+
+
 def has_tangent(x: Tensor) -> bool:
     """Whether x has a tangent of forward-mode differentiation, which asks for no requires_grad."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:

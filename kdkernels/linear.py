@@ -840,7 +840,8 @@ def fused_linear_kd_loss(
         student_weight: (V, H) of the head, which may be the embedding's as well. No gradient is computed
             where it requires none.
         teacher_hidden, teacher_weight: (..., H') and (V', H'); H' and the dtype may differ from the
-            student's.
+            student's. A teacher's weight and bias may be parameters that require a gradient: without
+            teacher_grad they get none.
         student_bias, teacher_bias: (V), (V').
         teacher_logits: in place of the teacher's three: (..., V'), or a callable (start, stop) -> (stop -
             start, V') logits of these of the flattened tokens, on any device; in the forward, and with
@@ -894,6 +895,8 @@ def fused_linear_kd_loss(
     o.check_exchangeable()
     memory_budget = check_chunking(logits_dtype, memory_budget)
     num_counted = _integer("num_counted", num_counted, "an integer")
+    if not teacher_grad:  # parameters of a model that nobody has frozen
+        teacher_weight, teacher_bias = map(inputs.leaf_detached, (teacher_weight, teacher_bias))
     tensors = (
         student_hidden,
         student_weight,

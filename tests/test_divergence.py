@@ -55,6 +55,16 @@ def test_text_forms_round_trip(divergence):
     assert fused_kd_loss(torch.ones(1, 3), torch.zeros(1, 3), divergence=divergence).item() >= 0
 
 
+def test_other_names():
+    assert parse("forward_kl") == KL() and parse(" js ") == JSD(0.5)
+    z, v = torch.randn(2, 3, 7).unbind()
+    for name, divergence in (("forward_kl", KL()), ("js", JSD())):
+        assert torch.equal(fused_kd_loss(z, v, divergence=name), fused_kd_loss(z, v, divergence=divergence))
+    for text in ("js(0.3)", "forward_kl()", "forward_js"):
+        with pytest.raises(ValueError, match="divergence"):
+            parse(text)
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [

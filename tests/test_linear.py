@@ -703,7 +703,13 @@ ERRORS = [
         ValueError,
         "teacher_hidden: receives a gradient only with teacher_grad",
     ),
-    ((H, W, TH, TW.clone().requires_grad_()), {}, ValueError, "teacher_weight: receives a gradient only"),
+    ((H, W, TH, TW.clone().requires_grad_() * 1), {}, ValueError, "teacher_weight: receives a gradient only"),
+    (
+        (H, W, TH, TW),
+        {"teacher_bias": torch.zeros(len(TW), requires_grad=True) * 1},
+        ValueError,
+        "teacher_bias: receives a gradient only",
+    ),
     ((H, W, TH, TW), {"hard_weight": 0.5}, ValueError, "hard_weight.*labels"),
     ((H, W, TH, TW, Y.int()), {}, TypeError, "labels.*int32"),
     ((H, W, TH, TW, Y[0]), {}, ValueError, r"labels: must be \(2, 3\), the hidden states' leading shape"),
@@ -736,6 +742,30 @@ ERRORS = [
 def test_bad_input(arguments, options, error, says):
     with pytest.raises(error, match=says):
         fused_linear_kd_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_parameters_of_a_teacher_need_not_be_frozen(reduction):
+    """A head's weight and bias require a gradient unless somebody has said otherwise: they get none."""
+    student, teacher, labels = models()
+    expected = chunked(student, teacher, labels, hard_weight=0.5, reduction=reduction)
+    unfrozen = [teacher[0], *(x.clone().requires_grad_() for x in teacher[1:])]
+    found = chunked(student, unfrozen, labels, hard_weight=0.5, reduction=reduction)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert student[1].grad.any() and unfrozen[1].grad is None and unfrozen[2].grad is None
+
+
+def test_parameters_of_a_teacher_under_compile():
+    student, (hidden, weight, bias), _ = models()
+    unfrozen = torch.nn.Parameter(weight)
+    compiled = torch.compile(fused_linear_kd_loss, fullgraph=True, backend="aot_eager")
+    h, w, b = student
+    options = dict(student_bias=b, teacher_bias=bias)
+    found = compiled(h, w, hidden, unfrozen, **options)
+    torch.testing.assert_close(found, fused_linear_kd_loss(h, w, hidden, weight, **options))
+    found.backward()
+    assert unfrozen.grad is None and w.grad.any()
 
 
 def test_func_transforms_are_refused():
