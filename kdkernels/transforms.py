@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import inputs
+
+# What models do to what their heads give, by the fields of a Hugging Face config that say so. A softcap means
+# the same wherever it stands:
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# A scale does not. By field and model type the power of it that multiplies the logits; 0 where none does, as
+# where the model divides its hidden states by it.
+SCALES: dict[str, dict[str, int]] = {
+    "logit_scale": {"cohere": 1, "cohere2": 1, "cohere2_moe": 1, "cohere_compass_text": 1, "mpt": 0},
+    "logits_scaling": {
+        "granite": -1,
+        "granite_swa": -1,
+        "granitemoe": -1,
+        "granitemoe_swa": -1,
+        "granitemoehybrid": -1,
+        "granitemoeshared": -1,
+        "granite_docling_text": -1,
+        "granite4_vision_text": -1,
+        "hyperclovax": 1,
+        "minicpm3": 0,
+    },
+    "lm_head_multiplier": {"falcon_h1": 1},
+    "output_multiplier": {"muse_glimmer_text": 1, "muse_spark_text": 1},
+}
+# what no scale and no softcap says
+OTHERS = {
+    "chameleon": "sets the logits of image tokens to a constant",
+    "dory": "has a scale of its own for each class",
+}
 
 
 @dataclass(frozen=True)
@@ -18,8 +46,9 @@ class LogitTransform:
     logits of its model.
 
     The scale is Cohere's `logit_scale` (or one over Granite's `logits_scaling`), the softcap Gemma 2's
-    `final_logit_softcapping`. The transform comes first, then the division by T; the hard term takes the
-    transformed logits as well. Logits at -inf or +inf stay there: a masked class, and a broken row.
+    `final_logit_softcapping`; `from_config` reads them. The transform comes first, then the
+    division by T; the hard term takes the transformed logits as well. Logits at -inf or +inf stay there: a
+    masked class, and a broken row.
 
     Raises ValueError for a scale or softcap that is not positive and finite.
     """
@@ -37,6 +66,44 @@ class LogitTransform:
                 raise ValueError(
                     f"LogitTransform: {name} must be positive and finite, got {inputs.shown(value)}"
                 )
+
+    @classmethod
+    def from_config(cls, config: Any) -> LogitTransform:
+        """The transform from what a Hugging Face model's head gives to the model's logits, from its config,
+        of which the text part counts; the identity for Llama, Qwen and most others, which have none.
+
+        Known softcaps are the fields final_logit_softcapping (Gemma 2, 3, 3n and 4, VaultGemma, T5Gemma,
+        NanoChat and others), logits_soft_cap (RecurrentGemma) and output_logit_soft_cap (xLSTM). Known scales
+        are logit_scale (Cohere), logits_scaling (Granite divides by it, HyperCLOVA X multiplies with it),
+        lm_head_multiplier (Falcon-H1) and output_multiplier (Muse). What a model does to its hidden states
+        before the head is no part of it, nor a vocabulary that it cuts off behind the head, as Inkling does.
+
+        Raises ValueError for a model that is not known to use a scale which its config has, and for one that
+        does something else (Chameleon, Dory): give it `LogitTransform(scale, softcap)`, or its logits.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> LogitTransform.from_config(SimpleNamespace(model_type="granite", logits_scaling=8.0))
+            LogitTransform(scale=0.125, softcap=None)
+        """
+        text = getattr(config, "get_text_config", None)
+        config = config if text is None else text(decoder=True)
+        model = getattr(config, "model_type", None)
+        if model in OTHERS:
+            raise ValueError(f"LogitTransform.from_config: {model} {OTHERS[model]}; take the model's logits")
+        scale = 1.0
+        for field, powers in SCALES.items():
+            value = getattr(config, field, None)
+            if value is None or value == 1 or powers.get(model) == 0:
+                continue
+            if model not in powers:
+                raise ValueError(
+                    f"LogitTransform.from_config: {field} is {value!r}, and what {model} does with it is not "
+                    "known; give LogitTransform(scale=...), or LogitTransform() where it does nothing"
+                )
+            scale *= float(value) ** powers[model]
+        caps = (getattr(config, field, None) for field in SOFTCAPS)
+        return cls(scale, next((cap for cap in caps if cap), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The transformed logits, by PyTorch: fp32 for 16-bit ones, whose rounding they would otherwise bring
