@@ -48,6 +48,14 @@ class KDStats:
         """bool: student and teacher have the same top-1."""
         return (self.student_top1 == self.teacher_top1) & (self.student_top1 >= 0)
 
+    def masked(self) -> dict[str, Tensor]:
+        """By name the figures that have a mean, per row, 0 for a row that does not count, and counted, 1 for
+        one that does: what to sum over batches and processes before one is divided by the other. Waits for
+        nothing."""
+        fields = {name: getattr(self, name) for name in MEANS if getattr(self, name) is not None}
+        fields["counted"] = self.mask
+        return {name: torch.where(self.mask, x.to(self.divergence.dtype), 0.0) for name, x in fields.items()}
+
     def mean(self) -> dict[str, float]:
         """Means over the rows that count, each with the same weight, as plain numbers by name; waits for the
         device, once.
@@ -57,11 +65,10 @@ class KDStats:
         and correct only where the call had them. All nan where no row counts; nan too where a row that counts
         has no finite figure, so that a broken row shows.
         """
-        fields = {name: getattr(self, name) for name in MEANS if getattr(self, name) is not None}
-        rows = torch.stack([x.to(self.divergence.dtype) for x in fields.values()])
-        sums = torch.where(self.mask, rows, 0.0).flatten(1).sum(1)
-        numbers = torch.cat([sums / self.counted, self.counted.to(sums.dtype)[None]]).tolist()
-        return dict(zip([*fields, "counted"], numbers, strict=True))
+        rows = self.masked()
+        sums = torch.stack(list(rows.values())).flatten(1).sum(1)
+        numbers = torch.cat([sums[:-1] / self.counted, self.counted.to(sums.dtype)[None]]).tolist()
+        return dict(zip(rows, numbers, strict=True))
 
 
 def from_columns(
