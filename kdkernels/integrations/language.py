@@ -27,6 +27,8 @@ ALLOWED = tuple(x for x in dict.fromkeys((*OPTIONS, *LINEAR_OPTIONS)) if x not i
 # of the loss from hidden states alone, and of that from logits
 LINEAR_ALONE = tuple(x for x in LINEAR_OPTIONS if x not in OPTIONS)
 LOGITS_ALONE = ("inplace",)
+# of `KDStats`, what is worth a line in a log
+FIGURES = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "agree", "correct")
 # inputs that are not the model's
 NOT_FOR_MODELS = ("labels", "shift_labels", "num_items_in_batch", "skip_logits")
 
@@ -37,6 +39,14 @@ class Found(NamedTuple):
     loss: Tensor  # a scalar, or (B, S) per token
     stats: KDStats | None
     outputs: Any  # of the student, with its logits; None from hidden states
+
+
+def teacher_on(teacher: nn.Module, device: torch.device) -> nn.Module:
+    """The teacher in eval mode, on the device unless a device_map has spread it."""
+    first = next(teacher.parameters(), None)
+    if first is not None and first.device != device and getattr(teacher, "hf_device_map", None) is None:
+        teacher.to(device)
+    return teacher.eval()
 
 
 def shifted_labels(inputs: dict[str, Any]) -> Tensor:
@@ -112,6 +122,8 @@ class LanguageModelLoss:
 
     def _reason(self, name: str, model: nn.Module) -> str | None:
         """Why this model cannot give hidden states."""
+        if hasattr(model, "_orig_mod"):
+            return f"the {name} is compiled, and its head cannot be taken out of the graph"
         head = head_of(model)
         if (reason := why_not(model, head)) is not None:
             return reason
@@ -128,13 +140,6 @@ class LanguageModelLoss:
         given = self.transforms[f"{name}_transform"]
         config = getattr(model, "config", None)
         return given or (LogitTransform() if config is None else LogitTransform.from_config(config))
-
-    def teacher_to(self, device: torch.device) -> None:
-        """Put the teacher on a device; one that lies on several, or is sharded, stays."""
-        if getattr(self.teacher, "hf_device_map", None) is None:
-            where = {x.device for x in self.teacher.parameters()}
-            if where and where != {device}:
-                self.teacher.to(device)
 
     # ------------------------------------------------------------ a batch
 

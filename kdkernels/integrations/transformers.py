@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 
-from .language import ALLOWED, IGNORED, LanguageModelLoss, shifted_labels
+from .language import ALLOWED, FIGURES, IGNORED, LanguageModelLoss, shifted_labels, teacher_on
 from .running import Running
-
-FIGURES = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "agree", "correct")
 
 
 class KDTrainerMixin:
@@ -67,7 +65,7 @@ class KDTrainerMixin:
             self._kd.asked = False
         if self.model is not None:
             self._kd.adopt(self.accelerator.unwrap_model(self.model))
-        self._kd.teacher_to(self.args.device)
+        teacher_on(teacher, self.args.device)
         # what Trainer counts, and that the loss is divided by it
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
