@@ -426,8 +426,8 @@ def _with_hook(trainer, hook: _Hook, around: Callable[..., contextlib.AbstractCo
             found = original(model, inputs, return_outputs=return_outputs, **more)
         if not hook.calls:
             raise RuntimeError(
-                f"fused: {type(trainer).__name__} of trl {_version()} computes its loss elsewhere, in this version "
-                f"or with these arguments; kdkernels has done nothing. TRL {KNOWN_VERSIONS} are known"
+                f"fused: {type(trainer).__name__} of trl {_version()} computes its loss elsewhere, in this "
+                f"version or with these arguments; kdkernels has done nothing. TRL {KNOWN_VERSIONS} are known"
             )
         return found
 

@@ -5,27 +5,30 @@ import functools
 import pyarrow
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCAB = 64
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "user:", "assistant:"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<unused>"]
+VOCAB = len(SPECIAL) + 256
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' </s> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word, w0 to w57, for each class."""
-    words = SPECIAL + [f"w{i}" for i in range(VOCAB - len(SPECIAL))]
-    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = WhitespaceSplit()
+    """A class for each byte; byte-level, which GOLDTrainer asks for."""
+    classes = SPECIAL + sorted(ByteLevel.alphabet())
+    model = Tokenizer(BPE({x: i for i, x in enumerate(classes)}, merges=[]))
+    model.add_special_tokens(SPECIAL)
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     made.chat_template = TEMPLATE
     return made
@@ -34,7 +37,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def llama(seed: int, width: int = 16, vocab: int = VOCAB, cls=LlamaForCausalLM, config=LlamaConfig, **more):
     """A causal language model of two layers, whose logits spread by about 2."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "vocab_size": vocab}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "vocab_size": vocab,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
     made = config(**sizes | heads | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | more)
     model = cls(made)
@@ -43,9 +51,9 @@ def llama(seed: int, width: int = 16, vocab: int = VOCAB, cls=LlamaForCausalLM, 
     return model
 
 
-def words(seed: int, n: int) -> str:
-    drawn = torch.randint(VOCAB - len(SPECIAL), (n,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(f"w{int(i)}" for i in drawn)
+def letters(seed: int, n: int) -> str:
+    drawn = torch.randint(26, (n,), generator=torch.Generator().manual_seed(seed))
+    return "".join(chr(ord("a") + int(i)) for i in drawn)
 
 
 def conversations(n: int = 16) -> list[dict]:
@@ -53,8 +61,8 @@ def conversations(n: int = 16) -> list[dict]:
     return [
         {
             "messages": [
-                {"role": "user", "content": words(2 * i, 3 + i % 3)},
-                {"role": "assistant", "content": words(2 * i + 1, 4 + i % 5)},
+                {"role": "user", "content": letters(2 * i, 3 + i % 3)},
+                {"role": "assistant", "content": letters(2 * i + 1, 4 + i % 5)},
             ]
         }
         for i in range(n)
@@ -67,7 +75,7 @@ def dataset(rows: list[dict]) -> Dataset:
 
 
 def prompts(n: int = 16) -> list[dict]:
-    return [{"prompt": words(i, 3 + i % 3)} for i in range(n)]
+    return [{"prompt": letters(i, 3 + i % 3)} for i in range(n)]
 
 
 def arguments(folder, **more) -> dict:
@@ -76,7 +84,8 @@ def arguments(folder, **more) -> dict:
         "output_dir": str(folder),
         "max_steps": 3,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 0.1,
+        "optim": "sgd",  # Adam would make steps of rounding errors where the gradient is 0
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",
