@@ -1,6 +1,7 @@
 """`python -m kdkernels bench`: its reference is right, it refuses wrong results, and what it writes can be
 read back."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -203,6 +204,81 @@ def test_libraries_are_the_same_loss(package, divergence):
                 continue
             (g,) = torch.autograd.grad(loss(z, v), z)
             assert float((g - x).norm() / x.norm()) < 1e-4, name
+
+
+def test_functions_are_the_same_loss():
+    """TRL's and torchtune's, where they are installed; torchtune's forward KL is higher by the teacher's
+    entropy."""
+    z, v = measure.logits(4, 60)
+    z.requires_grad_()
+    for name in ("kl", "reverse_kl", "jsd(0.3)", "cross_entropy"):
+        which = parse(name)
+        for contender, loss in contenders.functions(which, 2.0).items():
+            check = measure._Check(measure.Case(4, 60, "fp32", name, 2.0), z, v)
+            errors = check.errors(loss, contenders.VALUES.get(contender))
+            assert max(errors) < 1e-5, contender
+            if contender in contenders.VALUES and name == "kl":
+                assert check.errors(loss)[0] > 1
+
+
+def test_functions_are_those_installed(monkeypatch):
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name)
+    names = {
+        "kl": ["TRL generalized_jsd_loss", "torchtune forward KL"],
+        "reverse_kl": ["TRL generalized_jsd_loss", "torchtune reverse KL"],
+        "jsd(0.3)": ["TRL generalized_jsd_loss"],
+        "cross_entropy": ["torchtune forward KL"],
+        "renyi(2)": [],
+    }
+    for name, found in names.items():
+        assert list(contenders.functions(parse(name), 2.0)) == found
+    assert contenders.functions(parse("kl"), math.inf) == {}
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    assert contenders.functions(parse("kl"), 2.0) == {}
+
+
+PEERS = [
+    "bench",
+    "--peers",
+    "--shapes",
+    "8x500",
+    "--linear",
+    "96x500x16",
+    "--repeats",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_peers(compiled, capsys, tmp_path):
+    """Both parts, KL and JSD(1/2), fp32 and bf16, and what is installed of the others."""
+    more = [] if compiled else ["--no-compile"]
+    dtypes = ["--dtypes", "fp32"] if compiled else []
+    assert main([*PEERS, *more, *dtypes, "--json", str(tmp_path / "p.json")]) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "p.json").read_text())
+    count = 2 if compiled else 4
+    assert len(results["cases"]) == len(results["linear"]) == count and out.count("\nkdkernels ") == 2 * count
+    assert {x["divergence"] for x in results["cases"]} == {"kl", "jsd(0.5)"}
+    installed = importlib.util.find_spec
+    for part, trl in (("cases", "TRL generalized_jsd_loss"), ("linear", "TRL chunked divergence")):
+        for case in results[part]:
+            assert ("torch.compile" in case["contenders"]) == compiled
+            assert (trl in case["contenders"]) == bool(installed("trl"))
+    assert ("Liger chunked JSD" in results["linear"][0]["contenders"]) == bool(installed("liger_kernel"))
+
+
+def test_peers_that_are_missing_are_named(monkeypatch, capsys):
+    from kdkernels.bench import peers
+
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    assert main([*PEERS, "--no-compile", "--dtypes", "fp32", "--divergences", "kl"]) == 0
+    out = capsys.readouterr().out
+    assert f"left out: {', '.join(peers.PACKAGES)}" in out and "TRL" not in out
+    with pytest.raises(SystemExit, match="--plot"):
+        main([*PEERS, "--plot", "p.svg"])
 
 
 def unable(*_):

@@ -6,6 +6,7 @@ gradient as one.
     measure.py      time, peak memory and errors of one case
     report.py       the table, the JSON file, the plot
     linear.py       --linear: from hidden states, instead
+    peers.py        --peers: both, with the losses of other packages
 
 The fused loss is checked before anything is printed, and no speed-up is printed for a wrong one; every
 contender's own errors stand beside its time. All are timed in one run. Bandwidth is 3 N V b bytes (both
@@ -16,20 +17,18 @@ speed.
 from __future__ import annotations
 
 import argparse
-from itertools import product
 
 DTYPES = ("fp32", "bf16", "fp16")
 SHAPES = ("512x32768", "256x128256", "64x262144")  # Llama 2, Llama 3, Gemma 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="ROWSxVOCAB, default %(default)s")
+    parser.add_argument("--shapes", nargs="+", help=f"ROWSxVOCAB, default {' '.join(SHAPES)}")
     parser.add_argument("--dtypes", nargs="+", default=("fp32", "bf16"), choices=DTYPES)
     parser.add_argument(
         "--divergences",
         nargs="+",
-        default=("kl", "renyi(0.5)"),
-        help='as in fused_kd_loss, default "kl" "renyi(0.5)"',
+        help='as in fused_kd_loss, default "kl" "renyi(0.5)", with --peers "kl" "jsd(0.5)"',
     )
     parser.add_argument(
         "--temperatures", nargs="+", type=float, default=(2.0,), help="default 2; inf is possible"
@@ -53,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the loss of hidden states instead, with a table of memory on paper",
     )
     parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="from logits and from hidden states, with those of TRL, Liger-Kernel and torchtune that are there",
+    )
+    parser.add_argument(
         "--json", metavar="FILE", help="write the results there, with the machine's description"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw time and error there (.svg, .png, .pdf)")
@@ -64,23 +68,19 @@ def main(args: argparse.Namespace) -> dict:
         from tqdm import tqdm
     except ImportError:
         raise SystemExit("bench: needs tqdm; pip install tqdm matplotlib") from None
-    from . import linear, measure, report
+    from . import linear, measure, peers, report
 
+    defaults = (SHAPES, ("kl", "renyi(0.5)")) if not args.peers else (peers.SHAPES, peers.DIVERGENCES)
+    args.shapes, args.divergences = args.shapes or defaults[0], args.divergences or defaults[1]
     if args.json:
         report.check_json(args.json)
+    if args.peers:
+        return peers.main(args)
     if args.linear is not None:
         return linear.main(args)
     if args.plot:
         report.check_plot(args.plot)
-    try:
-        cases = [
-            measure.Case(*measure.shape(s), dtype, divergence, T)
-            for s, dtype, divergence, T in product(
-                args.shapes, args.dtypes, args.divergences, args.temperatures
-            )
-        ]
-    except ValueError as error:
-        raise SystemExit(f"bench: {error}") from None
+    cases = measure.cases(args)
     bench = measure.Bench.of(args, compiled=not args.no_compile)
     results = {"machine": bench.machine, "cases": []}
     print(report.header(bench.machine))

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergence import JSD, Divergence
+from ..divergence import JSD, CrossEntropy, Divergence
 from ..functional import fused_kd_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 FUSED = "kdkernels"
 COMPILED = "torch.compile"
+TORCHTUNE_FORWARD = "torchtune forward KL"
+# contenders for KL whose value is this divergence's, with the same gradient
+VALUES = {TORCHTUNE_FORWARD: CrossEntropy()}
 
 
 def fused(divergence: Divergence, T: float, backend: str = "auto") -> Loss:
@@ -131,6 +134,34 @@ def libraries(divergence: Divergence, T: float) -> dict[str, Loss]:
         if beta == 0
         else {"log_softmax + Liger JSD": jsd}
     )
+
+
+def functions(divergence: Divergence, T: float) -> dict[str, Loss]:
+    """What other packages have for logits in plain PyTorch, where they are installed: `--peers`.
+
+    TRL's generalised JSD, which takes the rows for sequences. torchtune's losses, which have no temperature,
+    and whose forward KL is a cross entropy: see `VALUES`.
+    """
+    beta, family = jsd_beta(divergence), divergence.form.family
+
+    def trl(z, v):
+        from trl.experimental.gkd import GKDTrainer
+
+        return T * T * GKDTrainer.generalized_jsd_loss(z, v, beta=beta, temperature=T)
+
+    def torchtune(z, v):
+        from torchtune.modules.loss import kd_losses
+
+        loss = kd_losses.ReverseKLLoss() if beta == 1 else kd_losses.ForwardKLLoss()
+        return T * T * loss(z / T, v / T, torch.zeros(len(z), dtype=torch.int64, device=z.device))
+
+    known = (
+        ("trl", "TRL generalized_jsd_loss", trl, beta is not None),
+        ("torchtune", "torchtune reverse KL", torchtune, beta == 1),
+        ("torchtune", TORCHTUNE_FORWARD, torchtune, family in ("kl", "cross_entropy")),
+    )
+    runs = {name: loss for package, name, loss, has in known if has and importlib.util.find_spec(package)}
+    return {} if math.isinf(T) else runs
 
 
 def compiled(loss: Loss) -> Loss:

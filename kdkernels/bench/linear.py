@@ -227,7 +227,10 @@ def run(bench: Bench, case: Case) -> dict:
     total, *grads = exact(case, inputs)
     scale = 2.0**14 if case.dtype == "fp16" else 1.0
     others = libraries(case, bench.device)
-    ways, errors, memories = steps(case, bench.backends) | others, {}, {}
+    own = steps(case, bench.backends)
+    if bench.compiled:
+        own[contenders.COMPILED] = contenders.compiled(list(own.values())[-1])
+    ways, errors, memories = own | others, {}, {}
 
     def check(step: Step) -> tuple[float, ...]:
         h.grad = w.grad = None
@@ -317,24 +320,29 @@ def table(case: Case, result: dict) -> str:
     return "\n".join(lines)
 
 
-def main(args) -> dict:
+def cases(args) -> list[Case]:
+    """Of the command line; SystemExit for what cannot be measured."""
     try:
         shapes = [shape(x) for x in (args.linear or SHAPES)]
-        cases = [
+        found = [
             Case(*s, *rest) for s, *rest in product(shapes, args.dtypes, args.divergences, args.temperatures)
         ]
-        for case in cases:
+        for case in found:
             options.options(case.divergence, case.temperature, True)
     except ValueError as error:
         raise SystemExit(f"bench: {error}") from None
-    bench = Bench.of(args, compiled=False)
+    return found
+
+
+def main(args) -> dict:
+    found, bench = cases(args), Bench.of(args, compiled=False)
     results = {"machine": bench.machine, "cases": []}
     print(paper())
     print(
         f"\n{bench.machine['device']}, {bench.machine['threads']} threads; errors: relative, against "
         "fp64; memory: peak beyond the inputs"
     )
-    for case in cases:
+    for case in found:
         results["cases"].append(run(bench, case))
         print(table(case, results["cases"][-1]), flush=True)
         if args.json:

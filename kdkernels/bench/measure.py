@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import TypeVar
 
 import numpy as np
@@ -64,6 +65,17 @@ def shape(text: str) -> tuple[int, int]:
     return rows, vocab
 
 
+def cases(args) -> list[Case]:
+    """Of the command line; SystemExit for what cannot be measured."""
+    try:
+        return [
+            Case(*shape(s), *rest)
+            for s, *rest in product(args.shapes, args.dtypes, args.divergences, args.temperatures)
+        ]
+    except ValueError as error:
+        raise SystemExit(f"bench: {error}") from None
+
+
 class Bench:
     """The machine the cases run on, and how many timed rounds each gets."""
 
@@ -73,6 +85,7 @@ class Bench:
         repeats: int = 5,
         compiled: bool = True,
         backends: tuple[str, ...] = ("auto",),
+        peers: bool = False,
     ):
         """SystemExit for a backend that cannot run there."""
         if device is None:
@@ -90,12 +103,13 @@ class Bench:
                 resolve(name, self.device)
             except (ValueError, RuntimeError) as error:
                 raise SystemExit(f"bench: {error}") from None
+        self.peers = peers
         self.machine = machine(self.device)
 
     @classmethod
     def of(cls, args, compiled: bool) -> Bench:
         """From the command line."""
-        return cls(args.device, args.repeats, compiled, tuple(dict.fromkeys(args.backends)))
+        return cls(args.device, args.repeats, compiled, tuple(dict.fromkeys(args.backends)), args.peers)
 
     def run(self, case: Case, on_step: Callable[[str], object] = lambda name: None) -> dict:
         """Everything about one case, ready for JSON. SystemExit where the fused loss is wrong."""
@@ -104,13 +118,14 @@ class Bench:
         check = _Check(case, z, v)
         eager = contenders.spellings(which, T)
         others = {} if self.device.type == "cpu" else contenders.libraries(which, T)
+        others |= contenders.functions(which, T) if self.peers else {}
         fused = {contenders.fused_name(x): contenders.fused(which, T, x) for x in self.backends}
         losses: dict[str, Loss] = {**fused, **eager, **others}
         errors = {}
         for name in list(losses):
             on_step(name)
             try:
-                errors[name] = check.errors(losses[name])
+                errors[name] = check.errors(losses[name], contenders.VALUES.get(name))
             except Exception as error:
                 if name not in others:
                     raise
@@ -208,12 +223,17 @@ class _Check:
 
     def __init__(self, case: Case, z: Tensor, v: Tensor):
         self.z, self.v, which, T = z, v, divergence.parse(case.divergence), case.temperature
+        self.temperature = T
         self.few = torch.linspace(0, case.rows - 1, min(case.rows, CHECKED_ROWS)).long()
         self.scale = LOSS_SCALE if case.dtype == "fp16" else 1.0
         values, self.grad = reference(z[self.few], v[self.few], which, T)
         self.value = values.mean()
 
-    def errors(self, loss: Loss) -> tuple[float, float]:
+    def errors(self, loss: Loss, other: divergence.Divergence | None = None) -> tuple[float, float]:
+        """other: the divergence whose value the loss has, where that is not the case's."""
+        value = self.value
+        if other is not None:
+            value = reference(self.z[self.few], self.v[self.few], other, self.temperature)[0].mean()
         try:
             few = loss(self.z[self.few], self.v[self.few])
             # so that torch.compile has seen two batch sizes, as in use; what it then makes is its fastest and
@@ -225,7 +245,7 @@ class _Check:
             grad = self.z.grad[self.few].double().cpu().numpy() * len(self.z) / self.scale
         finally:  # also where it raises: what is left would count as memory of the next
             self.z.grad = None
-        return abs(float(few.item() / self.value - 1)), float(
+        return abs(float(few.item() / value - 1)), float(
             np.linalg.norm((grad - self.grad).astype(float)) / np.linalg.norm(self.grad.astype(float))
         )
 
