@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="from logits and from hidden states, with those of TRL, Liger-Kernel and torchtune that are there",
+        help="from logits and from hidden states, with the losses of other packages that are installed",
     )
     parser.add_argument(
         "--json", metavar="FILE", help="write the results there, with the machine's description"
