@@ -188,6 +188,26 @@ def test_bf16_models(linear, tmp_path):
     assert abs(float(theirs) / float(right) - 1) > 0.02
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_tied_heads_and_checkpoints(linear, tmp_path):
+    """The embedding's weight gets the gradient of both its uses; layers are computed anew in the backward."""
+
+    def make():
+        models = [tiny.llama(i, 16, tie_word_embeddings=True) for i in (0, 1)]
+        return gkd(tmp_path, *models, beta=0.5, gradient_checkpointing=True)
+
+    trainer, own = fused(make(), linear), make()
+    batch = next(iter(own.get_train_dataloader()))
+    grads = []
+    for x in (trainer, own):
+        x.model.train()
+        x.compute_loss(x.model, batch).backward()
+        grads.append({name: p.grad for name, p in x.model.named_parameters()})
+    assert "lm_head.weight" not in grads[0] and grads[0].keys() == grads[1].keys()
+    for name, right in grads[1].items():
+        assert relative(grads[0][name], right) < 2e-5, name
+
+
 def test_mixed_precision(tmp_path):
     """bf16=True: the backbone is under autocast in the linear path as well, and the head's gradient is
     fp32."""
