@@ -165,7 +165,13 @@ def _of_heads(
     beta: float,
     **more,
 ):
-    """`fused_linear_kd_loss` of JSD(beta), with a teacher that gets no gradient."""
+    """`fused_linear_kd_loss` of JSD(beta), with a teacher that gets no gradient.
+
+    Tokens that do not count, a prompt's for one, are counted and left out, as TRL does: on a GPU that waits
+    for it once.
+    """
+    if (mask := more.get("token_weight")) is not None:
+        more["num_counted"] = int(mask.count_nonzero())
     weight, bias = _cast(student_head, student_hidden)
     frozen = [x if x is None else x.detach() for x in teacher_head]
     teacher_weight, teacher_bias = _cast(frozen, teacher_hidden)
