@@ -5,7 +5,7 @@ BIN = .venv/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
-.PHONY: bench regress quick test test-oldest slow fuzz simt aot gpu-pack lint format clean
+.PHONY: bench regress quick test test-integrations test-oldest slow fuzz simt aot gpu-pack lint format clean
 
 # --no-compile: modules are compiled when they are first imported, and most never are
 .venv/ready: constraints.txt
@@ -28,6 +28,18 @@ regress: .venv/installed
 # a process for each of two cores, each with one thread: more would wait for each other
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the real trainers that the integrations are for, in their newest releases, beside what .venv has
+TRAINERS = .venv-trainers
+$(TRAINERS)/ready: .venv/installed
+	$(PYTHON) -m venv $(TRAINERS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		`$(TRAINERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"`/venv.pth
+	$(TRAINERS)/bin/pip install -q --no-compile -c constraints.txt 'transformers>=5' accelerate trl lightning liger-kernel peft
+	touch $@
+
+test-integrations: $(TRAINERS)/ready
+	OMP_NUM_THREADS=1 $(TRAINERS)/bin/python -m pytest -n 2 --dist worksteal tests/integrations
 
 # the oldest torch that is promised, with the Triton that it brings; gigabytes, the first time
 OLDEST = .venv-oldest
@@ -75,4 +87,4 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build .gpu .venv-gpu .venv-oldest kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed
+	rm -rf build .gpu .venv-gpu .venv-oldest .venv-trainers kdkernels/_cpu.so kdkernels/_cuda.so kdkernels/_build.txt .venv/installed
