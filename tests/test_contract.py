@@ -267,20 +267,6 @@ def infinite_student(name, option, kind):
     return kind in kinds and bool(OPTIONS[option].get("hard_weight"))
 
 
-def all_far_away(name, option, kind):
-    sides = ("finfo.min everywhere in student", "finfo.min everywhere in teacher")
-    return kind in sides and option != "softcap" and name not in ("renyi(0)", "reverse_renyi(0)")
-
-
-def one_far_away(kind: str, side: str) -> bool:
-    return kind in (f"finfo.min in {side}", f"finfo.min at the label in {side}")
-
-
-def order_far_away(name, option, kind):
-    side = {"renyi(2)": "student", "reverse_renyi(3)": "teacher"}.get(name)
-    return side is not None and one_far_away(kind, side) and option in ("soft", "soft and hard", "smoothing")
-
-
 def one_class_of_many(name, option, kind):
     orders = name in ("renyi(0.5)", "alpha(0.5)", "alpha(2)")
     return orders and kind == "all but the label masked in teacher"
@@ -291,15 +277,8 @@ def broken_in(kind: str) -> tuple[bool, bool]:
 
 
 READ = "soft_weight=0 reads the teacher all the same, and 0 times nan is nan"
-FAR = "a row at finfo.min as a whole: z - v has no digit of v left, and what is lost is not carried that far"
-ORDER = (
-    "orders above 1, a class at finfo.min: the class that w consists of has gradient 0, as x is a "
-    "difference of numbers near 1e38"
-)
 FAULTS = [
     *(((b, READ), teacher_is_read) for b in ("cpu", "cuda")),
-    (("triton", FAR), all_far_away),
-    (("triton", ORDER), order_far_away),
     *(
         ((b, "the cross entropy of a student with +inf is +inf, where it is nan"), infinite_student)
         for b in ("cpu", "cuda")
@@ -529,24 +508,15 @@ def test_second_derivatives_beside_a_row_that_does_not_count():
 
 
 LOG_SOFTMAX = [kind for kind in KINDS if kind.endswith("student")]
-EVERYWHERE = "finfo.min everywhere in student"
-LOW_IS_NOTHING = pytest.mark.xfail(
-    strict=True, reason="a row at finfo.min as a whole is taken for one without a class, and is nan"
-)
 SOFTMAXES = [
     "cpu",
     "eager",
     pytest.param("cuda", marks=needs_compiler),
     pytest.param("triton", marks=needs_triton),
 ]
-OF_BACKENDS = [
-    pytest.param("triton", [EVERYWHERE], marks=[needs_triton, LOW_IS_NOTHING], id="triton-everywhere")
-]
-OF_BACKENDS += [pytest.param(b, LOG_SOFTMAX, id=b) for b in ("cpu", "eager")]
+OF_BACKENDS = [pytest.param(b, LOG_SOFTMAX, id=b) for b in ("cpu", "eager")]
 OF_BACKENDS += [pytest.param("cuda", LOG_SOFTMAX, marks=needs_compiler, id="cuda")]
-OF_BACKENDS += [
-    pytest.param("triton", [x for x in LOG_SOFTMAX if x != EVERYWHERE], marks=needs_triton, id="triton")
-]
+OF_BACKENDS += [pytest.param("triton", LOG_SOFTMAX, marks=needs_triton, id="triton")]
 
 
 @pytest.mark.parametrize(("backend", "kinds"), OF_BACKENDS, indirect=["backend"])

@@ -677,3 +677,40 @@ def test_ordinary_rows_are_left_to_no_other_kernel(shape):
         for x in fast:
             x.run(z.device)
         assert out.isfinite().all(), (kind, T, divergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "name", ["kl", "reverse_kl", "renyi(0.5)", "renyi(2)", "jsd(0.5)", "skew_kl(0.1)", "tvd"]
+)
+def test_a_padded_vocabulary_is_left_to_no_other_kernel(name, dtype):
+    """Masks of -inf and of the dtype's smallest number, in both models, or in the one where D stays finite:
+    the loss is there after the fast kernel, and right."""
+    infinite_at = {"kl": "student", "reverse_kl": "teacher", "renyi(2)": "student"}
+    for shape, mask in itertools.product(PATHS, (-math.inf, torch.finfo(dtype).min)):
+        for where in ("both", "student", "teacher"):
+            z, v = make_rows("plain", 1, PATHS[shape], dtype)
+            if infinite_at.get(name) == where:
+                continue
+            for x, other in ((z, "teacher"), (v, "student")):
+                if where != other:
+                    x[:, -PATHS[shape] // 3 :] = mask
+            out, grad = torch.empty(1, dtype=torch.float64), torch.zeros_like(z)
+            *fast, _ = backend.launches(raw.call(z, v, divergence=name, T=2.0, grad=grad), out, Device(2))
+            for x in fast:
+                x.run(z.device)
+            D, g = with_backend("eager", z.double(), v.double(), None, name, 2.0, 0.0, True)
+            assert float(out) == pytest.approx(float(D), rel=2e-6, abs=1e-6), (shape, mask, where)
+            bound = max(1e-6, 2 * torch.finfo(dtype).eps * float(g.norm()))
+            assert float((grad.double() - g).norm()) <= bound, (shape, mask, where)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_loss_is_never_negative(name):
+    """Of the plain form, whose rounding is larger than D where the student is nearly the teacher."""
+    for seed in range(5):
+        v = torch.randn(2, 300, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        z = v.clone()
+        z[:, seed] += 0.01
+        loss = fused_kd_loss(z, v, divergence=name, reduction="none", backend="triton")
+        assert (loss >= (1 if name == "cross_entropy" else 0)).all()

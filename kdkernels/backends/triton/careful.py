@@ -121,18 +121,14 @@ def near_expm1(p, x):
 
 
 @triton.jit
-def chosen_classes(z, v, least, FAMILY: tl.constexpr, REVERSE: tl.constexpr):
+def chosen_classes(z, v, mz, mv, least, FAMILY: tl.constexpr, REVERSE: tl.constexpr):
     """The classes that w is q restricted to: p's support (reversed: q's), or where d is least (greatest), as
     the logits are given."""
     if FAMILY == SUPPORT:
         return z > -INF if REVERSE else v > -INF
     else:
-        return (difference(z, v, REVERSE) == least) & (z > -INF) & (v > -INF)
-
-
-@triton.jit
-def difference(z, v, REVERSE: tl.constexpr):
-    return v - z if REVERSE else z - v
+        t = apart(z, v, mz, mv)
+        return ((-t if REVERSE else t) == least) & (z > -INF) & (v > -INF)
 
 
 @triton.jit
@@ -190,7 +186,7 @@ def careful_row(
     b = 1.0 - tilt if BASE_Z else tilt
     order = tilt if BASE_Z else 1.0 - tilt
     zero = tl.zeros([BLOCK], tl.float64)
-    top_z, top_v, least = zero - INF, zero - INF, zero + INF
+    top_z, top_v = zero - INF, zero - INF
     bad_z = tl.zeros([BLOCK], tl.int32)
     bad_v, lone_p, lone_q, differs = bad_z, bad_z, bad_z, bad_z
     for at in tl.range(0, vocab, BLOCK):
@@ -200,14 +196,20 @@ def careful_row(
         bad_v |= (v != v).to(tl.int32)
         lone_p |= ((z == -INF) & (v > -INF)).to(tl.int32)
         lone_q |= ((v == -INF) & (z > -INF)).to(tl.int32)
-        if FAMILY == EXTREME:
-            least = tl.minimum(least, tl.where((z if BASE_Z else v) > -INF, difference(z, v, BASE_Z), INF))
-    mz, mv, least = tl.max(top_z, 0), tl.max(top_v, 0), tl.min(least, 0)
+    mz, mv = tl.max(top_z, 0), tl.max(top_v, 0)
     broken_z = (tl.max(bad_z, 0) > 0) | (finite(mz) == 0)
     broken = broken_z | (tl.max(bad_v, 0) > 0) | (finite(mv) == 0)
     has_lone_p, has_lone_q = tl.max(lone_p, 0) > 0, tl.max(lone_q, 0) > 0
     mz, mv = tl.where(broken_z, 0.0, mz), tl.where(broken, 0.0, mv)
-    gap = mz - mv
+    least = zero + INF
+    if FAMILY == EXTREME:
+        for at in tl.range(0, vocab, BLOCK):
+            z, v, _, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
+            t = apart(z, v, mz, mv)
+            both = (z > -INF) & (v > -INF)
+            here = tl.where(both, -t if BASE_Z else t, -INF)  # no class is chosen where D is infinite
+            least = tl.minimum(least, tl.where((z if BASE_Z else v) > -INF, here, INF))
+    least = tl.min(least, 0)
 
     # sums relative to both maxima
     sz, sv, sd, rest, top_u, top_set = zero, zero, zero, zero, zero - INF, zero - INF
@@ -217,7 +219,7 @@ def careful_row(
         t = apart(z, v, mz, mv)
         if FAMILY == MOMENTS:
             sv += both.to(tl.float64)
-            sd += tl.where(both, z - v, 0.0)
+            sd += t
         else:
             ez, ev, y = tl.exp((z - mz) * k), tl.exp((v - mv) * k), t * k
             sz += ez
@@ -226,7 +228,7 @@ def careful_row(
             if FAMILY == POWER or FAMILY == ALPHA:
                 top_u = tl.maximum(top_u, tl.where(both, (v - mv) * k + b * y, -INF))
             if FAMILY >= SUPPORT:
-                chosen = chosen_classes(z, v, least, FAMILY, BASE_Z)
+                chosen = chosen_classes(z, v, mz, mv, least, FAMILY, BASE_Z)
                 differs |= (((v if BASE_Z else z) > -INF) & (chosen == 0)).to(tl.int32)
                 rest += tl.where(chosen, 0.0, ev if FAMILY == SUPPORT and BASE_Z else ez)
                 top_set = tl.maximum(
@@ -235,7 +237,7 @@ def careful_row(
     sum_z, sum_v, sum_d = tl.sum(sz, 0), tl.sum(sv, 0), tl.sum(sd, 0)
     if FAMILY == MOMENTS:
         count = tl.maximum(sum_v, 1.0)
-        shift = sum_d / count if CENTERED else sum_d * 0.0
+        shift = sum_d / count if CENTERED else mv - mz  # of what `apart` gives
     else:
         near = tl.abs(sum_d) < 0.5 * sum_v
         shift = tl.where(near, log1p64(tl.where(near, sum_d / sum_v, 0.0)), tl.log(sum_z / sum_v))
@@ -272,14 +274,16 @@ def careful_row(
         for at in tl.range(0, vocab, BLOCK):
             z, v, _, _ = block64(Z, V, at, vocab, TRANSFORM, BLOCK)
             own = v if FAMILY == SUPPORT and BASE_Z else z
-            inside += tl.where(chosen_classes(z, v, least, FAMILY, BASE_Z), tl.exp((own - set_top) * k), 0.0)
+            inside += tl.where(
+                chosen_classes(z, v, mz, mv, least, FAMILY, BASE_Z), tl.exp((own - set_top) * k), 0.0
+            )
         sum_set = tl.where(empty, 1.0, tl.sum(inside, 0))
         if FAMILY == SUPPORT:
             infinite = empty
             value = log1p64(outside / (sum_set * tl.exp((set_top - (mv if BASE_Z else mz)) * k)))
         else:
             infinite = has_lone_q if BASE_Z else has_lone_p
-            value = difference(shift, 0.0, BASE_Z) - (least - difference(gap, 0.0, BASE_Z)) * k
+            value = (-shift if BASE_Z else shift) - least * k
             value = tl.where(tl.max(differs, 0) > 0, tl.maximum(value, 0.0), 0.0)  # 0: p = q
         outside = tl.where(infinite, 0.0, outside)
     else:
@@ -291,7 +295,7 @@ def careful_row(
             both = (z > -INF) & (v > -INF)
             t = apart(z, v, mz, mv)
             if FAMILY == MOMENTS:
-                x = tl.where(both, (z - v) - shift, 0.0)
+                x = tl.where(both, t - shift, 0.0)
                 f += 0.5 * x * x
             else:
                 p, q, d = tl.exp((v - mv) * k) / sum_v, tl.exp((z - mz) * k) / sum_z, t * k - shift
@@ -377,12 +381,12 @@ def careful_row(
             both = (z > -INF) & (v > -INF)
             t = apart(z, v, mz, mv)
             if FAMILY == MOMENTS:
-                g = tl.where(both, (z - v) - shift, 0.0) * (tilt / count)
+                g = tl.where(both, t - shift, 0.0) * (tilt / count)
             else:
                 q = tl.exp((z - mz) * k) / sum_z
                 if FAMILY >= SUPPORT:
                     in_set = tl.exp((z - set_top) * k) * (outside / sum_z / sum_set)
-                    g = tl.where(chosen_classes(z, v, least, FAMILY, BASE_Z), -in_set, q)
+                    g = tl.where(chosen_classes(z, v, mz, mv, least, FAMILY, BASE_Z), -in_set, q)
                     if BASE_Z:
                         g = zero if FAMILY == SUPPORT else -g
                 else:
@@ -404,7 +408,10 @@ def careful_row(
                         # w is nearer to q, and q itself as the order goes to 0
                         if FAMILY >= POWER and BASE_Z:
                             x = tl.where(infinite, INF, -order * d - log_r)
-                            g = tl.where(both & (tl.abs(x) < 0.5), -near_expm1(q, x), q - w)
+                            near = (
+                                both & (tl.abs(x) < 0.5) & (tl.abs(order * d) < 8.0)
+                            )  # of a large d little is left in x
+                            g = tl.where(near, -near_expm1(q, x), q - w)
                         else:
                             alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
                             g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)

@@ -114,5 +114,5 @@ def second_of_parts(x, spec: tl.constexpr):
     return (
         tl.sum(of_parts(x, at, 0.0, spec), 0), tl.sum(of_parts(x, at + 1, 0.0, spec), 0),
         tl.sum(of_parts(x, at + 2, 0.0, spec), 0), tl.sum(of_parts(x, at + 3, 0.0, spec), 0),
-        tl.sum(of_parts(x, at + 4, 0.0, spec), 0),
+        tl.sum(of_parts(x, at + 4, 0.0, spec), 0), tl.sum(of_parts(x, at + 5, 0.0, spec), 0),
     )  # fmt: skip

@@ -109,6 +109,6 @@ def write_exact(row, closed, hard, top, numbers, spec: tl.constexpr):
     )
     nothing = wide(0.0)
     if spec.family == ENTROPY:
-        return total(f), total(d), total(others), total(ties), total(own)
+        return total(f), total(d), total(others), total(ties), total(own), nothing
     else:
-        return total(f), total(d), nothing, nothing, nothing
+        return total(f), total(d), nothing, nothing, nothing, nothing

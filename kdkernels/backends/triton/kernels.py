@@ -151,7 +151,7 @@ def exact_rest(
         mine = write_exact(row, closed, hard, sums.top_b, numbers, spec)
         found, last = second_sums(mine, x, False, spec)
         if last:
-            f, d, others, ties, own = found
+            f, d, others, ties, own, _ = found
             value = exact_value(sums, f, d, log_r, numbers, spec)
             if spec.family == ENTROPY:
                 value += entropy(others, ties, own, sums.top_b, numbers)
@@ -168,7 +168,7 @@ def mixed_row(row, x, s, closed, sums, hard, LOSS, STATS, numbers, scales, spec:
         if spec.grad and not spec.alone:
             last = x.part == 0
     if spec.phase != MIDDLE:
-        middle = MixedSums(middle[0], middle[1], middle[2], middle[3], middle[4])
+        middle = MixedSums(middle[0], middle[1], middle[2], middle[3], middle[4], middle[5])
         if spec.grad:
             write_mixed(row, mixed_close(s, middle, closed, scales.grad, spec), hard, numbers, spec)
         if last:

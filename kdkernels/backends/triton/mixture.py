@@ -34,22 +34,25 @@ from .sums import difference
 
 
 class MixedSums(NamedTuple):
-    """Of the terms of D (TVD: what o has more), of what b has more, of b where o has more, of q, and of q
-    xi."""
+    """Of the terms of D, of q, and of q xi. TVD, exact: of what o has more, of what b has more, of b where o
+    has more, and of q where o has more, where b has, and where neither."""
 
     f: tl.tensor
     lack: tl.tensor
     less: tl.tensor
     mass: tl.tensor
     moved: tl.tensor
+    level: tl.tensor
 
 
 class Mixed(NamedTuple):
-    """A row, closed: `close.Plain` or `close.Exact`, and a tile's gradient q (A xi + C)."""
+    """A row, closed: `close.Plain` or `close.Exact`, and a tile's gradient q (A xi + C); TVD, exact: q times
+    A, C, or B where o has more, where b has, or neither."""
 
     closed: tl.tuple
     A: tl.tensor
     C: tl.tensor
+    B: tl.tensor
 
 
 @triton.jit
@@ -93,13 +96,13 @@ def plain_sums(x, numbers, spec: tl.constexpr):
     """`MixedSums` from those of `plain_middle`; that of q is known."""
     first, second, third = total(x.f), total(x.lack), total(x.less)
     if spec.family == TVD:
-        return MixedSums(first, first, first, first, 0.5 * second)
+        return MixedSums(first, first, first, first, 0.5 * second, first)
     else:
         base, other = numbers.base_share * LN2 * first, numbers.other_share * LN2 * second
         moved = -base if spec.student_base else other
         if spec.family == SKEWED:
             moved += share_weight(numbers, spec) * third
-        return MixedSums(other - base, other, other, other, moved)
+        return MixedSums(other - base, other, other, other, moved, other)
 
 
 @triton.jit
@@ -163,20 +166,24 @@ def exact_terms(b, o, closed, numbers, SUMS: tl.constexpr, spec: tl.constexpr):
 def middle_tile(at, sums, row, numbers, more, spec: tl.constexpr):
     """The lanes' sums with the tile at `at` added: `plain_middle`'s, or `MixedSums`."""
     b, o, _, _ = pair(row, at, "evict_last", spec)
-    if spec.exact:
+    lacks, less, mass, moved, level = sums.lack, sums.less, sums.mass, sums.moved, sums.level
+    if not spec.exact:
+        f, lack, third = plain_middle(b, o, more[0], numbers, spec)
+        lacks += tl.sum(lack, 1)
+        if spec.family == SKEWED:
+            less += tl.sum(third, 1)
+    else:
         q, xi, f, lack, e = exact_terms(b, o, more[0], numbers, True, spec)
-        lacks, less = sums.lack, sums.less
         if spec.family == TVD:
             lacks += tl.sum(lack, 1)
             less += tl.sum(tl.where(f > 0.0, e, 0.0), 1)
-        mass, moved = sums.mass + tl.sum(q, 1), sums.moved + tl.sum(q * xi, 1)
-        return MixedSums(sums.f + tl.sum(f, 1), lacks, less, mass, moved)
-    else:
-        f, lack, less = plain_middle(b, o, more[0], numbers, spec)
-        third = sums.less
-        if spec.family == SKEWED:
-            third += tl.sum(less, 1)
-        return MixedSums(sums.f + tl.sum(f, 1), sums.lack + tl.sum(lack, 1), third, sums.mass, sums.moved)
+            mass += tl.sum(tl.where(xi > 0.0, q, 0.0), 1)
+            moved += tl.sum(tl.where(xi < 0.0, q, 0.0), 1)
+            level += tl.sum(tl.where(xi == 0.0, q, 0.0), 1)
+        else:
+            mass += tl.sum(q, 1)
+            moved += tl.sum(q * xi, 1)
+    return MixedSums(sums.f + tl.sum(f, 1), lacks, less, mass, moved, level)
 
 
 @triton.jit
@@ -184,11 +191,12 @@ def middle_sweep(row, closed, numbers, spec: tl.constexpr):
     """`MixedSums` of a part."""
     LANES: tl.constexpr = spec.lanes
     zero = tl.zeros([LANES], tl.float32)
-    x = sweep(
-        middle_tile, MixedSums(zero, zero, zero, zero, zero), row, numbers, (closed,), True, spec
-    )  # fmt: skip
+    nothing = MixedSums(zero, zero, zero, zero, zero, zero)
+    x = sweep(middle_tile, nothing, row, numbers, (closed,), True, spec)
     if spec.exact:
-        return MixedSums(total(x.f), total(x.lack), total(x.less), total(x.mass), total(x.moved))
+        return MixedSums(
+            total(x.f), total(x.lack), total(x.less), total(x.mass), total(x.moved), total(x.level)
+        )  # fmt: skip
     else:
         return plain_sums(x, numbers, spec)
 
@@ -205,9 +213,20 @@ def mixed_value(s, sums, spec: tl.constexpr):
 
 @triton.jit
 def mixed_close(s, sums, closed, scale, spec: tl.constexpr):
-    """`Mixed`: scale T dD/dz = q (A xi + C), q summing to s, or to what is near s."""
-    A, C = scale / s, -scale / s * (sums.moved / (sums.mass if spec.exact else s))
-    return Mixed(closed, A.to(tl.float32), C.to(tl.float32))
+    """`Mixed`: scale T dD/dz = q (A xi + C), q summing to s, or to what is near s.
+
+    TVD's xi - mean is a sum of q where xi is another: it keeps its digits where one class has nearly all of
+    q.
+    """
+    unit = scale / s
+    A, C, B = unit, -unit * (sums.moved / s), unit
+    if spec.exact and spec.family == TVD:
+        up, down, level = sums.mass, sums.moved, sums.level
+        unit = unit / (up + down + level)
+        A, C, B = unit * (down + 0.5 * level), -unit * (up + 0.5 * level), unit * 0.5 * (down - up)
+    elif spec.exact:
+        C = -unit * (sums.moved / sums.mass)
+    return Mixed(closed, A.to(tl.float32), C.to(tl.float32), B.to(tl.float32))
 
 
 @triton.jit
@@ -218,10 +237,12 @@ def gradient_tile(at, state, row, numbers, more, spec: tl.constexpr):
         q, xi, _, _, _ = exact_terms(b, o, mixed.closed, numbers, False, spec)
     else:
         q, xi = plain_slope(b, o, mixed.closed, numbers, spec)
-    if spec.family == TVD and spec.student_base:
-        xi = -xi
+    if spec.exact and spec.family == TVD:
+        g = q * tl.where(xi > 0.0, mixed.A, tl.where(xi < 0.0, mixed.C, mixed.B))
+    else:
+        g = q * tl.fma(xi, mixed.A, mixed.C)
     z, slope = student_of(b, o, slope_b, slope_o, spec)
-    g = with_hard(q * tl.fma(xi, mixed.A, mixed.C), z, slope, at, row, hard, spec)
+    g = with_hard(g, z, slope, at, row, hard, spec)
     store(row.G, at, row.edge, row.vocab, g, spec)
     return state
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from .arithmetic import INF, finite, log1p64, long
 from .gradient import total
 
-EMPTY = tl.constexpr(-1e30)  # the top of what has no class yet
+EMPTY = tl.constexpr(-3.4028234663852886e38)  # the top of what has no class yet: none is below it
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def log_softmax_rows(X, U, OUT, vocab, k, k_low, BACKWARD: tl.constexpr, BLOCK: 
             ).to(tl.float32)
     largest = tl.max(top, 0)
     lanes = s.to(tl.float64) * tl.exp(times(top - largest, k, k_low))
-    every = tl.where(largest > EMPTY, tl.sum(lanes, 0), float("nan"))
+    every = tl.sum(lanes, 0)
+    every = tl.where(every > 0.0, every, float("nan"))
     log_sum = tl.log(every)
     if every < 1.5:  # one class has nearly all: what the others have, to its own digits
         others = tl.zeros([BLOCK], tl.float32)

@@ -86,7 +86,7 @@ class Spec:
     @property
     def second(self) -> int:
         """fp64 numbers of the sweep after it that they exchange."""
-        return 5 if self.exact or self.mixes else 0
+        return 6 if self.exact or self.mixes else 0
 
     @property
     def state(self) -> int:

@@ -29,7 +29,7 @@ from .arithmetic import (
     LOG2E,
     LOG2E_SINGLE,
     LOW,
-    finite,
+    MOST,
     kl_terms,
     magnitude,
     power_terms,
@@ -68,10 +68,11 @@ def sample(row, numbers, spec: tl.constexpr):
     o = transformed(o, row.other, psi_short, spec.transform)[0]
     top = tl.maximum(tl.max(tl.max(b, 1), 0), LOW)
     y = (o - b) * numbers.k
-    e = tl.where(finite(y), tl.math.exp2((b - top) * numbers.c), 0.0)
+    there = tl.abs(y) < MOST  # masks are no classes, -inf or not
+    e = tl.where(there, tl.math.exp2((b - top) * numbers.c), 0.0)
     s = tl.sum(tl.sum(e, 1), 0)
-    K = tl.sum(tl.sum(tl.where(finite(y), e * y, 0.0), 1), 0) / tl.where(s > 0.0, s, 1.0)
-    return top, tl.maximum(tl.max(tl.max(o, 1), 0), LOW), tl.where(finite(K), K, 0.0)
+    K = tl.sum(tl.sum(tl.where(there, e * y, 0.0), 1), 0) / tl.where(s > 0.0, s, 1.0)
+    return top, tl.maximum(tl.max(tl.max(o, 1), 0), LOW), K
 
 
 @triton.jit
@@ -128,7 +129,9 @@ def rebased(f, s, fall_b, fall_o, unit, numbers, spec: tl.constexpr):
     if spec.exact or spec.mixes:
         return f * unit
     elif spec.power:
-        return f * tl.math.exp2(tl.fma(fall_o - fall_b, numbers.tilt, fall_b).to(tl.float32))
+        # a lane whose base is masked has nothing, whatever its other's reference does
+        grows = tl.math.exp2(tl.fma(fall_o - fall_b, numbers.tilt, fall_b).to(tl.float32))
+        return tl.where(f == 0.0, 0.0, f * grows)
     elif spec.family == ENTROPY:
         return unit * (f - s * fall_o)
     else:
