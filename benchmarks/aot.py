@@ -261,9 +261,7 @@ def compile_for(case: Case, target: Target, seen: set | None = None) -> Iterator
         if key in seen:
             continue
         seen.add(key)
-        compiled = triton.compile(
-            source(launch), target=target.gpu, options=launch.options(target.gpu.backend == "cuda")
-        )
+        compiled = triton.compile(source(launch), target=target.gpu, options=launch.options)
         read = read_nvidia if target.gpu.backend == "cuda" else read_amd
         yield Found(target.name, case.text, launch.kernel, launch.warps, **read(compiled, launch))
 

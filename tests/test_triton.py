@@ -579,9 +579,7 @@ def test_scaling_takes_a_program_for_each_8192_elements(monkeypatch):
     walks."""
     launched = []
     run_it = backend.Launch.run
-    monkeypatch.setattr(
-        backend.Launch, "run", lambda self, device: (launched.append(self.grid), run_it(self, device))
-    )
+    monkeypatch.setattr(backend.Launch, "run", lambda self: (launched.append(self.grid), run_it(self)))
     x = torch.randn(20, 9000)
     y = x.clone()
     backend.scale_(y, torch.tensor(0.5))
@@ -604,7 +602,7 @@ def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
     out, grad = torch.empty(3, dtype=torch.float64), torch.zeros_like(z)
     y = torch.tensor([5, 10**12, -7])
     for x in backend.launches(raw.call(z, v, y, hard=1.0, grad=grad), out, Device(2)):
-        x.run(z.device)
+        x.run()
     assert out[0].isfinite() and out[1:].isnan().all() and grad[0].isfinite().all()
 
 
@@ -675,7 +673,7 @@ def test_ordinary_rows_are_left_to_no_other_kernel(shape):
         out = torch.empty(1, dtype=torch.float64)
         *fast, _ = backend.launches(raw.call(z, v, divergence=divergence, T=T), out, Device(2))
         for x in fast:
-            x.run(z.device)
+            x.run()
         assert out.isfinite().all(), (kind, T, divergence)
 
 
@@ -698,7 +696,7 @@ def test_a_padded_vocabulary_is_left_to_no_other_kernel(name, dtype):
             out, grad = torch.empty(1, dtype=torch.float64), torch.zeros_like(z)
             *fast, _ = backend.launches(raw.call(z, v, divergence=name, T=2.0, grad=grad), out, Device(2))
             for x in fast:
-                x.run(z.device)
+                x.run()
             D, g = with_backend("eager", z.double(), v.double(), None, name, 2.0, 0.0, True)
             assert float(out) == pytest.approx(float(D), rel=2e-6, abs=1e-6), (shape, mask, where)
             bound = max(1e-6, 2 * torch.finfo(dtype).eps * float(g.norm()))

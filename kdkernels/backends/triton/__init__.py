@@ -85,7 +85,7 @@ def _losses(call: Call) -> Tensor:
     if out.numel():
         with on(device):
             for launch in launches(call, out, figures(device)):
-                launch.run(device)
+                launch.run()
     return out
 
 
@@ -111,7 +111,7 @@ def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> 
             out.numel() // vocab,
             dict(X=x, U=u, OUT=out, vocab=vocab, k=k, k_low=1 / temperature - k) | more,
             8,
-        ).run(x.device)
+        ).run()
     return out
 
 
@@ -123,6 +123,4 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     elif count:
         with on(grad.device):
             grid = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * figures(grad.device).processors)
-            Launch("scale_all", grid, dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run(
-                grad.device
-            )
+            Launch("scale_all", grid, dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run()

@@ -408,10 +408,10 @@ def careful_row(
                         # w is nearer to q, and q itself as the order goes to 0
                         if FAMILY >= POWER and BASE_Z:
                             x = tl.where(infinite, INF, -order * d - log_r)
-                            near = (
+                            alike = (
                                 both & (tl.abs(x) < 0.5) & (tl.abs(order * d) < 8.0)
                             )  # of a large d little is left in x
-                            g = tl.where(near, -near_expm1(q, x), q - w)
+                            g = tl.where(alike, -near_expm1(q, x), q - w)
                         else:
                             alike = both & (tl.abs(d) < 0.5) & (tl.abs(x) < 0.5)
                             g = tl.where(alike, near_expm1(p, d) - near_expm1(p, x), q - w)

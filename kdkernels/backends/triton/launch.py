@@ -102,18 +102,19 @@ class Launch:
     grid: int
     arguments: dict
     warps: int
-    registers: int | None = None  # the most that a thread gets, where the compiler's own choice is a bad one
+    registers: int | None = (
+        None  # the most that a thread gets on NVIDIA's, where the compiler's choice is bad
+    )
 
-    def options(self, nvidia: bool) -> dict:
+    @property
+    def options(self) -> dict:
         """What the compiler is told; the default of enable_fp_fusion is not the same in every version."""
-        limit = dict(maxnreg=self.registers) if nvidia and self.registers else {}
+        limit = dict(maxnreg=self.registers) if self.registers else {}
         return dict(num_warps=self.warps, enable_fp_fusion=True, **limit)
 
-    def run(self, device: torch.device) -> None:
+    def run(self) -> None:
         taken = (self.arguments[x] for x in parameters(self.kernel))
-        kernel(self.kernel)[(self.grid,)](
-            *taken, **self.options(device.type == "cuda" and not torch.version.hip)
-        )
+        kernel(self.kernel)[(self.grid,)](*taken, **self.options)
 
 
 def _spec(call: Call, access: int, geometry: Plan, device: Device) -> Spec:
@@ -189,13 +190,13 @@ def _arguments(call: Call, out: Tensor, inner: int, strides: list[int]) -> dict:
     )
 
 
-def _careful(spec: Spec, arguments: dict, every: bool) -> Launch:
+def _careful(spec: Spec, arguments: dict, every: bool, registers: int | None) -> Launch:
     """The kernel for every row, or for those that others have lost."""
     # of what is compiled, what it does not know: the same for all calls, so that they share a kernel
     same = dict(exact=True, carry=False, fast_log2=False, access=EVEN, alone=True, phase=ALL, lanes=1, run=1)
     rows, several = arguments["rows"], 1 if every else CAREFUL_ROWS
     more = dict(SPEC=dataclasses.replace(spec, **same), EVERY=every, ROWS=several, BLOCK=CAREFUL_BLOCK)
-    return Launch("careful_rows", -(-rows // several), arguments | more, CAREFUL_WARPS, MOST_REGISTERS)
+    return Launch("careful_rows", -(-rows // several), arguments | more, CAREFUL_WARPS, registers)
 
 
 def launches(call: Call, out: Tensor, device: Device) -> list[Launch]:
@@ -206,9 +207,10 @@ def launches(call: Call, out: Tensor, device: Device) -> list[Launch]:
     inner, access, strides = _layout([student, teacher, G], run_of(*sizes), call.vocab)
     geometry = plan(rows, call.vocab, *sizes, device, access != EVEN)
     spec = _spec(call, access, geometry, device)
+    most = MOST_REGISTERS if device.nvidia else None
     arguments = _arguments(call, out, inner, strides)
     if FAMILIES[spec.family] in ("SUPPORT", "EXTREME", "MOMENTS"):  # no sums of terms, or rare: all for fp64
-        return [_careful(spec, arguments, True)]
+        return [_careful(spec, arguments, True, most)]
     mine = dict(parts=geometry.parts, size=geometry.size, STATE=out, COUNT=out)
     phases = (ALL,)
     if not spec.alone:
@@ -219,6 +221,6 @@ def launches(call: Call, out: Tensor, device: Device) -> list[Launch]:
         mine["STATE"] = torch.empty(rows * geometry.parts * state, dtype=torch.float64, device=out.device)
         mine["COUNT"] = torch.zeros(2 * rows, dtype=torch.int32, device=out.device)
     each = (arguments | mine | dict(SPEC=dataclasses.replace(spec, phase=x)) for x in phases)
-    registers = MOST_REGISTERS if spec.exact else None
+    registers = most if spec.exact else None
     fast = [Launch("loss_rows", rows * geometry.parts, x, geometry.warps, registers) for x in each]
-    return [*fast, _careful(spec, arguments, False)]
+    return [*fast, _careful(spec, arguments, False, most)]
