@@ -3,6 +3,7 @@ of each logit, against a device's rates.
 
     python benchmarks/traffic.py              a table for the devices below
     python benchmarks/traffic.py --here       beside measured times, on a GPU
+    python benchmarks/traffic.py --write      Triton's, to docs/results/triton_predicted.md
 
 Loss and gradient of rows of V logits move at least 3 V b bytes a row (each logit read once, the gradient
 written once). The plan (`kdkernels.backends.triton.plan`) keeps what all programs have of their rows between
@@ -41,6 +42,17 @@ SHAPES = (
     (64, 262144),
     (1, 262144),
 )
+
+
+DIVERGENCES = ("kl", "renyi(0.5)", "jsd(0.5)")
+PREDICTED = Path(__file__).parent.parent / "docs" / "results" / "triton_predicted.md"
+HEAD = """# Predictions
+
+No GPU has run these kernels: ms for loss and gradient in bf16, and the share of copy speed that they would
+reach, by `benchmarks/traffic.py` from the [compiled kernels' instructions](triton_aot.md), the bytes of the
+plan, and the devices' rates. What a program does once (the exchange, closing a row) is not in it.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -193,25 +205,45 @@ def measured(rows: int, vocab: int, divergence: str, backend: str) -> tuple[floa
     return step * 1e-3, 2 * big.numel() / (copy * 1e-3)
 
 
+def table() -> str:
+    """Markdown: the Triton backend's predicted times for loss and gradient in bf16."""
+    lines = [["rows x V", *(f"{r.name}, {d}" for r in DEVICES for d in DIVERGENCES)]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for rows, vocab in SHAPES:
+        cells = [f"{rows} x {vocab}"]
+        for rates, divergence in itertools.product(DEVICES, DIVERGENCES):
+            found = of_triton(rates, divergence, rows, vocab)
+            cells.append(f"{found.seconds * 1e3:.3g} ({found.floor_share(rates, rows, vocab, 2):.2f})")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def of_triton(rates: Rates, divergence: str, rows: int, vocab: int) -> Prediction:
+    sweeps = 3 if divergence.startswith("jsd") else 2
+    return predict(rates, rows, vocab, 2, *counts(rates.target, divergence), sweeps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--here", action="store_true", help="measure the same shapes on this machine's GPU")
+    parser.add_argument("--write", action="store_true", help=f"the table to {PREDICTED.name}")
     args = parser.parse_args()
+    if args.write:
+        PREDICTED.write_text(f"{HEAD}{table()}\n", encoding="utf-8")
+        return
     print(
         f"{'device':10} {'divergence':10} {'rows x V':>14} {'B/logit':>8} {'ms':>8} {'of copy':>8}  "
         "bound, backend"
     )
-    models = {
-        "triton": lambda r, d, *shape: predict(r, *shape, 2, *counts(r.target, d), 3 if d[0] == "j" else 2)
-    }
+    models = {"triton": of_triton}
     if isinstance(cuda.library(), str):
         print(f"cuda: {cuda.library()}")
     else:
         models["cuda"] = lambda r, d, *shape: predict_cuda(r, *shape, d)
     for rates in DEVICES:
-        for divergence in ("kl", "renyi(0.5)", "jsd(0.5)"):
+        for divergence in DIVERGENCES:
             for (rows, vocab), (backend, model) in itertools.product(SHAPES, models.items()):
                 found = model(rates, divergence, rows, vocab)
                 share = found.floor_share(rates, rows, vocab, 2)
@@ -221,7 +253,7 @@ def main() -> None:
                     f"{share:8.2f}  {found.bound}, {backend}"
                 )
     if args.here:
-        for divergence, (rows, vocab), backend in itertools.product(("kl", "renyi(2.0)"), SHAPES, models):
+        for divergence, (rows, vocab), backend in itertools.product(DIVERGENCES, SHAPES, models):
             seconds, copy = measured(rows, vocab, divergence, backend)
             share = 6 * rows * vocab / seconds / copy
             print(

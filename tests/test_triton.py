@@ -293,8 +293,7 @@ def test_the_plain_form_is_right_to_the_rounding_of_its_gradient(name, dtype):
     for i, kind in enumerate(KINDS):
         for vocab, T in ((700, (0.5, 1.0, 2.0, 8.0)[i % 4]), (31, (8.0, 2.0, 1.0, 0.5)[i % 4])):
             z, v = make_rows(kind, 1, vocab, dtype)
-            call = raw.call(z, v, divergence=name, T=T, grad=torch.empty_like(z))
-            assert not is_exact(call)
+            assert not is_exact(parse(name).form, T, dtype)
             (D,), (g,) = with_backend("eager", z.double(), v.double(), None, name, T, 0.0, True)
             (loss,), (grad,) = with_backend("triton", z, v, None, name, T, 0.0, True)
             value = with_backend("triton", z, v, None, name, T, 0.0, False)[0]
@@ -311,19 +310,15 @@ def test_the_plain_form_is_right_to_the_rounding_of_its_gradient(name, dtype):
 
 def test_which_form_a_call_takes():
     """The exact one where a gradient has more digits than the plain form, or p and q nearly cancel."""
-    z16, z32 = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(1, 8)
-    exact = lambda z, name="kl", T=1.0, **grad: is_exact(raw.call(z, z, divergence=name, T=T, **grad))  # noqa: E731
-    assert not exact(z16) and exact(z32) and exact(z16, T=8.5) and not exact(z16, T=8.0)
-    assert exact(z16, grad=torch.empty(1, 8)) and not exact(z32, grad=z16)
-    assert [exact(z16, f"renyi({a})") for a in (0.1, 0.5, 0.9, 1.1, 2, 9)] == [
-        True,
-        False,
-        True,
-        True,
-        False,
-        True,
-    ]
-    assert [exact(z16, f"jsd({b})") for b in (0.01, 0.1, 0.99)] == [True, False, True]
+    exact = lambda name="kl", T=1.0, dtype=torch.bfloat16: is_exact(parse(name).form, T, dtype)  # noqa: E731
+    assert not exact() and exact(dtype=torch.float32) and exact(T=8.5) and not exact(T=8.0)
+    found = [exact(f"renyi({a})") for a in (0.1, 0.5, 0.9, 1.1, 2, 9)]
+    assert found == [True, False, True, True, False, True]
+    assert [exact(f"jsd({b})") for b in (0.01, 0.1, 0.99)] == [True, False, True]
+    z = torch.zeros(1, 8, dtype=torch.bfloat16)
+    for gradient, expected in ((None, False), (z, False), (z.float(), True)):
+        first = backend.launches(raw.call(z, z, grad=gradient), torch.empty(1), Device(2))[0]
+        assert first.arguments["SPEC"].exact == expected
 
 
 def test_orders_and_weights_beyond_a_float():
@@ -461,7 +456,7 @@ def test_a_nan_that_arithmetic_makes_is_no_lost_row(shape):
 
 def layout_of(*tensors, vocab=None):
     R = 16 // min(x.element_size() for x in tensors[:2])
-    return launch._layout(list(tensors), R, vocab or tensors[0].shape[-1])[1]
+    return launch._layout([launch.Lie.of(x) for x in tensors], R, vocab or tensors[0].shape[-1])[1]
 
 
 def test_accesses_are_as_wide_as_memory_allows():

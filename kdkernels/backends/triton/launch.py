@@ -12,13 +12,16 @@ import functools
 import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ... import divergence as math_of
 from ...call import Call
+from ...call import Numbers as CallNumbers
 from .numbers import is_exact, numbers
-from .plan import Device, Plan, plan, run_of
+from .plan import ACCESS, Device, Plan, plan, run_of
 from .spec import (
     AGAIN,
     ALL,
@@ -45,25 +48,63 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
-    """(x, inner, (outer stride, inner stride)): row = outer * inner + i; inner is the same for any number of
+class Lie(NamedTuple):
+    """How a tensor lies in memory; `off`: by how much its data misses 16 bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    off: int
+
+    @staticmethod
+    def of(x: Tensor) -> Lie:
+        return Lie(x.dtype, x.shape, x.stride(), x.data_ptr() % ACCESS)
+
+
+class Kind(NamedTuple):
+    """What a call's launches depend on besides the data: they are the same for the next call of the kind."""
+
+    divergence: math_of.Divergence
+    numbers: CallNumbers
+    vocab: int
+    student: Lie
+    teacher: Lie
+    grad: Lie | None
+    hard: bool
+    weighted: bool
+    stats: bool
+    device: Device
+    interpreting: bool
+
+    @staticmethod
+    def of(call: Call, device: Device) -> Kind:
+        asked, grad = call.numbers, call.grad
+        wanted = asked.hard_scale != 0 or asked.hard_grad_scale != 0 or call.stats is not None
+        lie = Lie.of(call.student), Lie.of(call.teacher), None if grad is None else Lie.of(grad)
+        flags = call.labels is not None and wanted, call.weight is not None, call.stats is not None
+        return Kind(call.divergence, asked, call.vocab, *lie, *flags, device, interpreting())
+
+
+def _rows(lie: Lie) -> tuple[int, tuple[int, int]]:
+    """(inner, (outer stride, inner stride)): row = outer * inner + i; inner is the same for any number of
     rows where it can be."""
-    if x.dim() > 3:
-        x = x.flatten(0, -3)
-    if x.dim() == 3 and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
-        return x, x.shape[1], (x.stride(0), x.stride(1))
-    return x, 2**31 - 1, (0, x.stride(-2) if x.dim() > 1 else 0)
+    shape, stride = lie.shape, lie.stride
+    if len(shape) > 3:  # leading dimensions fold (call.py)
+        shape, stride = (math.prod(shape[:-2]), *shape[-2:]), (stride[-3], *stride[-2:])
+    if len(shape) == 3 and shape[0] > 1 and stride[0] != shape[1] * stride[1]:
+        return shape[1], (stride[0], stride[1])
+    return 2**31 - 1, (0, stride[-2] if len(shape) > 1 else 0)
 
 
-def _layout(tensors: list[Tensor], R: int, vocab: int) -> tuple[int, int, list[int]]:
+def _layout(lies: list[Lie], R: int, vocab: int) -> tuple[int, int, list[int]]:
     """(inner, access, outer and inner strides of each tensor): how their rows lie, and whether 16 bytes can
     be taken at a time."""
-    found = [_rows(x) for x in tensors]
-    inner = min(n for _, n, _ in found)
-    strides = [s if n == inner else (inner * s[1], s[1]) for _, n, s in found]
+    found = [_rows(x) for x in lies]
+    inner = min(n for n, _ in found)
+    strides = [s if n == inner else (inner * s[1], s[1]) for n, s in found]
     if inner == 2**31 - 1:
         strides = [(0, s[1]) for s in strides]
-    aligned = all(x.data_ptr() % (R * x.element_size()) == 0 for x in tensors)
+    aligned = all(x.off % min(ACCESS, R * x.dtype.itemsize) == 0 for x in lies)
     alike = len({(s[0] % R, s[1] % R) for s in strides}) == 1
     access = (
         SCALAR
@@ -102,9 +143,7 @@ class Launch:
     grid: int
     arguments: dict
     warps: int
-    registers: int | None = (
-        None  # the most that a thread gets on NVIDIA's, where the compiler's choice is bad
-    )
+    registers: int | None = None  # the most that a thread gets, where the compiler's own choice is a bad one
 
     @property
     def options(self) -> dict:
@@ -117,20 +156,21 @@ class Launch:
         kernel(self.kernel)[(self.grid,)](*taken, **self.options)
 
 
-def _spec(call: Call, access: int, geometry: Plan, device: Device) -> Spec:
-    n, m = numbers(call.divergence, call.numbers.temperature), call.numbers.modifiers
+def _spec(kind: Kind, access: int, geometry: Plan) -> Spec:
+    n, m = numbers(kind.divergence, kind.numbers.temperature), kind.numbers.modifiers
     capped, scaled = m.student_softcap or m.teacher_softcap, (m.student_scale, m.teacher_scale) != (1.0, 1.0)
+    gradient = (kind.student if kind.grad is None else kind.grad).dtype
     return Spec(
         family=FAMILIES.index(n.family),
         base=n.base,
-        exact=is_exact(call),
-        hard=(SMOOTHED if m.label_smoothing else CROSS_ENTROPY) if _hard(call) else 0,
-        grad=call.grad is not None,
-        weighted=call.weight is not None,
+        exact=is_exact(kind.divergence.form, kind.numbers.temperature, gradient),
+        hard=(SMOOTHED if m.label_smoothing else CROSS_ENTROPY) if kind.hard else 0,
+        grad=kind.grad is not None,
+        weighted=kind.weighted,
         transform=CAPPED if capped else SCALED if scaled else 0,
-        stats=call.stats is not None,
-        carry=bool(capped or scaled) or torch.float32 in (call.student.dtype, call.teacher.dtype),
-        fast_log2=device.nvidia and n.family in ("MIXTURE", "SKEWED"),
+        stats=kind.stats,
+        carry=bool(capped or scaled) or torch.float32 in (kind.student.dtype, kind.teacher.dtype),
+        fast_log2=kind.device.nvidia and n.family in ("MIXTURE", "SKEWED"),
         centered=n.centered,
         access=access,
         alone=geometry.parts == 1,
@@ -140,33 +180,20 @@ def _spec(call: Call, access: int, geometry: Plan, device: Device) -> Spec:
     )
 
 
-def _hard(call: Call) -> bool:
-    asked = call.numbers
-    wanted = asked.hard_scale != 0 or asked.hard_grad_scale != 0 or call.stats is not None
-    return call.labels is not None and wanted
-
-
-def _arguments(call: Call, out: Tensor, inner: int, strides: list[int]) -> dict:
-    """What the kernels take of a call by name, but for their geometry."""
-    asked, m = call.numbers, call.numbers.modifiers
-    n = numbers(call.divergence, asked.temperature)
+def _numbers(kind: Kind, inner: int, strides: list[int]) -> dict:
+    """What the kernels take of a call by name, but for tensors and geometry."""
+    asked, m = kind.numbers, kind.numbers.modifiers
+    n = numbers(kind.divergence, asked.temperature)
     # the value's factor, T^2 in it, as two numbers that a float holds
     value_scale = asked.value_scale * n.value
     value_unit = 2.0 ** (math.frexp(value_scale)[1] // 2) if math.isfinite(value_scale) else 1.0
     where = ("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner")
     return dict(
-        Z=call.student,
-        V=call.teacher,
-        G=call.student if call.grad is None else call.grad,
-        LABELS=call.labels.contiguous() if _hard(call) else out,
-        WEIGHTS=out if call.weight is None else call.weight.contiguous(),
-        LOSS=out,
-        STATS=out if call.stats is None else call.stats,
-        rows=out.numel(),
+        rows=math.prod(kind.student.shape[:-1]),
         inner=inner,
         **dict(zip(where, strides, strict=True)),
-        vocab=call.vocab,
-        width=call.student.shape[-1],
+        vocab=kind.vocab,
+        width=kind.student.shape[-1],
         c=n.c,
         k=n.k,
         tilt=n.tilt,
@@ -199,28 +226,49 @@ def _careful(spec: Spec, arguments: dict, every: bool, registers: int | None) ->
     return Launch("careful_rows", -(-rows // several), arguments | more, CAREFUL_WARPS, registers)
 
 
-def launches(call: Call, out: Tensor, device: Device) -> list[Launch]:
-    """What `loss` launches, in its order, on a device of such figures; out: the losses to be written."""
-    student, teacher, rows = call.student, call.teacher, out.numel()
-    sizes = student.element_size(), teacher.element_size()
-    G = student if call.grad is None else call.grad
-    inner, access, strides = _layout([student, teacher, G], run_of(*sizes), call.vocab)
-    geometry = plan(rows, call.vocab, *sizes, device, access != EVEN)
-    spec = _spec(call, access, geometry, device)
-    most = MOST_REGISTERS if device.nvidia else None
-    arguments = _arguments(call, out, inner, strides)
+@functools.lru_cache(maxsize=256)
+def _launches(kind: Kind) -> tuple[int, list[Launch]]:
+    """(fp64 numbers of STATE, 0 for a program to a row; the launches of a kind of call, without tensors)."""
+    sizes = kind.student.dtype.itemsize, kind.teacher.dtype.itemsize
+    lies = [kind.student, kind.teacher, kind.student if kind.grad is None else kind.grad]
+    inner, access, strides = _layout(lies, run_of(*sizes), kind.vocab)
+    arguments = _numbers(kind, inner, strides)
+    rows = arguments["rows"]
+    geometry = plan(rows, kind.vocab, *sizes, kind.device, access != EVEN)
+    spec = _spec(kind, access, geometry)
+    most = MOST_REGISTERS if kind.device.nvidia else None
     if FAMILIES[spec.family] in ("SUPPORT", "EXTREME", "MOMENTS"):  # no sums of terms, or rare: all for fp64
-        return [_careful(spec, arguments, True, most)]
-    mine = dict(parts=geometry.parts, size=geometry.size, STATE=out, COUNT=out)
-    phases = (ALL,)
+        return 0, [_careful(spec, arguments, True, most)]
+    phases, state = (ALL,), 0
     if not spec.alone:
         # programs that run one after another cannot wait for each other
         again, middle = ([AGAIN] if spec.exact else []), ([MIDDLE] if spec.mixes else [])
-        phases = (FIRST, *again, *middle, LAST) if interpreting() else (ALL,)
-        state = dataclasses.replace(spec, phase=phases[0]).state
-        mine["STATE"] = torch.empty(rows * geometry.parts * state, dtype=torch.float64, device=out.device)
-        mine["COUNT"] = torch.zeros(2 * rows, dtype=torch.int32, device=out.device)
-    each = (arguments | mine | dict(SPEC=dataclasses.replace(spec, phase=x)) for x in phases)
-    registers = most if spec.exact else None
-    fast = [Launch("loss_rows", rows * geometry.parts, x, geometry.warps, registers) for x in each]
-    return [*fast, _careful(spec, arguments, False, most)]
+        phases = (FIRST, *again, *middle, LAST) if kind.interpreting else (ALL,)
+        state = rows * geometry.parts * dataclasses.replace(spec, phase=phases[0]).state
+    mine = arguments | dict(parts=geometry.parts, size=geometry.size)
+    fast = [
+        Launch(
+            "loss_rows", rows * geometry.parts, mine | dict(SPEC=dataclasses.replace(spec, phase=x)),
+            geometry.warps, most if spec.exact else None,
+        )
+        for x in phases
+    ]  # fmt: skip
+    return state, [*fast, _careful(spec, arguments, False, most)]
+
+
+def launches(call: Call, out: Tensor, device: Device) -> list[Launch]:
+    """What `loss` launches, in its order, on a device of such figures; out: the losses to be written."""
+    kind = Kind.of(call, device)
+    state, found = _launches(kind)
+    tensors = dict(
+        Z=call.student,
+        V=call.teacher,
+        G=call.student if call.grad is None else call.grad,
+        LABELS=call.labels.contiguous() if kind.hard else out,
+        WEIGHTS=out if call.weight is None else call.weight.contiguous(),
+        LOSS=out,
+        STATS=out if call.stats is None else call.stats,
+        STATE=torch.empty(state, dtype=torch.float64, device=out.device) if state else out,
+        COUNT=torch.zeros(2 * out.numel(), dtype=torch.int32, device=out.device) if state else out,
+    )
+    return [Launch(x.kernel, x.grid, x.arguments | tensors, x.warps, x.registers) for x in found]
