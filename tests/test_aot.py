@@ -45,11 +45,11 @@ def differences(lines: list[str]) -> tuple[list[str], int]:
 
 def test_covering_set():
     """Within their limits, and instructions, registers and accesses as the committed table says."""
-    lines = compile_for("sm_90").splitlines()
+    lines = compile_for("sm_90", more=("--brief",)).splitlines()
     assert all(any(kernel in x for x in lines) for kernel in ("loss_rows", "careful_rows"))
     if f"triton=={importlib.metadata.version('triton')}" in (ROOT / "constraints.txt").read_text().split():
         changed, compared = differences(lines)
-        assert compared > 30 and changed == [], "where that is on purpose: python benchmarks/aot.py"
+        assert compared > 25 and changed == [], "where that is on purpose: python benchmarks/aot.py"
 
 
 def test_a_difference_is_found():

@@ -680,7 +680,7 @@ def test_a_padded_vocabulary_is_left_to_no_other_kernel(name, dtype):
     """Masks of -inf and of the dtype's smallest number, in both models, or in the one where D stays finite:
     the loss is there after the fast kernel, and right."""
     infinite_at = {"kl": "student", "reverse_kl": "teacher", "renyi(2)": "student"}
-    for shape, mask in itertools.product(PATHS, (-math.inf, torch.finfo(dtype).min)):
+    for shape, mask in (("tile", -math.inf), ("row", torch.finfo(dtype).min), ("parts", -math.inf)):
         for where in ("both", "student", "teacher"):
             z, v = make_rows("plain", 1, PATHS[shape], dtype)
             if infinite_at.get(name) == where:

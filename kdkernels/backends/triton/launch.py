@@ -41,7 +41,9 @@ from .spec import (
 
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
 CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
-MOST_REGISTERS = 168  # of a thread of the exact form and of careful rows: the compiler's own choice spills
+# Of a thread: of careful rows, the exact form, statistics and transforms; and of labels alone, where four
+# programs fit a multiprocessor. The compiler's own choice spills.
+MOST_REGISTERS, LABEL_REGISTERS = 168, 128
 
 
 def interpreting() -> bool:
@@ -246,10 +248,12 @@ def _launches(kind: Kind) -> tuple[int, list[Launch]]:
         phases = (FIRST, *again, *middle, LAST) if kind.interpreting else (ALL,)
         state = rows * geometry.parts * dataclasses.replace(spec, phase=phases[0]).state
     mine = arguments | dict(parts=geometry.parts, size=geometry.size)
+    heavy = spec.exact or spec.stats or spec.transform or spec.hard == SMOOTHED
+    registers = most if heavy else LABEL_REGISTERS if spec.hard and most else None
     fast = [
         Launch(
             "loss_rows", rows * geometry.parts, mine | dict(SPEC=dataclasses.replace(spec, phase=x)),
-            geometry.warps, most if spec.exact else None,
+            geometry.warps, registers,
         )
         for x in phases
     ]  # fmt: skip
