@@ -354,7 +354,8 @@ def _long_double(z, v, kind, a, T):
     x = np.where(both, -share(1 - weight, -d), 0)  # log(q / m)
     q_more = np.where(both, np.expm1(x), 0)  # q / m - 1, and p / m - 1
     p_more = np.where(both, np.expm1(-share(weight, d)), 0)
-    lone_p, lone_q = no_z & ~no_v, no_v & ~no_z
+    # so deep a mask that one of p and q is 0 beside the other, whatever is finite in the logits
+    lone_p, lone_q = no_z & ~no_v | both & (d < -11000), no_v & ~no_z | both & (d > 11000) & (weight > 0)
     if weight > 0:
         of_p[lone_q], of_q[lone_q] = q[lone_q] * weight, q[lone_q] * (weight - 1 - np.log(weight))
         q_more[lone_q], x[lone_q] = 1 / weight - 1, -np.log(weight)

@@ -112,3 +112,18 @@ def test_hard_and_log_softmax():
         (z.detach() / 3).log_softmax(-1).numpy(),
         rtol=1e-14,
     )
+
+
+@pytest.mark.parametrize("engine", ["mpmath", "longdouble"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd(0.3)", "skew_kl(0.2)", "skew_reverse_kl(0.2)", "tvd"])
+def test_a_finite_mask_is_one(name, engine):
+    """The smallest fp32 number in one model, where D is finite: as -inf there."""
+    for of_teacher in (False, True) if name != "reverse_kl" else (False,):
+        rows = [x[0].numpy().astype(np.longdouble) for x in make_rows("plain", 1, 40)]
+        found = []
+        for mask in (np.longdouble("-inf"), np.longdouble(np.finfo(np.float32).min)):
+            rows[of_teacher][-13:] = mask
+            found.append(oracle.divergence_row(*rows, name, 2.0, engine))
+        (value, gradient), (finite, of_finite) = found
+        assert float(finite) == pytest.approx(float(value), rel=1e-15)
+        np.testing.assert_allclose(of_finite.astype(float), gradient.astype(float), rtol=1e-13, atol=1e-18)
