@@ -86,17 +86,22 @@ def of_order(log_r, numbers, spec: tl.constexpr):
     """D from log R."""
     b = wide(numbers.tilt)
     if spec.family == ALPHA:
-        value = expm164(log_r) / (b * (b - 1.0))
+        return expm164(log_r) / (b * (b - 1.0))
     else:
-        value = log_r / (b - 1.0 if spec.student_base else -b)
-    return signed(value, numbers, spec)
+        return log_r / (b - 1.0 if spec.student_base else -b)
+
+
+@triton.jit
+def alpha_gain(log_r, numbers, spec: tl.constexpr):
+    """What an alpha's gradient has before q - w: R over its order."""
+    return tl.exp(log_r) / (numbers.tilt if spec.student_base else 1.0 - wide(numbers.tilt))
 
 
 @triton.jit
 def plain_value(sums, numbers, spec: tl.constexpr):
     """D of a row; mixtures sum it later."""
     if spec.power:
-        return of_order(log2_ratio(sums, numbers)[0] * LN2, numbers, spec)
+        return signed(of_order(log2_ratio(sums, numbers)[0] * LN2, numbers, spec), numbers, spec)
     elif spec.family == ENTROPY:
         return (sums.f / sums.s + log2_64(sums.so)) * LN2
     else:
@@ -117,7 +122,7 @@ def plain_close(sums, value, scale, numbers, spec: tl.constexpr):
     if spec.power:
         log_r, log_w = log2_ratio(sums, numbers)
         if spec.family == ALPHA:
-            scale *= exp2_64(log_r) / (numbers.tilt if spec.student_base else 1.0 - wide(numbers.tilt))
+            scale *= alpha_gain(log_r * LN2, numbers, spec)
         q_unit = b_unit if spec.student_base else o_unit
         A, C = exp2_64(n_b + numbers.tilt * (n_o - n_b) - log_w) / q_unit, -scale * q_unit
     elif spec.reverse_kl:
@@ -201,7 +206,7 @@ def exact_close(sums, reference, h, log_r, scale, numbers, spec: tl.constexpr):
         )  # fmt: skip
         left = tl.where(direct, h, 0.0)  # of what y lacks
         if spec.family == ALPHA:
-            unit *= tl.exp(log_r) / (numbers.tilt if spec.student_base else 1.0 - wide(numbers.tilt))
+            unit *= alpha_gain(log_r, numbers, spec)
         A, P = unit * tl.exp(-left), -unit * tl.exp(-numbers.tilt * left - log_r)
         C = tl.where(direct, unit if spec.student_base else A, -unit * expm164(-log_r))
     elif spec.reverse_kl:
@@ -226,12 +231,11 @@ def exact_value(sums, f, d, log_r, numbers, spec: tl.constexpr):
         b = wide(numbers.tilt)
         F = tl.maximum(F / (1.0 - b) - 0.5 * rest * rest, 0.0)
         near = tl.abs(log_r) < 0.4
-        far = expm164(tl.where(near, 0.0, log_r)) / (b * (b - 1.0))
         if spec.family == ALPHA:
-            return tl.where(near, F, far)
+            return tl.where(near, F, of_order(tl.where(near, 0.0, log_r), numbers, spec))
         else:
             log_r = tl.where(near, log1p64(tl.where(near, -b * (1.0 - b) * F, 0.0)), log_r)
-            return log_r / (b - 1.0 if spec.student_base else -b)
+            return of_order(log_r, numbers, spec)
     else:
         return tl.maximum(F - 0.5 * rest * rest, 0.0)
 

@@ -23,10 +23,15 @@ from .sums import exact_terms
 
 
 @triton.jit
+def exponents(b, o, closed, numbers):
+    """Of a tile's base and other in base 2, relative to the integers of `close.Plain`."""
+    return tl.fma(b, numbers.c, -closed.n_b), tl.fma(o, numbers.c, -closed.n_o)
+
+
+@triton.jit
 def plain_gradient(b, o, closed, numbers, spec: tl.constexpr):
     """A tile's T dD/dz, scaled."""
-    a = tl.fma(b, numbers.c, -closed.n_b)
-    a_o = tl.fma(o, numbers.c, -closed.n_o)
+    a, a_o = exponents(b, o, closed, numbers)
     e = tl.math.exp2(a)
     if spec.power:
         y = tl.minimum(tl.maximum(a_o - a, -BIG), BIG)

@@ -26,7 +26,7 @@ from .arithmetic import (
     select,
     wide,
 )
-from .gradient import total
+from .gradient import exponents, total
 from .hard import with_hard
 from .records import SKEWED, TVD
 from .rows import pair, store, student_of, sweep
@@ -70,17 +70,17 @@ def ratio_terms(a, a_o, closed, numbers, spec: tl.constexpr):
 
 @triton.jit
 def plain_middle(b, o, closed, numbers, spec: tl.constexpr):
-    """The sums of a tile in the plain form, over b's unit: closed.A has what o's exponent lacks to b's. TVD:
-    of what o has more, and of q where o has more; others: of b log2(m / b), o log2(o / m), q (o - b) / m."""
-    a, a_o = tl.fma(b, numbers.c, -closed.n_b), tl.fma(o, numbers.c, -closed.n_o)
+    """What a tile adds in the plain form, over b's unit; closed.A has what o's exponent lacks to b's. TVD,
+    whose base is the teacher: what o has more, and q with the sign of q - p. Others: b log2(m / b),
+    o log2(o / m), q (o - b) / m."""
+    a, a_o = exponents(b, o, closed, numbers)
     e, eo = tl.math.exp2(a), tl.math.exp2(a_o) * closed.A
-    q = e if spec.student_base else eo
     if spec.family == TVD:
         gap = eo - e
-        return tl.maximum(gap, 0.0), tl.where(gap > 0.0, q, tl.where(gap < 0.0, -q, 0.0)), e
+        return tl.maximum(gap, 0.0), tl.where(gap > 0.0, eo, tl.where(gap < 0.0, -eo, 0.0)), e
     else:
         u, ahead, share = ratio_terms(a, a_o, closed, numbers, spec)
-        return e * u, eo * ahead, q * share
+        return e * u, eo * ahead, (e if spec.student_base else eo) * share
 
 
 @triton.jit
@@ -108,12 +108,11 @@ def plain_sums(x, numbers, spec: tl.constexpr):
 @triton.jit
 def plain_slope(b, o, closed, numbers, spec: tl.constexpr):
     """(q, xi) of a tile, in the plain form."""
-    a, a_o = tl.fma(b, numbers.c, -closed.n_b), tl.fma(o, numbers.c, -closed.n_o)
+    a, a_o = exponents(b, o, closed, numbers)
     if spec.family == TVD:
         e, eo = tl.math.exp2(a), tl.math.exp2(a_o) * closed.A
         gap = eo - e
-        xi = tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, 0.0))
-        return e if spec.student_base else eo, xi
+        return eo, tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, 0.0))
     else:
         u, ahead, share = ratio_terms(a, a_o, closed, numbers, spec)
         q = tl.math.exp2(a) if spec.student_base else tl.math.exp2(a_o) * closed.A
@@ -163,17 +162,17 @@ def exact_terms(b, o, closed, numbers, SUMS: tl.constexpr, spec: tl.constexpr):
 
 
 @triton.jit
-def middle_tile(at, sums, row, numbers, more, spec: tl.constexpr):
+def middle_tile(at, sums, row, numbers, closed, spec: tl.constexpr):
     """The lanes' sums with the tile at `at` added: `plain_middle`'s, or `MixedSums`."""
     b, o, _, _ = pair(row, at, "evict_last", spec)
     lacks, less, mass, moved, level = sums.lack, sums.less, sums.mass, sums.moved, sums.level
     if not spec.exact:
-        f, lack, third = plain_middle(b, o, more[0], numbers, spec)
+        f, lack, third = plain_middle(b, o, closed, numbers, spec)
         lacks += tl.sum(lack, 1)
         if spec.family == SKEWED:
             less += tl.sum(third, 1)
     else:
-        q, xi, f, lack, e = exact_terms(b, o, more[0], numbers, True, spec)
+        q, xi, f, lack, e = exact_terms(b, o, closed, numbers, True, spec)
         if spec.family == TVD:
             lacks += tl.sum(lack, 1)
             less += tl.sum(tl.where(f > 0.0, e, 0.0), 1)
@@ -192,7 +191,7 @@ def middle_sweep(row, closed, numbers, spec: tl.constexpr):
     LANES: tl.constexpr = spec.lanes
     zero = tl.zeros([LANES], tl.float32)
     nothing = MixedSums(zero, zero, zero, zero, zero, zero)
-    x = sweep(middle_tile, nothing, row, numbers, (closed,), True, spec)
+    x = sweep(middle_tile, nothing, row, numbers, closed, True, spec)
     if spec.exact:
         return MixedSums(
             total(x.f), total(x.lack), total(x.less), total(x.mass), total(x.moved), total(x.level)

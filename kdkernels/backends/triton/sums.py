@@ -139,10 +139,9 @@ def rebased(f, s, fall_b, fall_o, unit, numbers, spec: tl.constexpr):
 
 
 @triton.jit
-def first_tile(at, lanes, row, numbers, more, spec: tl.constexpr):
+def first_tile(at, lanes, row, numbers, reference, spec: tl.constexpr):
     """The lanes' sums with the tile at `at` added."""
-    reference, M_b0, M_o0 = more[0], lanes[1], lanes[2]
-    sums = lanes[0]
+    sums, M_b0, M_o0, M_h0 = lanes
     b, o, slope_b, slope_o = pair(row, at, "evict_last", spec)
     top_b, top_o = tl.maximum(sums.top_b, tl.max(b, 1)), tl.maximum(sums.top_o, tl.max(o, 1))
     M_b, M_o = tl.ceil(top_b * numbers.c), tl.ceil(top_o * numbers.c)
@@ -163,16 +162,16 @@ def first_tile(at, lanes, row, numbers, more, spec: tl.constexpr):
     elif not spec.mixes:
         f += tl.sum(plain_term(e, a, a_o, numbers, spec), 1)
     others, exponents, classes = sums.others, sums.exponents, sums.classes
-    M_h = lanes[3]
+    M_h = M_h0
     if spec.hard:
         z = student_of(b, o, slope_b, slope_o, spec)[0]
         M_h = tl.ceil((top_b if spec.student_base else top_o) * LOG2E_SINGLE)
         x = tl.fma(z, LOG2E_SINGLE, -M_h[:, None])
         here = tl.where(columns(at, spec) == row.edge + row.label, 0.0, tl.math.exp2(x))
-        others = others * tl.math.exp2(lanes[3] - M_h) + tl.sum(here, 1)
+        others = others * tl.math.exp2(M_h0 - M_h) + tl.sum(here, 1)
         if spec.hard == SMOOTHED:
             there = z > -INF
-            exponents += (lanes[3] - M_h) * classes + tl.sum(tl.where(there, x, 0.0), 1)
+            exponents += (M_h0 - M_h) * classes + tl.sum(tl.where(there, x, 0.0), 1)
             classes += tl.sum(tl.where(there, 1.0, 0.0), 1)
     moved_b, moved_o, place_b, place_o = sums.moved_b, sums.moved_o, sums.place_b, sums.place_o
     if spec.stats:
@@ -218,7 +217,7 @@ def first_sweep(row, numbers, reference, top_b, top_o, spec: tl.constexpr):
     )  # fmt: skip
     M_h = tl.ceil((top_b if spec.student_base else top_o) * LOG2E_SINGLE)
     lanes = nothing, tl.ceil(top_b * numbers.c), tl.ceil(top_o * numbers.c), M_h
-    sums = sweep(first_tile, lanes, row, numbers, (reference,), False, spec)[0]
+    sums, _, _, _ = sweep(first_tile, lanes, row, numbers, reference, False, spec)
     place_b, place_o = wide(0.0), wide(0.0)
     if spec.stats:
         place_b = first_class(row.base, sums.top_b, sums.place_b, row, spec)
