@@ -123,3 +123,4 @@ if __name__ == "__main__":
     if rank == "0":
         torch.save(found, path)
     torch.distributed.destroy_process_group()
+    os._exit(0)  # a thread of gloo that lets go of a tensor while the interpreter ends would abort
