@@ -78,17 +78,19 @@ class Asked(NamedTuple):
 
     @staticmethod
     def of(divergence: Divergence, numbers: Numbers, vocab: int, backend: str) -> Asked:
-        modifiers = numbers.modifiers
-        # most calls have none: a list half as long. Dynamo does not know `is` of two of them
-        more = modifiers if torch.compiler.is_compiling() or modifiers is not PLAIN else ()
-        flat = told(*numbers[:-1], divergence.parameter, *more)
-        return Asked(divergence.name, *flat, vocab, backend)
+        *scales, modifiers = numbers
+        if torch.compiler.is_compiling():
+            flat = told(*scales, divergence.parameter, *modifiers)
+            return Asked(divergence.name, *flat, vocab, backend)
+        # most calls have no modifiers: a list half as long. Dynamo does not know `is` of two of them
+        more = () if modifiers is PLAIN else modifiers
+        return Asked(divergence.name, [*scales, divergence.parameter, *more], None, vocab, backend)
 
     def record(self) -> tuple[Divergence, Numbers]:
         """What `of` was given."""
-        flat = heard(self.numbers, self.varying)
+        *scales, parameter = (flat := heard(self.numbers, self.varying))[:6]
         modifiers = Modifiers(*flat[6:]) if len(flat) > 6 else PLAIN
-        return of(self.divergence, flat[5]), Numbers(*flat[:5], modifiers)
+        return of(self.divergence, parameter), Numbers(*scales, modifiers)
 
 
 def any_symbol(*numbers: float) -> bool:

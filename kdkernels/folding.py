@@ -42,7 +42,7 @@ def weights(
         )
         if isinstance(denominator, Tensor):
             denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, dtype))
-    if labels is not None and not o.hard_weight and student.device.type != "cpu":
+    if labels is not None and not o.hard_weight and not student.is_cpu:
         weight = nan_at_wrong(labels, weight, vocab)
     return weight, denominator
 

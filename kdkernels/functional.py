@@ -39,14 +39,14 @@ def _loss(
         o.check_exchangeable()
     vocab = check_tensors(student, teacher, labels, token_weight, o)
     num_items = checked_items(num_items, o)
-    if not compiling and (autograd or o.reduction == "none"):  # which save what they are given
+    if (autograd or o.reduction == "none") and not compiling:  # which save what they are given
         student, teacher, labels, token_weight = map(
             inputs.saveable, (student, teacher, labels, token_weight)
         )
     weight, denominator = weights(student, labels, vocab, o, token_weight, num_items)
     # without a hard term only looked at: a wrong one is an error
-    hard = labels if o.hard_weight or student.device.type == "cpu" else None
-    others = teacher if o.teacher_grad else teacher.detach()
+    hard = labels if o.hard_weight or student.is_cpu else None
+    others = teacher if o.teacher_grad or not teacher.requires_grad else teacher.detach()
     run = _fused
     if autograd and (inputs.is_transformed(student, others) or not o.is_exchangeable):
         run = _differentiable
@@ -64,12 +64,10 @@ def _fused(
     """The loss by the operator, into which every factor goes that is known, and its statistics."""
     if torch.compiler.is_exporting():
         return _exported(student, teacher, labels, weight, o, vocab, denominator)
-    wanted = (
-        torch.is_grad_enabled() and student.requires_grad,
-        torch.is_grad_enabled() and teacher.requires_grad,
-    )
+    enabled = torch.is_grad_enabled()
+    wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
     inplace, steepest = o.inplace, None
-    halves = [has and x.dtype == torch.float16 for x, has in zip((student, teacher), wanted, strict=True)]
+    halves = wanted[0] and student.dtype == torch.float16, wanted[1] and teacher.dtype == torch.float16
     if any(halves):
         steepest = steepness(o, vocab, halves[1])
         if o.reduction != "none" and steepest > MOST_STEEP:

@@ -93,9 +93,7 @@ def check_dense(name: str, x: Tensor) -> None:
 def readable(x: Tensor) -> bool:
     """Whether the values of x can be looked at without waiting for a device: not those of a fake or a
     torch.func tensor."""
-    return (
-        x.device.type == "cpu" and not _is_fake(x) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return x.is_cpu and not _is_fake(x) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _is_fake(x: Tensor) -> bool:

@@ -46,7 +46,7 @@ def _loss(student, teacher, labels, weight, *rest) -> tuple[Tensor, Tensor, Tens
 
 def _run(student, teacher, labels, weight, asked: Asked, grad, stats) -> Tensor:
     run = backends.resolve(asked.backend, student.device, student.dtype, teacher.dtype)
-    if run.name != "cpu" and labels is not None and student.device.type == "cpu":
+    if run.name != "cpu" and labels is not None and student.is_cpu:
         check_labels(labels, weight, asked.vocab)
     divergence, numbers = asked.record()
     return run.loss(Call(student, teacher, asked.vocab, labels, weight, divergence, numbers, grad, stats))

@@ -13,7 +13,6 @@ back; KDKERNELS_RECYCLE=0 turns all of this off.
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import threading
@@ -29,13 +28,11 @@ _kept: list[mmap.mmap] = []  # the larger one last
 
 
 def empty(like: Tensor) -> Tensor:
-    """torch.empty(like.shape) in like's dtype and device, contiguous."""
-    size = math.prod(like.shape) * like.element_size()
-    if not _possible or like.device.type != "cpu" or size < SMALLEST:
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    block = _take(size)
+    """A tensor of like's shape, dtype and device, contiguous."""
+    size = like.numel() * like.element_size()
+    block = _take(size) if size >= SMALLEST and _possible and like.is_cpu else None
     if block is None:  # torch's error where it finds none either
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
     view = memoryview(block)  # dies with the tensor's storage
     # the interpreter's end is not the tensor's: others may still read it
     weakref.finalize(view, _release, block).atexit = False

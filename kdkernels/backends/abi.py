@@ -31,7 +31,8 @@ class Loss(ctypes.Structure):
     _fields_ = [
         *((x, c_void_p) for x in ("student", "teacher", "grad", "labels", "weight", "loss")),
         *((x, c_int64) for x in ("rows", "inner", "vocab", "grad_width")),
-        *((x, c_int64 * 2) for x in ("student_stride", "teacher_stride", "grad_stride")),
+        # an array as a field takes ten times as long to set
+        *((f"{x}_{y}_stride", c_int64) for x in ("student", "teacher", "grad") for y in ("outer", "inner")),
         *(
             (x, c_int32)
             for x in (
@@ -195,33 +196,35 @@ def _without_tensors(
 def _layout(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
     """(x, inner, (outer stride, inner stride)): rows as pairs of indices; x is copied where two strides
     cannot say it."""
-    if x.dim() == 2:
-        return x, max(1, x.shape[0]), (0, x.stride(0))
-    if x.dim() == 1:
+    dim = x.dim()
+    if dim == 2:
+        return x, x.shape[0] or 1, (0, x.stride(0))
+    if dim == 1:
         return x, 1, (0, 0)
-    if x.dim() == 3:
-        return x, max(1, x.shape[1]), (x.stride(0), x.stride(1))
-    x = x.flatten(0, -3)
-    return x, max(1, x.shape[1]), (x.stride(0), x.stride(1))
+    if dim > 3:
+        x = x.flatten(0, -3)
+    return x, x.shape[1] or 1, x.stride()[:2]
 
 
 def loss_call(call: Call, threads: int = 1, device: int = 0, stream=None) -> tuple[Loss, Tensor, tuple]:
     """(the library's call, the rows' losses to be written, what the call points to and must live as long)."""
-    student, inner, student_stride = _layout(call.student)
-    teacher, _, teacher_stride = _layout(call.teacher)
+    student, inner, (student_outer, student_inner) = _layout(call.student)
+    teacher, _, (teacher_outer, teacher_inner) = _layout(call.teacher)
     labels = call.labels if call.labels is None else call.labels.contiguous()
     weight = call.weight if call.weight is None else call.weight.contiguous()
     width = student.shape[-1]
     rows = student.numel() // width
-    out = torch.empty(rows, dtype=torch.float64, device=student.device)
+    out = student.new_empty(rows, dtype=torch.float64)
     fixed = _without_tensors(call.divergence, call.numbers, call.vocab, student.dtype, teacher.dtype)
     c = Loss.from_buffer_copy(fixed)
     c.student, c.teacher, c.loss = student.data_ptr(), teacher.data_ptr(), out.data_ptr()
     c.rows, c.inner, c.grad_width = rows, inner, width
-    c.student_stride, c.teacher_stride = student_stride, teacher_stride
+    c.student_outer_stride, c.student_inner_stride = student_outer, student_inner
+    c.teacher_outer_stride, c.teacher_inner_stride = teacher_outer, teacher_inner
     c.threads, c.device, c.stream = threads, device, stream
     if call.grad is not None:
-        c.grad, (_, _, c.grad_stride) = call.grad.data_ptr(), _layout(call.grad)
+        c.grad, (_, _, outer_inner) = call.grad.data_ptr(), _layout(call.grad)
+        c.grad_outer_stride, c.grad_inner_stride = outer_inner
         c.grad_dtype = DTYPES[call.grad.dtype]
         c.fresh = c.grad != c.student and call.grad.is_contiguous()
     if labels is not None:
