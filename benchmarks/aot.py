@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -131,7 +131,8 @@ class Case:
             grad=torch.empty_like(z) if self.grad else None,
             stats=torch.empty(self.rows, COLUMNS, dtype=torch.float64, device="meta") if self.stats else None,
         )
-        return backend.launches(call, losses, device)
+        found, tensors = backend.launches(call, losses, device)
+        return [replace(x, arguments=x.arguments | tensors) for x in found]
 
 
 # whole rows, two sweeps, windows, several programs to a row

@@ -386,7 +386,7 @@ def test_another_number_of_programs_to_a_row_compiles_nothing():
 
     def compiled(rows):
         z = torch.empty(rows, 128256, dtype=torch.bfloat16, device="meta")
-        launches = backend.launches(raw.call(z, z), torch.empty(rows, device="meta"), Device(132))
+        launches, _ = backend.launches(raw.call(z, z), torch.empty(rows, device="meta"), Device(132))
         return launches[0].arguments["parts"], launches[0].arguments["SPEC"]
 
     (few, spec), (many, other) = compiled(4096), compiled(8)

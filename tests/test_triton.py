@@ -60,11 +60,12 @@ FORMS = (
     "alpha(0.5)",
     "alpha(2)",
 )
+HERE = Device(2, in_turn=True)  # the interpreter, as a device
 REVERSED = ("reverse_renyi(0)", "reverse_renyi(2)", "reverse_renyi(inf)")
 
 
 def chosen(shape: str, rows: int = 3, size: int = 4) -> Plan:
-    return plan(rows, PATHS[shape], size, size, Device(2))
+    return plan(rows, PATHS[shape], size, size, HERE)
 
 
 def expected(z, v, y, options):
@@ -317,8 +318,8 @@ def test_which_form_a_call_takes():
     assert [exact(f"jsd({b})") for b in (0.01, 0.1, 0.99)] == [True, False, True]
     z = torch.zeros(1, 8, dtype=torch.bfloat16)
     for gradient, expected in ((None, False), (z, False), (z.float(), True)):
-        first = backend.launches(raw.call(z, z, grad=gradient), torch.empty(1), Device(2))[0]
-        assert first.arguments["SPEC"].exact == expected
+        found, _ = backend.launches(raw.call(z, z, grad=gradient), torch.empty(1), HERE)
+        assert found[0].arguments["SPEC"].exact == expected
 
 
 def test_orders_and_weights_beyond_a_float():
@@ -456,7 +457,7 @@ def test_a_nan_that_arithmetic_makes_is_no_lost_row(shape):
 
 def layout_of(*tensors, vocab=None):
     R = 16 // min(x.element_size() for x in tensors[:2])
-    return launch._layout([launch.Lie.of(x) for x in tensors], R, vocab or tensors[0].shape[-1])[1]
+    return launch._layout([launch.Lie(*launch.lie(x)) for x in tensors], R, vocab or tensors[0].shape[-1])[1]
 
 
 def test_accesses_are_as_wide_as_memory_allows():
@@ -496,12 +497,12 @@ def test_what_is_compiled_depends_on_no_number():
         out = torch.empty(rows, dtype=torch.float64, device="meta")
         numbers = Numbers(T, weight, weight, 0.1 * weight, 0.2 * weight, Modifiers(*modifiers))
         call = Call(z, z, vocab, out.long(), None, parse(divergence), numbers, z)
-        found = backend.launches(call, out, Device(132))
+        found, _ = backend.launches(call, out, Device(132))
         return [
             (
                 x.kernel,
                 x.warps,
-                *sorted((k, v) for k, v in x.arguments.items() if k.isupper() and not hasattr(v, "dtype")),
+                *sorted((k, v) for k, v in x.arguments.items() if k.isupper()),
             )
             for x in found
         ]
@@ -569,12 +570,53 @@ def test_scale():
     assert (y == 3).all()
 
 
+def test_a_kernel_is_looked_up_once_for_a_kind_of_call(monkeypatch):
+    """What Triton has compiled for a call runs the next one of its kind, with that one's tensors; of another
+    dtype, alignment or device Triton is asked again."""
+
+    class Kernel:
+        arg_names = ("X", "FACTOR", "count", "BLOCK")
+
+        def __init__(self):
+            self.asked, self.ran = [], []
+
+        def __getitem__(self, grid):
+            def first(*taken, **options):
+                self.asked.append((grid, taken[0], taken[2:]))
+                return {(*grid, 1, 1): lambda *again: self.ran.append((again[0], again[2:]))}
+
+            return first
+
+    found = Kernel()
+    monkeypatch.setattr(launch, "kernel", lambda name: found)
+    factor, x, y, off = torch.tensor(0.5), torch.zeros(80), torch.zeros(80), torch.zeros(81)[1:]
+    backend._scaling.cache_clear()
+    for z in (x, y, off, x.bfloat16(), off):
+        backend.scale_(z, factor)
+    one = backend._scaling(80, 2, True, x.dtype, factor.dtype)
+    backend._scaling.cache_clear()
+    assert [(taken.dtype, taken.data_ptr() % 16) for _, taken, _ in found.asked] == [
+        (x.dtype, 0),
+        (x.dtype, 4),
+        (torch.bfloat16, 0),
+    ]
+    one.run(dict(X=x.to("meta"), FACTOR=factor))
+    one.run(dict(X=x.to("meta"), FACTOR=factor))
+    rest = (80, backend.SCALE_BLOCK)
+    assert {taken for _, _, taken in found.asked} == {taken for _, taken in found.ran} == {rest}
+    assert len(found.asked) == 4
+    assert [x.device.type for x, _ in found.ran] == ["cpu", "cpu", "meta"] and found.ran[0][0] is y
+    first, second = torch.zeros(2, 40), torch.zeros(81)[1:].view(2, 40)
+    one, two = (backend.launches(raw.call(z, z), torch.empty(2), HERE)[0] for z in (first, first.clone()))
+    assert one is two and one is not backend.launches(raw.call(second, second), torch.empty(2), HERE)[0]
+
+
 def test_scaling_takes_a_program_for_each_8192_elements(monkeypatch):
     """64128 of them to find that the factor is 1, as nearly always: a few to a multiprocessor do, and each
     walks."""
     launched = []
     run_it = backend.Launch.run
-    monkeypatch.setattr(backend.Launch, "run", lambda self: (launched.append(self.grid), run_it(self)))
+    monkeypatch.setattr(backend.Launch, "run", lambda self, x: (launched.append(self.grid), run_it(self, x)))
     x = torch.randn(20, 9000)
     y = x.clone()
     backend.scale_(y, torch.tensor(0.5))
@@ -596,8 +638,9 @@ def test_labels_beyond_the_vocabulary_are_nan_on_a_gpu():
     z, v = make_rows("plain", 3, 100)
     out, grad = torch.empty(3, dtype=torch.float64), torch.zeros_like(z)
     y = torch.tensor([5, 10**12, -7])
-    for x in backend.launches(raw.call(z, v, y, hard=1.0, grad=grad), out, Device(2)):
-        x.run()
+    found, tensors = backend.launches(raw.call(z, v, y, hard=1.0, grad=grad), out, HERE)
+    for x in found:
+        x.run(tensors)
     assert out[0].isfinite() and out[1:].isnan().all() and grad[0].isfinite().all()
 
 
@@ -666,9 +709,9 @@ def test_ordinary_rows_are_left_to_no_other_kernel(shape):
     ):
         z, v = make_rows(kind, 1, vocab)
         out = torch.empty(1, dtype=torch.float64)
-        *fast, _ = backend.launches(raw.call(z, v, divergence=divergence, T=T), out, Device(2))
+        (*fast, _), tensors = backend.launches(raw.call(z, v, divergence=divergence, T=T), out, HERE)
         for x in fast:
-            x.run()
+            x.run(tensors)
         assert out.isfinite().all(), (kind, T, divergence)
 
 
@@ -689,9 +732,10 @@ def test_a_padded_vocabulary_is_left_to_no_other_kernel(name, dtype):
                 if where != other:
                     x[:, -PATHS[shape] // 3 :] = mask
             out, grad = torch.empty(1, dtype=torch.float64), torch.zeros_like(z)
-            *fast, _ = backend.launches(raw.call(z, v, divergence=name, T=2.0, grad=grad), out, Device(2))
+            call = raw.call(z, v, divergence=name, T=2.0, grad=grad)
+            (*fast, _), tensors = backend.launches(call, out, HERE)
             for x in fast:
-                x.run()
+                x.run(tensors)
             D, g = with_backend("eager", z.double(), v.double(), None, name, 2.0, 0.0, True)
             assert float(out) == pytest.approx(float(D), rel=2e-6, abs=1e-6), (shape, mask, where)
             bound = max(1e-6, 2 * torch.finfo(dtype).eps * float(g.norm()))

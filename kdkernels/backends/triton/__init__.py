@@ -19,7 +19,7 @@ from ...divergence import of
 from .launch import Launch, interpreting, launches, on
 from .launch import kernel as kernel
 from .numbers import single
-from .plan import Device
+from .plan import ACCESS, Device
 
 name = "triton"
 
@@ -45,7 +45,7 @@ def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> s
 def figures(device: torch.device) -> Device:
     """What the plan needs to know of a device."""
     if device.type == "cpu":
-        return Device(processors=2)
+        return Device(processors=2, in_turn=True)
     properties = getattr(torch, device.type).get_device_properties(device)
     known = [getattr(properties, x, None) for x in ("multi_processor_count", "gpu_subslice_count")]
     nvidia = device.type == "cuda" and not torch.version.hip
@@ -81,11 +81,12 @@ def _without_a_teacher(call: Call) -> Call:
 
 def _losses(call: Call) -> Tensor:
     device = call.student.device
-    out = torch.empty(math.prod(call.student.shape[:-1]), dtype=torch.float64, device=device)
+    out = call.student.new_empty(math.prod(call.student.shape[:-1]), dtype=torch.float64)
     if out.numel():
         with on(device):
-            for launch in launches(call, out, figures(device)):
-                launch.run()
+            found, tensors = launches(call, out, figures(device))
+            for launch in found:
+                launch.run(tensors)
     return out
 
 
@@ -104,14 +105,10 @@ def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> 
         )
     x, u = logits.contiguous(), out if upstream is None else upstream.contiguous()
     k = single(1 / temperature)
-    more = dict(BACKWARD=upstream is not None, BLOCK=SOFTMAX_BLOCK)
+    arguments = dict(vocab=vocab, k=k, k_low=1 / temperature - k)
+    arguments |= dict(BACKWARD=upstream is not None, BLOCK=SOFTMAX_BLOCK)
     with on(logits.device):
-        Launch(
-            "log_softmax_rows",
-            out.numel() // vocab,
-            dict(X=x, U=u, OUT=out, vocab=vocab, k=k, k_low=1 / temperature - k) | more,
-            8,
-        ).run()
+        Launch("log_softmax_rows", out.numel() // vocab, arguments, 8).run(dict(X=x, U=u, OUT=out))
     return out
 
 
@@ -122,5 +119,13 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         grad.mul_(factor)
     elif count:
         with on(grad.device):
-            grid = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * figures(grad.device).processors)
-            Launch("scale_all", grid, dict(X=grad, FACTOR=factor, count=count, BLOCK=SCALE_BLOCK), 8).run()
+            aligned = grad.data_ptr() % ACCESS == 0
+            launch = _scaling(count, figures(grad.device).processors, aligned, grad.dtype, factor.dtype)
+            launch.run(dict(X=grad, FACTOR=factor))
+
+
+@functools.lru_cache(maxsize=64)
+def _scaling(count: int, processors: int, *_) -> Launch:
+    """What `scale_` launches for such a gradient and factor."""
+    grid = min(-(-count // SCALE_BLOCK), SCALE_PROGRAMS * processors)
+    return Launch("scale_all", grid, dict(count=count, BLOCK=SCALE_BLOCK), 8)

@@ -44,7 +44,7 @@ NUMBERS = [
     "parts", "size",
 ]  # fmt: skip
 # a number of each: where they begin, as of labels[1:], makes no other kernel
-ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS"]
+ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS", "STATS"]
 
 
 @triton.jit

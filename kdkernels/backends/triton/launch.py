@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -58,9 +59,10 @@ class Lie(NamedTuple):
     stride: tuple[int, ...]
     off: int
 
-    @staticmethod
-    def of(x: Tensor) -> Lie:
-        return Lie(x.dtype, x.shape, x.stride(), x.data_ptr() % ACCESS)
+
+def lie(x: Tensor) -> tuple:
+    """The fields of `Lie`, which a dictionary takes sooner without their names."""
+    return x.dtype, x.shape, x.stride(), x.data_ptr() % ACCESS
 
 
 class Kind(NamedTuple):
@@ -76,15 +78,12 @@ class Kind(NamedTuple):
     weighted: bool
     stats: bool
     device: Device
-    interpreting: bool
 
     @staticmethod
-    def of(call: Call, device: Device) -> Kind:
-        asked, grad = call.numbers, call.grad
-        wanted = asked.hard_scale != 0 or asked.hard_grad_scale != 0 or call.stats is not None
-        lie = Lie.of(call.student), Lie.of(call.teacher), None if grad is None else Lie.of(grad)
-        flags = call.labels is not None and wanted, call.weight is not None, call.stats is not None
-        return Kind(call.divergence, asked, call.vocab, *lie, *flags, device, interpreting())
+    def read(divergence, numbers, vocab: int, student, teacher, grad, *rest) -> Kind:
+        """Of its fields, each `Lie` as `lie` has it."""
+        lies = Lie(*student), Lie(*teacher), None if grad is None else Lie(*grad)
+        return Kind(divergence, numbers, vocab, *lies, *rest)
 
 
 def _rows(lie: Lie) -> tuple[int, tuple[int, int]]:
@@ -131,21 +130,17 @@ def kernel(name: str):
     return getattr(where, name)
 
 
-@functools.cache
-def parameters(name: str) -> tuple[str, ...]:
-    """Of a kernel, in their order."""
-    return tuple(kernel(name).arg_names)
-
-
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its grid and arguments."""
+    """A kernel with its grid and its arguments, by name, but for tensors, which come first."""
 
     kernel: str
     grid: int
     arguments: dict
     warps: int
     registers: int | None = None  # the most that a thread gets, where the compiler's own choice is a bad one
+    # what the first run has found for each device: for tensors of one dtype and alignment it stays the same
+    compiled: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def options(self) -> dict:
@@ -153,9 +148,22 @@ class Launch:
         limit = dict(maxnreg=self.registers) if self.registers else {}
         return dict(num_warps=self.warps, enable_fp_fusion=True, **limit)
 
-    def run(self) -> None:
-        taken = (self.arguments[x] for x in parameters(self.kernel))
-        kernel(self.kernel)[(self.grid,)](*taken, **self.options)
+    @functools.cached_property
+    def _split(self) -> tuple[itemgetter, tuple]:
+        """(what takes the tensors out of those of a call, the other arguments), in the kernel's order."""
+        names = kernel(self.kernel).arg_names
+        tensors = [x for x in names if x not in self.arguments]
+        return itemgetter(*tensors), tuple(self.arguments[x] for x in names[len(tensors) :])
+
+    def run(self, tensors: dict[str, Tensor]) -> None:
+        mine, others = self._split
+        taken = mine(tensors) + others
+        device = taken[0].device
+        compiled = self.compiled.get(device)
+        if compiled is not None:  # Triton's own look at each argument takes longer than all else here
+            compiled[(self.grid, 1, 1)](*taken)
+        else:  # None from the interpreter
+            self.compiled[device] = kernel(self.kernel)[(self.grid,)](*taken, **self.options)
 
 
 def _spec(kind: Kind, access: int, geometry: Plan) -> Spec:
@@ -229,8 +237,9 @@ def _careful(spec: Spec, arguments: dict, every: bool, registers: int | None) ->
 
 
 @functools.lru_cache(maxsize=256)
-def _launches(kind: Kind) -> tuple[int, list[Launch]]:
-    """(fp64 numbers of STATE, 0 for a program to a row; the launches of a kind of call, without tensors)."""
+def _launches(*fields) -> tuple[int, list[Launch]]:
+    """(fp64 numbers of STATE, 0 for a program to a row; the launches of a kind of call)."""
+    kind = Kind.read(*fields)
     sizes = kind.student.dtype.itemsize, kind.teacher.dtype.itemsize
     lies = [kind.student, kind.teacher, kind.student if kind.grad is None else kind.grad]
     inner, access, strides = _layout(lies, run_of(*sizes), kind.vocab)
@@ -243,9 +252,9 @@ def _launches(kind: Kind) -> tuple[int, list[Launch]]:
         return 0, [_careful(spec, arguments, True, most)]
     phases, state = (ALL,), 0
     if not spec.alone:
-        # programs that run one after another cannot wait for each other
         again, middle = ([AGAIN] if spec.exact else []), ([MIDDLE] if spec.mixes else [])
-        phases = (FIRST, *again, *middle, LAST) if kind.interpreting else (ALL,)
+        # programs that run one after another cannot wait for each other
+        phases = (FIRST, *again, *middle, LAST) if kind.device.in_turn else (ALL,)
         state = rows * geometry.parts * dataclasses.replace(spec, phase=phases[0]).state
     mine = arguments | dict(parts=geometry.parts, size=geometry.size)
     heavy = spec.exact or spec.stats or spec.transform or spec.hard == SMOOTHED
@@ -260,19 +269,23 @@ def _launches(kind: Kind) -> tuple[int, list[Launch]]:
     return state, [*fast, _careful(spec, arguments, False, most)]
 
 
-def launches(call: Call, out: Tensor, device: Device) -> list[Launch]:
-    """What `loss` launches, in its order, on a device of such figures; out: the losses to be written."""
-    kind = Kind.of(call, device)
-    state, found = _launches(kind)
+def launches(call: Call, out: Tensor, device: Device) -> tuple[list[Launch], dict[str, Tensor]]:
+    """What `loss` launches, in its order, on a device of such figures, and the tensors that all of it takes;
+    out: the losses to be written."""
+    z, v, vocab, labels, weight, divergence, n, grad, stats = call
+    hard = labels is not None and (n.hard_scale != 0 or n.hard_grad_scale != 0 or stats is not None)
+    lies = lie(z), lie(v), None if grad is None else lie(grad)
+    flags = hard, weight is not None, stats is not None
+    state, found = _launches(divergence, n, vocab, *lies, *flags, device)
     tensors = dict(
-        Z=call.student,
-        V=call.teacher,
-        G=call.student if call.grad is None else call.grad,
-        LABELS=call.labels.contiguous() if kind.hard else out,
-        WEIGHTS=out if call.weight is None else call.weight.contiguous(),
+        Z=z,
+        V=v,
+        G=z if grad is None else grad,
+        LABELS=labels.contiguous() if hard else out,
+        WEIGHTS=out if weight is None else weight.contiguous(),
         LOSS=out,
-        STATS=out if call.stats is None else call.stats,
+        STATS=out if stats is None else stats,
         STATE=torch.empty(state, dtype=torch.float64, device=out.device) if state else out,
         COUNT=torch.zeros(2 * out.numel(), dtype=torch.int32, device=out.device) if state else out,
     )
-    return [Launch(x.kernel, x.grid, x.arguments | tensors, x.warps, x.registers) for x in found]
+    return found, tensors

@@ -25,6 +25,7 @@ class Device:
     processors: int  # streaming multiprocessors, compute units
     warp: int = 32  # threads
     nvidia: bool = False
+    in_turn: bool = False  # programs run one after another: Triton's interpreter
 
 
 @dataclass(frozen=True)

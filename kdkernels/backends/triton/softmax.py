@@ -64,7 +64,7 @@ def log_softmax_rows(X, U, OUT, vocab, k, k_low, BACKWARD: tl.constexpr, BLOCK: 
         tl.store(OUT + start + cols, out.to(OUT.dtype.element_ty), mask=cols < vocab)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["FACTOR"])
 def scale_all(X, FACTOR, count, BLOCK: tl.constexpr):
     """X *= FACTOR, a number on the device; nothing is read of X where that is 1, nearly always: few programs
     find it out."""
