@@ -10,9 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels import KL, LinearKDLoss, LogitTransform, fused_kd_loss, fused_linear_kd_loss, linear
+from kdkernels import KL, LinearKDLoss, LogitTransform, fused_kd_loss, fused_linear_kd_loss, ops
 from kdkernels.bench.measure import resident_peak
 from kdkernels.call import Asked, Numbers
+from kdkernels.chunks import Rows, chunk_tokens, counted
 
 T16 = (torch.bfloat16, torch.float16)
 # every divergence, and orders with a kernel of their own
@@ -133,7 +134,7 @@ def test_chunks_make_no_difference(tokens):
 
 def test_chunk_size():
     """Within the budget, in 64s, evened out; a token at least."""
-    size = linear.chunk_tokens
+    size = chunk_tokens
     assert size(8192, 262144, 4, 1 << 30) == 1024 and size(8192, 32768, 4, 1 << 30) == 8192
     assert (
         size(1025, 1000, 4, 4000 * 1024) == 576
@@ -419,7 +420,7 @@ def test_no_tensor_of_tokens_times_vocabulary(reduction, dtype, logits_dtype):
 
 def test_two_buffers_for_all_chunks(monkeypatch):
     """Every chunk's logits and gradient lie where the first one's did."""
-    seen, run = set(), linear.ops.loss_into
+    seen, run = set(), ops.loss_into
 
     def look(z, v, *rest):
         *_, grad, _ = rest
@@ -427,7 +428,7 @@ def test_two_buffers_for_all_chunks(monkeypatch):
         seen.add((z.data_ptr(), v.data_ptr()))
         return run(z, v, *rest)
 
-    monkeypatch.setattr(linear.ops, "loss_into", look)
+    monkeypatch.setattr(ops, "loss_into", look)
     student, teacher, labels = models()
     chunked(student, teacher, labels, 16).backward()
     assert len(seen) == 1
@@ -493,15 +494,14 @@ def test_ignored_tokens_are_dropped(reduction):
 def test_num_counted_beyond_the_cpu():
     """What a GPU does with it: the indices come without waiting, and a wrong number is nan."""
     weight, device = torch.tensor([0.0, 2.0, 0.0, 1.0]).double(), torch.device("cuda")
-    index, total = linear._counted(weight, None, 2, device, in_place=False)
+    index, total = counted(Rows(None, weight), 2, device, in_place=False)
     assert index.tolist() == [1, 3] and total.tolist() == weight.tolist()
-    index, total = linear._counted(
-        weight, torch.tensor([1.0, 0.0, 1.0, 3.0]).double(), 2, device, in_place=False
-    )
+    upstream = torch.tensor([1.0, 0.0, 1.0, 3.0]).double()
+    index, total = counted(Rows(None, weight, upstream), 2, device, in_place=False)
     assert index.tolist() == [1, 3] and total.tolist() == [0, 0, 0, 3]
     for wrong in (1, 3):
-        assert linear._counted(weight, None, wrong, device, in_place=False)[1].isnan().all()
-    assert linear._counted(weight, None, None, device, in_place=False)[0] is None
+        assert counted(Rows(None, weight), wrong, device, in_place=False)[1].isnan().all()
+    assert counted(Rows(None, weight), None, device, in_place=False)[0] is None
 
 
 # ---------------------------------------------------------------- in a training step

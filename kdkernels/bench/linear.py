@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import divergence, linear, options
+from ..chunks import chunk_tokens
 from ..functional import fused_kd_loss
 from . import contenders, report
 from .measure import TORCH_DTYPES, Bench
@@ -80,7 +81,7 @@ def memory(
     """Peak bytes beyond hidden states and weights, by what they are for, both models of one width and
     dtype."""
     logits, gradients = tokens * vocab * itemsize, (tokens + vocab) * width * itemsize
-    chunk = linear.chunk_tokens(tokens, vocab, class_bytes(itemsize), budget)
+    chunk = chunk_tokens(tokens, vocab, class_bytes(itemsize), budget)
     # 16-bit: the weight's gradient is summed in fp32, and cast when the chunks are gone
     several, total = chunk < tokens and itemsize == 2, vocab * width * 4
     chunks = chunk * vocab * class_bytes(itemsize)
@@ -285,7 +286,7 @@ def run(bench: Bench, case: Case) -> dict:
 
     times = bench._times(steady | {"projections": projections, "loss": loss_alone}, bench.repeats)
     floor = times.pop("projections")[0] + times.pop("loss")[0]
-    chunk = linear.chunk_tokens(
+    chunk = chunk_tokens(
         case.tokens,
         case.vocab,
         class_bytes(TORCH_DTYPES[case.dtype].itemsize),
