@@ -352,6 +352,6 @@ def test_the_readme_leads_to_every_page():
 
 
 def test_every_recipe_is_on_a_page():
-    helpers = {"small.py", "trl_setting.py"}
+    helpers = {"small.py", "processes.py", "trl_setting.py"}
     recipes = {x.name for x in (ROOT / "examples" / "recipes").glob("*.py")} - helpers
     assert recipes <= set(re.findall(r"examples/recipes/(\w+\.py)\)", README + PAGES["trainers"]))

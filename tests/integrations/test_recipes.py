@@ -42,6 +42,15 @@ def test_ddp_accumulation():
     assert found["apart"] < 1e-6 < 0.01 < found["moved"]
 
 
+def test_fsdp2():
+    import fsdp2
+
+    found = fsdp2.main()
+    assert found["two_processes"] == pytest.approx(found["one_process"], rel=1e-6)
+    assert found["apart"] < 1e-6 < 0.01 < found["moved"]
+    assert found["held"] == 0.5
+
+
 def test_several_teachers():
     import several_teachers
 
