@@ -35,7 +35,7 @@ $(TRAINERS)/ready: .venv/installed
 	$(PYTHON) -m venv $(TRAINERS)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		`$(TRAINERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"`/venv.pth
-	$(TRAINERS)/bin/pip install -q --no-compile -c constraints.txt 'transformers>=5' accelerate trl lightning liger-kernel peft
+	$(TRAINERS)/bin/pip install -q --no-compile -c constraints.txt 'transformers>=5' accelerate trl lightning liger-kernel peft tensorboard
 	touch $@
 
 test-integrations: $(TRAINERS)/ready

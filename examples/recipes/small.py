@@ -48,13 +48,21 @@ def llama(width: int, layers: int = 2, seed: int = 0):
     return LlamaForCausalLM(config)
 
 
-def trained_teacher(data: list[dict[str, torch.Tensor]], steps: int = 100):
-    """A wider Llama that has read some of the text."""
-    teacher = llama(96, seed=1)
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=5e-3)
+def trained(model, data: list[dict[str, torch.Tensor]], steps: int):
+    """The model when it has read some of the text."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(steps):
-        at = [(step * 16 + i) % len(data) for i in range(16)]
-        teacher(**collate([data[i] for i in at])).loss.backward()
+        model(**batch_of(data, step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return teacher.eval()
+    return model.eval()
+
+
+def batch_of(data: list[dict[str, torch.Tensor]], step: int, size: int = 16) -> dict[str, torch.Tensor]:
+    """The batch of a step: the data in order, over and over."""
+    return collate([data[(step * size + i) % len(data)] for i in range(size)])
+
+
+def trained_teacher(data: list[dict[str, torch.Tensor]], steps: int = 100):
+    """A wider Llama that has read some of the text."""
+    return trained(llama(96, seed=1), data, steps)
