@@ -1,5 +1,6 @@
 """Distillation in a loop of one's own with accelerate, from hidden states: `accelerate launch
-examples/recipes/accelerate_loop.py`, or python for one process.
+examples/recipes/accelerate_loop.py`, or python for one process. DDP and FSDP2 are accelerate's to set up, and
+ask nothing of the loop.
 
 The loss of a step is the sum over the tokens of all its batches, on all processes, divided by their number,
 so that every token counts alike, however many pads its batch has. Accelerator is not told that batches are
@@ -9,7 +10,7 @@ accumulated, since it would divide by their number.
 import contextlib
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from small import collate, llama, sequences, trained_teacher
 from torch.utils.data import DataLoader
 
@@ -18,13 +19,14 @@ from kdkernels.integrations.running import Running
 
 
 def train(teacher, data, batch: int, accumulation: int, steps: int):
-    """The student and the losses of its steps."""
+    """The student's weights, the losses of its steps, and means over all tokens; a batch is a process's."""
     accelerator = Accelerator()
     student = llama(48)
     loss_of = LanguageModelLoss(
         teacher.to(accelerator.device), autocast=accelerator.autocast, temperature=2.0, hard_weight=0.5
     )
-    loader = DataLoader(data[: steps * batch * accumulation], batch, collate_fn=collate)
+    rows = steps * batch * accumulation * accelerator.num_processes
+    loader = DataLoader(data[:rows], batch, collate_fn=collate)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     batches, losses, figures = iter(loader), [], Running()
@@ -44,7 +46,12 @@ def train(teacher, data, batch: int, accumulation: int, steps: int):
         optimizer.zero_grad()
         losses.append(total)
     means = figures.take(lambda x: accelerator.reduce(x, "sum"))
-    return accelerator.unwrap_model(student), losses, means
+    return [whole(x) for x in accelerator.unwrap_model(student).parameters()], losses, means
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A parameter, put together where FSDP2 has sharded it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def main(steps: int = 10) -> dict[str, float]:
@@ -53,14 +60,15 @@ def main(steps: int = 10) -> dict[str, float]:
     teacher = trained_teacher(data)
     one, losses, means = train(teacher, data, 16, 1, steps)
     four, *_ = train(teacher, data, 4, 4, steps)
-    pairs = zip(one.parameters(), four.parameters(), strict=True)
-    apart = max(float((x - y).detach().abs().max()) for x, y in pairs)
-    moved = max(
-        float((x - y).detach().abs().max())
-        for x, y in zip(one.parameters(), llama(48).parameters(), strict=True)
-    )
-    return dict(first=losses[0], last=losses[-1], agree=means["agree"], apart=apart, moved=moved)
+
+    def furthest(those) -> float:
+        return max(float((x - y).detach().abs().max()) for x, y in zip(one, those, strict=True))
+
+    figures = dict(first=losses[0], last=losses[-1], agree=means["agree"])
+    return figures | dict(apart=furthest(four), moved=furthest(llama(48).parameters()))
 
 
 if __name__ == "__main__":
-    print(main())
+    found = main()
+    if PartialState().is_main_process:
+        print(found)

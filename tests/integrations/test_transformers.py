@@ -20,7 +20,7 @@ from kdkernels import LogitTransform, fused_kd_loss
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from small import VOCAB, collate  # noqa: E402
+from small import VOCAB, collate, llama  # noqa: E402
 from trainings import (  # noqa: E402
     DATA,
     HELD_OUT,
@@ -28,6 +28,7 @@ from trainings import (  # noqa: E402
     apart,
     arguments,
     logged,
+    loop,
     model,
     trained,
     trainer_of,
@@ -171,16 +172,27 @@ def two_processes(tmp_path_factory) -> dict:
     return torch.load(path, weights_only=False)
 
 
-def test_two_processes_are_one(reference, two_processes):
-    found, evaluated = two_processes["ddp"], reference.evaluate()
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "FSDPLlamaForCausalLM"])
+def test_two_processes_are_one(kind, reference, two_processes):
+    found = two_processes["ddp"] if kind.startswith("D") else two_processes["accelerated_fsdp2"]["trainer"]
+    evaluated = reference.evaluate()
     for linear in (True, False):
-        ends, losses, divergences, metrics, took_hidden_states = found[linear]
-        assert took_hidden_states is linear
+        ends, losses, divergences, metrics, took_hidden_states, wrapper = found[linear]
+        assert took_hidden_states is linear and wrapper == kind
         assert apart(ends, weights(reference)) < 1e-6
         assert losses == pytest.approx(logged(reference), rel=1e-6)
         assert divergences == pytest.approx(logged(reference, "divergence"), rel=1e-5)
         for name in ("eval_loss", "eval_divergence", "eval_agree", "eval_student_entropy"):
             assert metrics[name] == pytest.approx(evaluated[name], rel=1e-5), name
+
+
+def test_a_loop_of_two_processes_is_that_of_one(two_processes):
+    """The recipe with accelerate, under DDP and under FSDP2."""
+    ends, losses, means = loop(8, 1)
+    for found in (two_processes["loop"], two_processes["accelerated_fsdp2"]["loop"]):
+        assert apart(found[0], ends) < 1e-6 and found[1] == pytest.approx(losses, rel=1e-6)
+        assert found[2] == pytest.approx(means, rel=1e-5)
+    assert apart(ends, llama(48).parameters()) > 0.01
 
 
 def test_sharded_parameters(two_processes):

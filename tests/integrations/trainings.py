@@ -3,8 +3,12 @@
 import os
 import sys
 import tempfile
+from unittest import mock
 
+import accelerate_loop
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from small import collate, llama, sequences
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -82,15 +86,48 @@ def logged(trainer, name: str = "loss") -> list[float]:
     return [x[name] for x in trainer.state.log_history if name in x and "loss" in x]
 
 
-def ddp() -> dict:
+def ddp(**more) -> dict:
     """Two batches of 2 on each process, from hidden states and from logits: what they end with."""
     found = {}
     for linear in (True, False):
-        trainer = trained(2, 2, options=dict(linear=linear), ddp_backend="gloo")
+        trainer = trained(2, 2, options=dict(linear=linear), ddp_backend="gloo", **more)
         metrics = trainer.evaluate()
         losses = logged(trainer), logged(trainer, "divergence")
-        found[linear] = weights(trainer), *losses, metrics, trainer._kd.linear
+        ends = [accelerate_loop.whole(x) for x in weights(trainer)]
+        found[linear] = ends, *losses, metrics, trainer._kd.linear, type(trainer.model_wrapped).__name__
     return found
+
+
+def loop(batch: int, accumulation: int):
+    """What the recipe ends with, in which a batch is a process's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"):
+        return accelerate_loop.train(model(48, 1), DATA, batch, accumulation, 3)
+
+
+def accelerated_fsdp2() -> dict:
+    """The Trainer and the recipe's loop where accelerate shards the model. It does so on GPUs alone, and on
+    CPUs takes DDP without a word; how it shards a model asks nothing of the device."""
+    first = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **more):
+        first(self, *args, fsdp_plugin=fsdp_plugin, **more)
+        if fsdp_plugin is not None:
+            for state in (AcceleratorState, PartialState):
+                state._shared_state |= dict(distributed_type=DistributedType.FSDP, fsdp_plugin=fsdp_plugin)
+
+    layer = model(32, 0).model.layers[0].__class__.__name__
+    of_launch = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_TRANSFORMER_CLS_TO_WRAP=layer)
+    of_launch |= dict(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+    of_trainer = dict(version=2, transformer_layer_cls_to_wrap=layer)
+    with mock.patch.object(AcceleratorState, "__init__", init):
+        found = ddp(fsdp=True, fsdp_config=of_trainer)
+        with (
+            mock.patch.dict(os.environ, of_launch),
+            # an error where accelerate has not sharded
+            mock.patch.object(accelerate_loop, "whole", lambda x: x.full_tensor()),
+        ):
+            return dict(trainer=found, loop=loop(2, 2))
 
 
 def fsdp2() -> dict:
@@ -119,7 +156,7 @@ def fsdp2() -> dict:
 if __name__ == "__main__":
     rank, port, path = sys.argv[1:]
     os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    found = dict(ddp=ddp(), fsdp2=fsdp2())
+    found = dict(ddp=ddp(), loop=loop(2, 2), fsdp2=fsdp2(), accelerated_fsdp2=accelerated_fsdp2())
     if rank == "0":
         torch.save(found, path)
     torch.distributed.destroy_process_group()
