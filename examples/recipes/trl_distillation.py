@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 
 from trl import DistillationConfig, DistillationTrainer
-from trl_setting import TEMPLATE_LINE, dataset, halves, setting
+from trl_setting import TEMPLATE_LINE, dataset, first_and_last, halves, setting, training
 
 from kdkernels.integrations.trl import fused
 
@@ -24,19 +24,9 @@ def main(steps: int = 60, with_kdkernels: bool = True) -> dict[str, float]:
     questions = [TEMPLATE_LINE.partition("{}</s>")[0].format(question) for question, _ in halves()]
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationConfig(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
+            **training(folder, steps),
             beta=1.0,  # KL(student, teacher); 0 is KL(teacher, student), 0.5 Jensen-Shannon
             max_completion_length=24,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
         )
         trainer = DistillationTrainer(
             model=student,
@@ -48,12 +38,7 @@ def main(steps: int = 60, with_kdkernels: bool = True) -> dict[str, float]:
         if with_kdkernels:
             fused(trainer)  # the one line
         trainer.train()
-    logged = [x for x in trainer.state.log_history if "loss" in x]
-    return {
-        f"{which}_{name}": row[name]
-        for which, row in (("first", logged[0]), ("last", logged[-1]))
-        for name in ("loss", "entropy")
-    }
+    return first_and_last(trainer, "loss", "entropy")
 
 
 if __name__ == "__main__":

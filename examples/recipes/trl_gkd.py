@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 
 from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl_setting import dataset, halves, setting
+from trl_setting import dataset, first_and_last, halves, setting, training
 
 from kdkernels.integrations.trl import fused
 
@@ -26,21 +26,11 @@ def main(steps: int = 100, with_kdkernels: bool = True) -> dict[str, float]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         args = GKDConfig(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
+            **training(folder, steps),
             beta=0.5,  # Jensen-Shannon; 0 is KL(teacher, student), 1 KL(student, teacher)
             lmbda=0.0,  # the dataset's answers alone; 1 is the student's own
             max_length=128,
             max_new_tokens=16,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
         )
         trainer = GKDTrainer(
             model=student,
@@ -52,8 +42,7 @@ def main(steps: int = 100, with_kdkernels: bool = True) -> dict[str, float]:
         if with_kdkernels:
             fused(trainer)  # the one line
         trainer.train()
-    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
-    return {"first_loss": losses[0], "last_loss": losses[-1]}
+    return first_and_last(trainer, "loss")
 
 
 if __name__ == "__main__":

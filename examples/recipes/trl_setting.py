@@ -1,5 +1,6 @@
 """What both TRL recipes start from, made without a download: sentences, a byte-level tokenizer, a teacher
-that has learned the sentences, and a student half as wide that has not."""
+that has learned the sentences, and a student half as wide that has not; and the arguments that any training
+has."""
 
 from __future__ import annotations
 
@@ -90,3 +91,27 @@ def setting(teacher_steps: int = 80):
     tokenizer = byte_tokenizer()
     teacher = taught(language_model(64, len(tokenizer)), tokenizer, teacher_steps)
     return language_model(32, len(tokenizer)), teacher, tokenizer
+
+
+def training(folder: str, steps: int) -> dict:
+    """Arguments of a short training on a CPU that say nothing of distillation."""
+    return dict(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+    )
+
+
+def first_and_last(trainer, *names: str) -> dict[str, float]:
+    """What the trainer has logged at the first and at the last step, as first_loss, last_loss and so on."""
+    logged = [x for x in trainer.state.log_history if "loss" in x]
+    rows = dict(first=logged[0], last=logged[-1])
+    return {f"{which}_{name}": row[name] for which, row in rows.items() for name in names}
