@@ -26,12 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from kdkernels import KDLoss
+from kdkernels import KDLoss, fused_kd_loss
 from kdkernels.bench.measure import resident_peak
+from kdkernels.integrations.running import Running
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def load_tokens(config: Config, out: Path) -> tuple[Tensor, Tensor]:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         texts = sources(config.files)
+        print(f"learning a vocabulary of {config.vocab} from {sum(map(len, texts))} files", flush=True)
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -203,23 +205,20 @@ class Learner:
 def evaluate(
     models: dict[str, nn.Module], teacher: nn.Module, tokens: Tensor, config: Config, windows: int
 ) -> dict[str, dict]:
-    """Of each model on held-out windows: perplexity, the share of tokens it gets right, and that on which the
-    teacher is of its mind."""
+    """Of each model on held-out windows: perplexity, the share of tokens it gets right, and that on which it
+    agrees with the teacher."""
     starts = torch.linspace(0, len(tokens) - config.context - 1, windows).long().unsqueeze(1)
-    nll, right, agree, n = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0), dict.fromkeys(models, 0), 0
+    figures = {name: Running() for name in models}
     for at in (starts + torch.arange(config.context + 1)).split(config.batch):
         x, y = tokens[at[:, :-1]], tokens[at[:, 1:]]
-        likely = teacher(x).argmax(-1)
-        n += y.numel()
+        v = teacher(x)
         for name, model in models.items():
-            z = model(x)
-            nll[name] += F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum").item()
-            mine = z.argmax(-1)
-            right[name] += (mine == y).sum().item()
-            agree[name] += (mine == likely).sum().item()
+            _, stats = fused_kd_loss(model(x), v, y, hard_weight=1.0, return_stats=True)
+            figures[name].add(stats.masked())
+    means = {name: x.take() for name, x in figures.items()}
     return {
-        k: {"perplexity": math.exp(nll[k] / n), "accuracy": right[k] / n, "agreement": agree[k] / n}
-        for k in models
+        name: {"perplexity": math.exp(x["cross_entropy"]), "accuracy": x["correct"], "agreement": x["agree"]}
+        for name, x in means.items()
     }
 
 
@@ -239,17 +238,9 @@ def train_teacher(tokens: Tensor, config: Config, path: Path) -> nn.Module:
         config.teacher_steps,
     )
     done = resume(path, {"": learner})["step"]
-    for step in (
-        bar := tqdm(
-            range(done, config.teacher_steps),
-            "teacher",
-            initial=done,
-            total=config.teacher_steps,
-            disable=None,
-        )
-    ):
+    for step in (steps := Progress(range(done, config.teacher_steps), "teacher", done=done)):
         x, y = batch(tokens, config, step)
-        bar.set_postfix(loss=learner.step(x, lambda z, y=y: hard(z, z, y)))
+        steps.note(f"loss {learner.step(x, lambda z, y=y: hard(z, z, y)):.3f}")
         if step % 50 == 49 or step == config.teacher_steps - 1:
             keep(path, {"": learner}, step + 1)
     return learner.model.eval().requires_grad_(False)
@@ -284,15 +275,7 @@ def distil(
 
     if not done:
         look(0)
-    for step in (
-        bar := tqdm(
-            range(done, config.student_steps),
-            "students",
-            initial=done,
-            total=config.student_steps,
-            disable=None,
-        )
-    ):
+    for step in (steps := Progress(range(done, config.student_steps), "students", done=done)):
         x, y = batch(train, config, config.teacher_steps + step)
         with torch.no_grad():
             v = teacher(x)
@@ -301,7 +284,7 @@ def distil(
             if step == 1:  # when optimizers have their memory
                 figures[name]["peak_bytes"] = resident_peak(act)
             else:
-                bar.set_postfix_str(f"{name}: {act():.3f}")
+                steps.note(f"{name}: {act():.3f}")
         if (step + 1) % every == 0 or step == config.student_steps - 1:
             look(step + 1)
             for name in losses:
@@ -395,7 +378,7 @@ def main(argv: list[str] | None = None) -> dict:
         "teacher": evaluate({"": teacher}, teacher, held_out, config, config.held_out)[""]
         | {"on_a_part": evaluate({"": teacher}, teacher, held_out, config, part(config))[""]["perplexity"]},
     }
-    print(report(results, out))
+    print(report(results, out), flush=True)
     plot(results, out / "distill_text.svg")
     return results
 

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from progress import Progress
 from torch import Tensor, nn
 
 CLASSES, WIDTHS = 100, (16, 32, 64)
@@ -99,13 +100,11 @@ def run(depth: int, seeds: int, images: int, running: bool, path: Path) -> list[
         writer = csv.DictWriter(file, FIELDS)
         if not file.tell():
             writer.writeheader()
-        for seed in range(seeds):
-            if seed not in known:
-                known[seed] = measure(net, seed, images)
-                writer.writerow(
-                    key | {"seed": seed, "mean_logit": known[seed][0], "expected_sd": known[seed][1]}
-                )
-                file.flush()
+        pending = [seed for seed in range(seeds) if seed not in known]
+        for seed in Progress(pending, f"ResNet-{depth}", "seed", done=seeds - len(pending)):
+            known[seed] = measure(net, seed, images)
+            writer.writerow(key | {"seed": seed, "mean_logit": known[seed][0], "expected_sd": known[seed][1]})
+            file.flush()
     return [known[seed] for seed in range(seeds)]
 
 
@@ -141,7 +140,10 @@ def main(argv: list[str] | None = None) -> dict[int, dict[str, float]]:
 
     args.out.mkdir(parents=True, exist_ok=True)
     path, results = args.out / "mean_logits.csv", {}
-    print(f"{'':10}  {'mean over seeds':>22}  {'paper':>9}  {'sd over seeds':>13}  {'/ expected':>10}  time")
+    print(
+        f"{'':10}  {'mean over seeds':>22}  {'paper':>9}  {'sd over seeds':>13}  {'/ expected':>10}  time",
+        flush=True,
+    )
     for depth in depths:
         start = time.perf_counter()
         s = results[depth] = summary(run(depth, seeds, images, args.running, path))
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict[int, dict[str, float]]:
             f"{time.perf_counter() - start:.0f} s",
             flush=True,
         )
-    print(f"{seeds} seeds, in {path}")
+    print(f"{seeds} seeds, in {path}", flush=True)
     return results
 
 

@@ -33,11 +33,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from progress import Progress
 from scipy import stats
 from theory import STYLE
 from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
 
 from kdkernels import fused_kd_loss, logit_matching_loss
 
@@ -107,9 +106,9 @@ def loss(run: Run, z: Tensor, v: Tensor, labels: Tensor) -> Tensor:
 def evaluate(z: Tensor, v: Tensor, labels: Tensor) -> list[tuple[float, ...]]:
     """Accuracy, agreement with the teacher, and perplexity at T = 1 of each student, from (students, rows,
     V)."""
-    accuracy = (z.argmax(-1) == labels).double().mean(-1)
-    agreement = (z.argmax(-1) == v.argmax(-1)).double().mean(-1)
-    nll = F.cross_entropy(z.double().movedim(-1, 1), labels, reduction="none").mean(-1)
+    _, of_rows = fused_kd_loss(z.double(), v, labels, hard_weight=1.0, return_stats=True)
+    measured = of_rows.correct.double(), of_rows.agree.double(), of_rows.cross_entropy
+    accuracy, agreement, nll = (x.mean(-1) for x in measured)
     return list(zip(accuracy.tolist(), agreement.tolist(), nll.exp().tolist(), strict=True))
 
 
@@ -277,7 +276,7 @@ def collect(runs: Sequence[Run], result: Trainer, seeds: int, path: Path) -> Res
         writer = csv.writer(file, lineterminator="\n")
         if not file.tell():
             writer.writerow(KEY + MEASURES)
-        for run in tqdm(pending, desc=path.stem, unit="run", disable=None):
+        for run in Progress(pending, path.stem, "run", done=len(runs) - len(pending)):
             # all seeds even where one is missing: the same stack gives the same bits
             for seed, measured in enumerate(result(run)):
                 if run.key(seed) not in rows:
@@ -492,7 +491,7 @@ def main(argv: list[str] | None = None) -> dict[str, Results]:
                     path.with_suffix(".svg"), metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
                 )
                 plt.close(fig)
-        print(path.with_suffix(".md").read_text(encoding="utf-8"), path, sep="\n")
+        print(path.with_suffix(".md").read_text(encoding="utf-8"), path, sep="\n", flush=True)
     return found
 
 

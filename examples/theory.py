@@ -223,9 +223,8 @@ def main(argv: list[str] | None = None) -> dict[str, Numbers]:
             path = args.out / f"{name}.svg"
             figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
             plt.close(figure)
-            print(path)
-            for what, number in results[name].items():
-                print(f"    {what:60} {number:.4g}")
+            lines = (f"    {what:60} {number:.4g}" for what, number in results[name].items())
+            print(path, *lines, sep="\n", flush=True)
     return results
 
 

@@ -1,13 +1,18 @@
 """The distillation example learns and can be interrupted; the benchmark suite and the accuracy figure run."""
 
 import importlib.util
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import distill_text
+import mean_logits
 import pytest
+import theory
 import torch
+from progress import Progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,3 +110,55 @@ def test_benchmark_suite():
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- where stdout is no terminal
+
+
+class Pipe:
+    """What arrives at the other end of a pipe, which sees nothing before it is flushed."""
+
+    def __init__(self, monkeypatch):
+        self.raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(self.raw))
+
+    def arrived(self) -> str:
+        return self.raw.getvalue().decode()
+
+
+def test_progress_in_a_file_is_lines(monkeypatch):
+    """Each arrives when its step is done; about ten in all, the last one among them."""
+    pipe, counts = Pipe(monkeypatch), []
+    for step in (steps := Progress(range(3, 40), "steps", done=3)):
+        steps.note(f"loss {step}")
+        counts.append(pipe.arrived().count("\n"))
+    lines = pipe.arrived().splitlines()
+    assert counts[0] == 0 and counts[2] == 1 and counts[-1] == len(lines) - 1 == 9
+    assert all(re.fullmatch(r"steps: \d+ of 40 steps, \d+ s, loss \d+", x) for x in lines)
+    assert "40 of 40" in lines[-1] and lines[-1].endswith("loss 39") and "4 of 40" in lines[0]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for step in (steps := Progress(range(3), "steps")):
+        steps.note(f"loss {step}")
+    out, err = capsys.readouterr()
+    assert out == "" and "steps" in err and "loss 1" in err and "\r" in err
+
+
+EXAMPLES = {
+    distill_text: ["learning a vocabulary of 600 from", "teacher: 60 of 120 steps", "students: 48 of 48"],
+    mean_logits: ["mean over seeds", "ResNet-8: 6 of 12 seeds", r"ResNet-20 .* \d+ s$", "12 seeds"],
+    theory: [r"temperature\.svg$", "zebra at T = 4"],
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda x: x.__name__)
+def test_an_example_in_a_file_is_lines(example, monkeypatch, tmp_path, capfd):
+    """That have all arrived when it ends, with no carriage return and nothing on stderr."""
+    pipe = Pipe(monkeypatch)
+    example.main(["--quick", "--out", str(tmp_path)])
+    text = pipe.arrived()
+    assert text.endswith("\n") and "\r" not in text and capfd.readouterr().err == ""
+    for line in EXAMPLES[example]:
+        assert re.search(line, text, re.M), line

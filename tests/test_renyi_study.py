@@ -1,5 +1,6 @@
 """The study of orders runs, takes up where it stopped, and its document says what its results say."""
 
+import contextlib
 import csv
 import math
 from pathlib import Path
@@ -19,7 +20,16 @@ DOCS = Path(__file__).parent.parent / "docs"
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("renyi")
-    return out, renyi_study.main([*DIGITS, "--out", str(out)])["digits"]
+    with (out / "log").open("w") as log, contextlib.redirect_stdout(log):
+        found = renyi_study.main([*DIGITS, "--out", str(out)])["digits"]
+        arrived = (out / "log").read_text(encoding="utf-8")  # before the file is closed
+    return out, found, arrived
+
+
+def test_a_file_gets_lines(quick):
+    text = quick[2]
+    assert text.count(" runs, ") == 10 and "renyi_digits: 21 of 21 runs, " in text
+    assert "| KL, T = 4" in text and text.endswith("renyi_digits.csv\n") and "\r" not in text
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def trained(monkeypatch):
 def test_rows(quick):
     """Two seeds of the teacher and, per optimizer, of hard labels, logits and each order, the control where
     it is another loss."""
-    out, results = quick
+    out, results, _ = quick
     with (out / "renyi_digits.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (1 + 2 * (2 + 2 * 3 + 2))

@@ -3,6 +3,7 @@
 Two lines differ from a training without a teacher: the class, and the arguments of the loss.
 """
 
+import sys
 import tempfile
 
 from small import collate, llama, sequences, trained_teacher
@@ -32,6 +33,7 @@ def main(
         report_to=[],
         use_cpu=True,
         dataloader_pin_memory=False,
+        disable_tqdm=not sys.stdout.isatty(),  # lines in a file, a bar on a terminal
     )
     trainer = KDTrainer(
         model=llama(48),

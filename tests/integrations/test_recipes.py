@@ -1,10 +1,23 @@
 """The recipes run, and give what they say."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def lines_alone(capfd):
+    """What a recipe writes to a file has no bars."""
+    yield
+    out, err = capfd.readouterr()
+    assert "\r" not in out + err
 
 
 def test_hf_trainer():
@@ -157,3 +170,22 @@ def test_tensorboard_log(tmp_path):
     right = evaluation.evaluate(llama(48), trained_teacher(data[:-64]), [collate(data[-64:])])
     assert {name: x[0] for name, x in held_out.items()} == pytest.approx(right, rel=1e-4)
     assert held_out["divergence"][8] < held_out["divergence"][4] < held_out["divergence"][0]
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("several_teachers", "'seconds_of_mixture': "),
+        ("vision", "decoupled   accuracy 0."),
+        ("evaluation", "after  perplexity "),
+        ("tensorboard_log", "events in build/tensorboard"),
+    ],
+)
+def test_a_script_prints_lines(name, says, tmp_path):
+    if name in ("evaluation", "tensorboard_log"):
+        pytest.importorskip("transformers")
+    if name == "tensorboard_log":
+        pytest.importorskip("tensorboard")
+    script = str(RECIPES / f"{name}.py")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and says in done.stdout and "\r" not in done.stdout, done.stderr
