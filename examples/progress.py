@@ -34,15 +34,20 @@ class Progress:
             self.bar.set_postfix_str(text)
 
     def __iter__(self) -> Iterator[Item]:
-        for item in self.items:
-            yield item
-            self.done += 1
+        try:
+            for item in self.items:
+                yield item
+                self._count()
+        finally:
             if self.bar is not None:
-                self.bar.update()
-            elif self.done * LINES // self.total > (self.done - 1) * LINES // self.total:
-                self._line()
+                self.bar.close()
+
+    def _count(self) -> None:
+        self.done += 1
         if self.bar is not None:
-            self.bar.close()
+            self.bar.update()
+        elif self.done * LINES // self.total > (self.done - 1) * LINES // self.total:
+            self._line()
 
     def _line(self) -> None:
         count = f"{self.done} of {self.total} {self.unit}s"

@@ -49,12 +49,12 @@ def batches(step: int) -> list[dict[str, torch.Tensor]]:
 
 def together(work) -> list:
     """What work(rank) gives in each of PROCESSES processes of gloo; `work` is a function of a module."""
-    path = tempfile.mkdtemp()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (work, port, path), PROCESSES)
-    return [torch.load(f"{path}/{rank}") for rank in range(PROCESSES)]
+    with tempfile.TemporaryDirectory() as path:
+        torch.multiprocessing.spawn(_process, (work, port, path), PROCESSES)
+        return [torch.load(f"{path}/{rank}") for rank in range(PROCESSES)]
 
 
 def _process(rank: int, work, port: int, path: str) -> None:
