@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from ... import divergence as math_of
+from ... import terms
 
 
 def _jit(f):
@@ -17,11 +17,9 @@ def _jit(f):
 
 
 kl_terms, power_terms, mixture_term, mixture_slope = (
-    _jit(f) for f in (math_of.kl_terms, math_of.power_terms, math_of.mixture_term, math_of.mixture_slope)
+    _jit(f) for f in (terms.kl_terms, terms.power_terms, terms.mixture_term, terms.mixture_slope)
 )
-psi_short, psi_series, log_short = (
-    _jit(f) for f in (math_of.psi_short, math_of.psi_series, math_of.log_short)
-)
+psi_short, psi_series, log_short = (_jit(f) for f in (terms.psi_short, terms.psi_series, terms.log_short))
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

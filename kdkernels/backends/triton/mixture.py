@@ -2,7 +2,7 @@
 sweep sums D and the mean of xi, and another writes the gradient q (xi - its mean).
 
 With m = (1 - l) b + l o: D = base_share KL(b, m) + other_share KL(o, m). TVD is what one of the two has more,
-or the other. xi (divergence.py): log(q / m) times its share, and for skews a part (o - b) / m.
+or the other. xi (terms.py): log(q / m) times its share, and for skews a part (o - b) / m.
 """
 
 from __future__ import annotations

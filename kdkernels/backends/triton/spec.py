@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-# of a Form (divergence.py), as the kernels tell them apart. KL is KL(b, o): reverse KL with the student for b
+# of a Form (form.py), as the kernels tell them apart. KL is KL(b, o): reverse KL with the student for b
 FAMILIES = (
     "KL", "ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME"
 )  # fmt: skip

@@ -15,7 +15,7 @@ with e = 2^{a_b} and y = (o - b) k - K, K a reference near log sum o - log sum b
 
     f = sum e (e^y - 1)    p = sum e y (reverse KL), sum e (e^{tilt y} - 1) (orders)    u = sum e e^{tilt y}
 
-each difference to its own digits (divergence.py).
+each difference to its own digits (terms.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,126 @@
+"""The terms of the divergences in the form that loses no digits, as plain arithmetic: the eager and the
+Triton backend run the same lines, with `psi`, `abs` and `where` handed in. csrc/divergence.h has their C++
+twin.
+
+Per row: teacher p = softmax(v / T), student q = softmax(z / T), and d = log q - log p, always student minus
+teacher. With psi(x) = e^x - 1 - x there are two families, both sums of terms of one sign, which is what keeps
+their digits when d is small: at high temperature, or when the student has become the teacher.
+
+The power family (`power_terms`), of order a, with tilt b = 1 - a:
+
+    t = p^a q^(1 - a) = p e^{b d},    R = sum t
+    f(d) = (psi(d) - psi(b d) / b) / (1 - b),    F = sum p f(d) >= 0
+
+so that R = 1 - b (1 - b) F; order 1 is F = sum p psi(d) (`kl_terms`). The family "alpha" is F, "renyi" is
+-log(R) / b.
+
+The mixture family (`mixture_term`): c_p KL(p, m) + c_q KL(q, m) with m = (1 - mix) p + mix q.
+"""
+
+from __future__ import annotations
+
+
+def psi_series(x):
+    """psi(x) = e^x - 1 - x for |x| <= 1/2, to the last digit of fp64."""
+    s = 1 + x / 16
+    s = 1 + x * s / 15
+    s = 1 + x * s / 14
+    s = 1 + x * s / 13
+    s = 1 + x * s / 12
+    s = 1 + x * s / 11
+    s = 1 + x * s / 10
+    s = 1 + x * s / 9
+    s = 1 + x * s / 8
+    s = 1 + x * s / 7
+    s = 1 + x * s / 6
+    s = 1 + x * s / 5
+    s = 1 + x * s / 4
+    s = 1 + x * s / 3
+    return x * x * s / 2
+
+
+def psi_short(x):
+    """psi(x) for |x| <= 1/2, to 3e-8 of itself: minimax, exact to second order. For fp32."""
+    return (
+        x
+        * x
+        * (
+            0.5
+            + x * (0.16666666 + x * (0.041666 + x * (0.00833348 + x * (0.0013975331 + x * 0.00019863351))))
+        )
+    )
+
+
+def kl_terms(p, q, d, psi, abs, where):
+    """(q - p, p psi(d)) for q = p e^d, each to its own digits. psi is asked for every d, and used where |d| <
+    1/2.
+
+    The second is what is left of p log(p / q) when sum q - p = 0 is added.
+    """
+    near = abs(d) < 0.5
+    s = psi(d)
+    gap = where(near, p * (d + s), q - p)
+    return gap, where(near, p * s, gap - p * d)
+
+
+def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where, small_tilt):
+    """(q - p, t - p, (1 - tilt) p f(d)) for q = p e^d and t = p e^{tilt d}; powers are only subtracted where
+    they differ.
+
+    small_tilt says that |tilt| <= 1: the third then asks for nothing that is only the first's.
+    """
+    x = tilt * d
+    near = abs(d) < 0.5
+    close = abs(x) < 0.5
+    s = psi(d)
+    u = psi(x)
+    gap = where(near, p * (d + s), q - p)
+    powers = where(close, p * (x + u), t - p)
+    rest = q - p if small_tilt else gap
+    return gap, powers, where(near & close, p * (s - u * inverse_tilt), rest - powers * inverse_tilt)
+
+
+def log_short(f):
+    """f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)], to 1e-7 of itself: minimax, exact to second order.
+    For fp32."""
+    s = 0.1663188 + f * (-0.1420354 + f * (0.13082902 + f * (-0.12722263 + f * 0.07786799)))
+    return f * f * (0.5 + f * (-0.33333328 + f * (0.25000563 + f * (-0.2000136 + f * s))))
+
+
+def mixture_term(b, o, x, m1, s, u, psi_u, w, mix, base, other, abs, where, shares):
+    """The term of D of a mixture (`Sides`) for o = b e^x, from m1 = e^x - 1, s = psi(x), u = log1p(mix m1) =
+    log(m / b), psi(u), and w = x - u = log(o / m).
+
+    All to their own digits; shares as for `mixture_slope`. s is used where |x| < 1/2. x may be cut off where
+    e^x is beyond reach: b and o say what x then does not.
+    """
+    keep = 1 - mix
+    if shares:
+        gap = o - b
+        of_base = where(abs(u) < 0.5, b * psi_u, mix * gap - b * u)
+        of_other = where(abs(x) < 0.5, b * (keep * m1 * m1 + (1 + m1) * (psi_u - s)), o * w - keep * gap)
+        return base * of_base + other * of_other
+    else:
+        n = 1 + m1
+        near = b * ((base + other * n) * psi_u + other * (keep * m1 * m1 - n * s))
+        return where(abs(x) < 0.5, near, other * o * w - base * b * u)
+
+
+def mixture_slope(m1, u, psi_u, w, mix, base, other, student_base, shares):
+    """xi of a mixture: T dD/dz = q (xi - sum q xi). Arguments are those of `mixture_term`.
+
+    shares: whether base mix and other (1 - mix) differ, as they do not for JSD; (o - b) / m then counts. The
+        gradient in the teacher's logits is the student's of the mixture with p and q exchanged.
+    """
+    keep = 1 - mix
+    if student_base:
+        if shares:
+            back = mix * m1 * u - psi_u  # psi(-u) m / b
+            return -(base * mix * u + (base * keep * back + other * keep * keep * m1) / (1 + mix * m1))
+        else:
+            return -base * u
+    else:
+        if shares:
+            return other * w + mix * (base * mix - other * keep) * m1 / (1 + mix * m1)
+        else:
+            return other * w
