@@ -1,21 +1,9 @@
 """Fused knowledge-distillation losses: divergence, hard labels and gradient in one pass over large-vocabulary
 logits."""
 
+from . import divergence
 from .decoupled import decoupled_kd_loss
-from .divergence import (
-    JSD,
-    KL,
-    TVD,
-    Alpha,
-    CrossEntropy,
-    Divergence,
-    Renyi,
-    ReverseKL,
-    ReverseRenyi,
-    SkewKL,
-    SkewReverseKL,
-    parse,
-)
+from .divergence import *  # noqa: F403
 from .functional import fused_kd_loss, logit_matching_loss, tempered_log_softmax
 from .linear import fused_linear_kd_loss
 from .modules import KDLoss, LinearKDLoss
@@ -24,26 +12,15 @@ from .transforms import LogitTransform, standardize_logits
 
 __version__ = "0.1.0"
 __all__ = [
-    "JSD",
-    "KL",
-    "TVD",
-    "Alpha",
-    "CrossEntropy",
-    "Divergence",
     "KDLoss",
     "KDStats",
     "LinearKDLoss",
     "LogitTransform",
-    "Renyi",
-    "ReverseKL",
-    "ReverseRenyi",
-    "SkewKL",
-    "SkewReverseKL",
     "decoupled_kd_loss",
     "fused_kd_loss",
     "fused_linear_kd_loss",
     "logit_matching_loss",
-    "parse",
     "standardize_logits",
     "tempered_log_softmax",
 ]
+__all__ += divergence.__all__

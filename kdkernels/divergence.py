@@ -9,25 +9,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .form import FAMILIES, Divergence, Form, Sides
-from .members import JSD, KL, TVD, CrossEntropy, LogitMatching, ReverseKL, SkewKL, SkewReverseKL
-from .orders import Alpha, Renyi, ReverseRenyi
+from . import members, orders
+from .form import FAMILIES, Divergence, Form, Sides  # noqa: F401  whoever has a divergence asks for these
+from .members import *  # noqa: F403
+from .members import LogitMatching
+from .orders import *  # noqa: F403
 
-__all__ = ["ALIASES", "FAMILIES", "REGISTRY", "Divergence", "Form", "Sides", "of", "parse"]
+# for people; kdkernels/__init__.py takes them from here
+__all__ = ["Divergence", "parse"]
+__all__ += members.__all__
+__all__ += orders.__all__
+
 REGISTRY: dict[str, type[Divergence]] = {
     cls.name: cls
     for cls in (
-        KL,
-        ReverseKL,
-        CrossEntropy,
-        Renyi,
-        ReverseRenyi,
-        Alpha,
-        JSD,
-        SkewKL,
-        SkewReverseKL,
-        TVD,
-        LogitMatching,
+        *(getattr(module, name) for module in (members, orders) for name in module.__all__),
+        LogitMatching,  # a function of its own asks for it
     )
 }
 # other names that papers and libraries have for some of them
@@ -39,6 +36,12 @@ def of(name: str, parameter: float) -> Divergence:
     """The divergence of a name and a parameter, which those without one pass over."""
     cls = REGISTRY[name]
     return cls(parameter) if dataclasses.fields(cls) else cls()
+
+
+def usual() -> tuple[Divergence, ...]:
+    """Every divergence that people can name, those of a number with the numbers that papers use."""
+    named = (cls for cls in REGISTRY.values() if cls is not LogitMatching)
+    return tuple(x for cls in named for x in (map(cls, cls.usual) if cls.usual else (cls(),)))
 
 
 def parse(text: str) -> Divergence:

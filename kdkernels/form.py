@@ -121,6 +121,8 @@ class Divergence:
     name: ClassVar[str]
     # of the parameter: bounds, both included, and how they are written
     domain: ClassVar[tuple[float, float, str]]
+    # numbers that papers use it with: what tables, tests and benchmarks go through
+    usual: ClassVar[tuple[float, ...]] = ()
     # its one number; 0 where it has none. of(d.name, d.parameter) == d
     parameter: ClassVar[float] = 0.0
 

@@ -12,6 +12,17 @@ from typing import ClassVar
 
 from .form import KL_FORM, REVERSE_KL_FORM, Divergence, Form
 
+# the registry's: what is here is a divergence for people (divergence.py)
+__all__ = [
+    "KL",
+    "ReverseKL",
+    "CrossEntropy",
+    "JSD",
+    "SkewKL",
+    "SkewReverseKL",
+    "TVD",
+]
+
 
 @dataclass(frozen=True)
 class KL(Divergence):
@@ -78,6 +89,7 @@ class JSD(Divergence):
     beta: float = 0.5
     name: ClassVar[str] = "jsd"
     domain: ClassVar[tuple[float, float, str]] = (0.0, 1.0, "[0, 1]")
+    usual: ClassVar[tuple[float, ...]] = (0.1, 0.5, 0.9)
 
     @property
     def reversed(self) -> Divergence:
@@ -107,6 +119,7 @@ class SkewKL(Divergence):
     lam: float
     name: ClassVar[str] = "skew_kl"
     domain: ClassVar[tuple[float, float, str]] = (0.0, math.nextafter(1.0, 0.0), "[0, 1)")
+    usual: ClassVar[tuple[float, ...]] = (0.1,)
 
     @property
     def reversed(self) -> Divergence:
@@ -133,6 +146,7 @@ class SkewReverseKL(Divergence):
     lam: float
     name: ClassVar[str] = "skew_reverse_kl"
     domain: ClassVar[tuple[float, float, str]] = (0.0, math.nextafter(1.0, 0.0), "[0, 1)")
+    usual: ClassVar[tuple[float, ...]] = (0.1,)
 
     @property
     def reversed(self) -> Divergence:

@@ -13,6 +13,13 @@ from typing import ClassVar
 
 from .form import KL_FORM, REVERSE_KL_FORM, Divergence, Form
 
+# the registry's: what is here is a divergence for people (divergence.py)
+__all__ = [
+    "Renyi",
+    "ReverseRenyi",
+    "Alpha",
+]
+
 
 @dataclass(frozen=True)
 class Renyi(Divergence):
@@ -29,6 +36,7 @@ class Renyi(Divergence):
     alpha: float
     name: ClassVar[str] = "renyi"
     domain: ClassVar[tuple[float, float, str]] = (0.0, math.inf, "[0, inf]")
+    usual: ClassVar[tuple[float, ...]] = (0.5, 2.0)
 
     @property
     def reversed(self) -> Divergence:
@@ -58,6 +66,7 @@ class ReverseRenyi(Divergence):
     alpha: float
     name: ClassVar[str] = "reverse_renyi"
     domain: ClassVar[tuple[float, float, str]] = (0.0, math.inf, "[0, inf]")
+    usual: ClassVar[tuple[float, ...]] = (0.5, 2.0)
 
     @property
     def reversed(self) -> Divergence:
@@ -88,6 +97,7 @@ class Alpha(Divergence):
     alpha: float
     name: ClassVar[str] = "alpha"
     domain: ClassVar[tuple[float, float, str]] = (-sys.float_info.max, sys.float_info.max, "(-inf, inf)")
+    usual: ClassVar[tuple[float, ...]] = (-1.0, 0.5, 2.0)
 
     @property
     def reversed(self) -> Divergence:

@@ -8,6 +8,8 @@ exponent, spread * 6e-8, is not averaged away.
 
 import math
 
+import oracle
+
 ROUND = 6e-8
 
 
@@ -16,10 +18,15 @@ def value_bound_of(name: str, vocab: int, T: float, spread: float, D: float) -> 
     is in it."""
     if name == "tvd":
         return (1.2e-6 * (1 + spread) + ROUND) * D + 1e-15
-    if name.startswith(("alpha", "reverse_renyi")):
+    if is_power(name) or name.startswith("reverse_renyi"):
         return value_bound(0.5, vocab, T, spread, D)
     relative = 1.2e-6 if vocab >= 32768 and T >= 0.5 else 1.2e-6 * (1 + spread)
     return (relative + ROUND) * D + 1e-30
+
+
+def is_power(name: str) -> bool:
+    """Whether D is a multiple of R - 1, R = sum p^order q^(1 - order)."""
+    return oracle.member(name)[2] is not None
 
 
 def gradient_bound_of(norm: float, D: float) -> float:
@@ -59,18 +66,23 @@ def spread_of(z, v, T: float) -> float:
 
 def plain_value_bound(name: str, D: float) -> float:
     """Of Triton's plain form, for gradients of 16 bits: the rounding of sums and of their logarithm."""
-    return (3e-6 if name.startswith("alpha") else 1e-6) * (1 + abs(D))
+    power = oracle.member(name)[2]
+    return 3e-6 * (power.limit + abs(D)) if power else 1e-6 * (1 + abs(D))
+
+
+def plain_rounding(name: str, spread: float, D: float) -> float:
+    """Of its gradient, before that is rounded: an order multiplies exponents, and R - 1 has a factor with R
+    in it besides."""
+    kind, a, power = oracle.member(name)
+    order = abs(power.order) if power else abs(a) if kind.endswith("renyi") else 1.0
+    gain = max(power.limit, power.steepness(D)) if power else 1.0
+    return (1e-6 + 1.5e-7 * spread * max(1.0, order)) * gain
 
 
 def plain_gradient_bound(name: str, exact, dtype, spread: float, D: float) -> float:
     """Of the same: 1.05 times the rounding of the gradient's dtype, or that and, as if independent of it,
-    what the plain form's own rounding makes, absolute. An order multiplies exponents, alpha(a) has R / a
-    more."""
-    order = (
-        abs(float(name.split("(")[1][:-1])) if name.startswith(("renyi", "reverse_renyi", "alpha")) else 1.0
-    )
-    gain = max(1.0, abs(1 + order * (order + 1) * D) / order) if name.startswith("alpha") else 1.0
-    own = (1e-6 + 1.5e-7 * spread * max(1.0, order)) * gain
+    what the plain form's own rounding makes, absolute."""
+    own = plain_rounding(name, spread, D)
     rounding = float(cast_bound(dtype, exact).norm())
     rounded = float((exact.to(dtype).double() - exact).norm())
     return max(1.05 * rounded, math.hypot(min(rounding, rounded * 1.05), own))

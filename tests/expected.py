@@ -17,6 +17,7 @@ from bounds import (
     cast_bound,
     gradient_bound,
     gradient_bound_of,
+    plain_rounding,
     plain_value_bound,
     spread_of,
     value_bound,
@@ -25,14 +26,6 @@ from bounds import (
 from calls import DTYPES, PER_CLASS, Case, gradient, run, side_of
 
 LD, INF, NAN = np.longdouble, np.longdouble("inf"), np.longdouble("nan")
-REVERSED = {
-    "kl": "reverse_kl",
-    "reverse_kl": "kl",
-    "renyi": "reverse_renyi",
-    "reverse_renyi": "renyi",
-    "tvd": "tvd",
-}
-REVERSED |= {"skew_kl": "skew_reverse_kl", "skew_reverse_kl": "skew_kl"}
 DEEPEST = 110.0  # an exponent beyond that is 0 in fp32, whatever its rounding: so deep is a row at most
 FLUSHED = 1.2e-38  # an exponential smaller than that is 0
 SIDES = ("student", "teacher")
@@ -183,14 +176,13 @@ def soft_row(z, v, name: str, T: float, engine: str):
 def teacher_row(z, v, name: str, T: float, engine: str):
     """T dD/dv: the gradient of the divergence with the two exchanged; the cross entropy has the teacher's own
     entropy besides."""
-    kind, a = oracle.parse(name)
+    kind, _ = oracle.parse(name)
     if kind == "matching":
         return soft_row(v, z, name, T, engine)[1]
     if kind == "cross_entropy":
         p, log_q = np.exp(log_softmax(v, T)), np.where(np.isneginf(v), 0, log_softmax(z, T))
         return p * ((p * log_q).sum() - log_q)
-    other = f"{kind}({1 - a!r})" if kind in ("alpha", "jsd") else f"{REVERSED[kind]}({a!r})"
-    return soft_row(v, z, other, T, engine)[1]
+    return soft_row(v, z, oracle.reverse(name), T, engine)[1]
 
 
 def soft_bounds(case: Case, z, v, D, size: float, of_teacher: bool = False) -> tuple[float, float]:
@@ -214,11 +206,8 @@ def soft_bounds(case: Case, z, v, D, size: float, of_teacher: bool = False) -> t
         else value_bound(order, case.vocab, T, spread, D)
     )
     if is_plain(case):
-        _, number = oracle.parse(name)[:2]
-        order = max(1.0, abs(number)) if kind in ("renyi", "reverse_renyi", "alpha") else 1.0
-        gain = max(1.0, abs(1 + number * (number - 1) * D) / abs(number)) if kind == "alpha" else 1.0
         value = max(value, plain_value_bound(name, D))
-        room = max(room, (1e-6 + 1.5e-7 * spread * order) * gain)
+        room = max(room, plain_rounding(name, spread, D))
     return value + offset**2, room
 
 
@@ -242,9 +231,10 @@ def transform_slack(case: Case, z, v, g, gv, D) -> tuple[float, float]:
     sizes = [np.where(x > x.max() - DEEPEST * T, np.abs(finite(x)), 0) for x in (z, v)]
     share, most = 3 * unit(case) / T, sum(float(x.max()) for x in sizes)
     moved = sum(float(np.abs(finite(s * d)).sum()) for s, d in zip(sizes, (g, gv), strict=True))
-    kind, a = oracle.parse(case.divergence)
+    kind, a, power = oracle.member(case.divergence)
     # an order multiplies the logits in the exponents of w
-    order = max(1.0, abs(a), abs(1 - a)) if kind.endswith("renyi") or kind == "alpha" else 1.0
+    a = power.order if power else a
+    order = max(1.0, abs(a), abs(1 - a)) if power or kind.endswith("renyi") else 1.0
     order = order if math.isfinite(order) else 1.0
     return share * moved + (share * most) ** 2, share * most * order * (1 + float(D))
 

@@ -9,6 +9,7 @@ long double and T dD/dz as long doubles.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import mpmath as mp
 import numpy as np
@@ -23,23 +24,73 @@ def parse(name: str) -> tuple[str, float]:
     return kind, float(rest[:-1] or 0.5) if rest else 0.5
 
 
+# D = scale (sum p^order q^(1 - order) - 1): order and scale of the parameter, in whatever numbers that is.
+# "reverse_" before a name exchanges p and q. The limit at order 1 is KL, at order 0 reverse KL.
+POWERS = {
+    "alpha": (lambda a: a, lambda a: 1 / (a * (a - 1))),
+}
+
+
+class Power(NamedTuple):
+    order: float
+    scale: float
+
+    @property
+    def limit(self) -> float:
+        """T^2 D -> limit / 2 Var(z - v)."""
+        return self.scale * self.order * (self.order - 1)
+
+    def steepness(self, D: float) -> float:
+        """What q - w is multiplied by in T dD/dz, of that D."""
+        return abs(self.scale + D) * abs(1 - self.order)
+
+
+def member(name: str, number=float):
+    """(kind, parameter, its `Power` or None) of a text form; a limit is by the name of what it is."""
+    kind, a = parse(name)
+    mirrored = kind.startswith("reverse_") and kind.removeprefix("reverse_") in POWERS
+    order_of, scale_of = POWERS.get(kind.removeprefix("reverse_") if mirrored else kind, (None, None))
+    if order_of:
+        order = 1 - order_of(number(a)) if mirrored else order_of(number(a))
+        if order not in (0, 1):
+            return kind, a, Power(order, scale_of(number(a)))
+        kind = "kl" if order == 1 else "reverse_kl"
+    elif (kind, a) in (("renyi", 1), ("jsd", 0), ("skew_kl", 0)):
+        kind = "kl"
+    elif (kind, a) in (("reverse_renyi", 1), ("jsd", 1), ("skew_reverse_kl", 0)):
+        kind = "reverse_kl"
+    return kind, a, None
+
+
+def reverse(name: str) -> str:
+    """Of the divergence with p and q exchanged."""
+    kind, a = parse(name)
+    if kind == "jsd":
+        return f"jsd({1 - a!r})"
+    if kind == "tvd":
+        return name
+    if kind.startswith("skew"):
+        return name.replace("skew_", "skew_reverse_") if kind == "skew_kl" else name.replace("reverse_", "")
+    return name.removeprefix("reverse_") if kind.startswith("reverse_") else f"reverse_{name}"
+
+
 def divergence_row(z, v, name: str, T: float, engine: str | None = None):
     """(D, T dD/dz) of a divergence's text form; at T = inf the limit of T^2 D and its own gradient."""
     z, v = np.asarray(z, LD), np.asarray(v, LD)
     engine = engine or ("mpmath" if len(z) <= DIGITS_UP_TO else "longdouble")
     if broken(z) or broken(v):
         return LD("nan"), np.full(len(z), LD("nan"))
-    kind, a = parse(name)
+    kind, a, power = member(name)
     if math.isinf(T):
-        return _limit(z, v, kind, a)
+        return _limit(z, v, kind, a, power)
     no_z, no_v = np.isneginf(z), np.isneginf(v)
-    if _infinite(kind, a, no_z, no_v):
+    if _infinite(kind, a, power, no_z, no_v):
         return LD("inf"), np.where(no_z, LD(0), _gradient_where_infinite(z, v, kind, a, T))
-    value, g = (_digits if engine == "mpmath" else _long_double)(z, v, kind, a, T)
+    value, g = (_digits if engine == "mpmath" else _long_double)(z, v, name, T)
     return value, np.where(no_z, LD(0), g)
 
 
-def _infinite(kind, a, no_z, no_v) -> bool:
+def _infinite(kind, a, power, no_z, no_v) -> bool:
     lone_p, lone_q, common = (no_z & ~no_v).any(), (no_v & ~no_z).any(), (~no_z & ~no_v).any()
     if kind in ("kl", "cross_entropy"):
         return lone_p
@@ -47,26 +98,18 @@ def _infinite(kind, a, no_z, no_v) -> bool:
         return lone_p if a >= 1 else not common
     if kind == "reverse_renyi":
         return lone_q if a >= 1 else not common
-    if kind == "alpha":
-        return lone_p if a >= 1 else lone_q if a <= 0 else False
-    if kind == "jsd":
-        return lone_p if a == 0 else lone_q if a == 1 else False
-    if kind == "skew_kl":
-        return lone_p and a == 0
-    if kind == "reverse_kl" or (kind == "skew_reverse_kl" and a == 0):
-        return lone_q
-    return False
+    if power:
+        return lone_p if power.order > 1 else lone_q if power.order < 0 else False
+    return lone_q if kind == "reverse_kl" else False
 
 
 def _gradient_where_infinite(z, v, kind, a, T):
     """The convention: q - p where the formula has a w, q alone where w is a set; nan where it has an infinite
     moment."""
     p, q = _softmax(v, T), _softmax(z, T)
-    if kind in ("kl", "cross_entropy", "renyi") or (
-        kind in ("alpha", "jsd", "skew_kl") and a == (kind == "alpha")
-    ):
+    if kind in ("kl", "cross_entropy", "renyi"):
         return q if kind == "renyi" and math.isinf(a) else q - p
-    if kind == "reverse_renyi" and a != 1:
+    if kind == "reverse_renyi":
         return np.zeros_like(q) if a == 0 else -q if math.isinf(a) else LD(a) / (1 - LD(a)) * (q - p)
     return np.full(len(z), LD("nan"))
 
@@ -114,18 +157,17 @@ def _softmax(x, T):
     return e / e.sum()
 
 
-def _limit(z, v, kind, a):
+def _limit(z, v, kind, a, power):
     """(k/2) Var(z - v) and its gradient."""
     k = {
         "kl": 1,
         "reverse_kl": 1,
-        "alpha": 1,
         "renyi": a,
         "reverse_renyi": a,
-        "jsd": a * (1 - a) or 1,
+        "jsd": a * (1 - a),
         "skew_kl": (1 - a) ** 2,
         "skew_reverse_kl": (1 - a) ** 2,
-    }.get(kind, math.inf)
+    }.get(kind, power.limit if power else math.inf)
     if math.isinf(k):
         raise ValueError(f"{kind} has no limit")
     no_z, no_v = np.isneginf(z), np.isneginf(v)
@@ -142,8 +184,9 @@ def _limit(z, v, kind, a):
 # ---------------------------------------------------------------- 60 digits: the definitions as they stand
 
 
-def _digits(z, v, kind, a, T):
+def _digits(z, v, name, T):
     with mp.workdps(60):
+        kind, a, member_of = member(name, mp.mpf)
         ninf = mp.mpf("-inf")
         T = mp.mpf(T)
 
@@ -182,22 +225,14 @@ def _digits(z, v, kind, a, T):
         p, q = [exp(x) for x in lp], [exp(x) for x in lq]
         d = [mp.mpf(0) if ninf in (x, y) else y - x for x, y in zip(lp, lq, strict=True)]
         a = mp.mpf(a)
-        if (
-            kind in ("kl", "cross_entropy")
-            or (kind in ("renyi", "alpha") and a == 1)
-            or (kind in ("jsd", "skew_kl") and a == 0)
-        ):
+        if kind in ("kl", "cross_entropy"):
             value = (
                 -mp.fsum(x * y for x, y in zip(p, lq, strict=True) if x)
                 if kind == "cross_entropy"
                 else kl(lp, lq)
             )
             g = [y - x for x, y in zip(p, q, strict=True)]
-        elif (
-            kind == "reverse_kl"
-            or (kind in ("jsd", "reverse_renyi") and a == 1)
-            or (kind in ("alpha", "skew_reverse_kl") and a == 0)
-        ):
+        elif kind == "reverse_kl":
             value, g = kl(lq, lp), moment([y * t for y, t in zip(q, d, strict=True)])
         elif kind == "jsd":
             m = mixed(1 - a)
@@ -249,16 +284,19 @@ def _digits(z, v, kind, a, T):
             log_r, w = power(1 - a)
             value, g = log_r / (a - 1), [a / (a - 1) * (x - y) for x, y in zip(w, q, strict=True)]
         else:
-            log_r, w = power(a)
+            order, scale = member_of
+            log_r, w = power(order)
             R = exp(log_r)
-            value, g = (R - 1) / (a * (a - 1)), [R / a * (y - x) for x, y in zip(w, q, strict=True)]
+            slope = scale * (1 - order) * R
+            value, g = scale * (R - 1), [slope * (x - y) for x, y in zip(w, q, strict=True)]
         return LD(mp.nstr(value, 25)), _to_ld(g)
 
 
 # ---------------------------------------------------------------- long double: forms in which nothing cancels
 
 
-def _long_double(z, v, kind, a, T):
+def _long_double(z, v, name, T):
+    kind, a, member_of = member(name, LD)
     T, a = LD(T), LD(a)
     no_z, no_v = np.isneginf(z), np.isneginf(v)
     both, none = ~no_z & ~no_v, no_z & no_v
@@ -317,11 +355,7 @@ def _long_double(z, v, kind, a, T):
         least = gap == gap.min()
         total = q[least].sum()
         return -sign * d[least][0], sign * np.where(least, -q * (q[~least].sum() / total), q)
-    if (
-        kind in ("kl", "cross_entropy")
-        or (kind in ("renyi", "alpha") and a == 1)
-        or (kind in ("jsd", "skew_kl") and a == 0)
-    ):
+    if kind in ("kl", "cross_entropy"):
         near = both & (np.abs(d) < 0.5)
         x = np.where(near, d, 0)
         direct = np.where(no_v, q, (q - p) - np.where(both, p * d, 0))
@@ -334,12 +368,13 @@ def _long_double(z, v, kind, a, T):
     if kind == "renyi":
         log_r, _, g = power(a)
         return log_r / (a - 1), g
-    if kind == "reverse_renyi" and a != 1:
+    if kind == "reverse_renyi":
         log_r, _, g = power(1 - a)
         return log_r / (a - 1), a / (1 - a) * g
-    if kind == "alpha" and a != 0:
-        log_r, more, g = power(a)
-        return more / (a * (a - 1)), np.exp(log_r) / a * g
+    if member_of:
+        order, scale = member_of
+        log_r, more, g = power(order)
+        return scale * more, -scale * (1 - order) * np.exp(log_r) * g
     if kind == "tvd":
         near = both & (np.abs(d) < 0.5)
         gap = np.where(near, p * np.expm1(np.where(near, d, 0)), q - p)
@@ -347,8 +382,6 @@ def _long_double(z, v, kind, a, T):
     # mixtures: sums of p psi(log m/p) and q psi(log m/q), whose classes that one alone has are limits of
     #     these
     weight = {"jsd": 1 - a, "skew_kl": 1 - a, "skew_reverse_kl": a}.get(kind, LD(0))
-    if kind == "jsd" and a == 1:
-        weight = LD(0)
     of_p = np.where(both, p * psi(share(weight, d)), 0)
     of_q = np.where(both, q * psi(share(1 - weight, -d)), 0)
     x = np.where(both, -share(1 - weight, -d), 0)  # log(q / m)
@@ -361,7 +394,7 @@ def _long_double(z, v, kind, a, T):
         q_more[lone_q], x[lone_q] = 1 / weight - 1, -np.log(weight)
     p_more[lone_q] = -1
     of_p[lone_p], of_q[lone_p] = p[lone_p] * (-weight - np.log1p(-weight)), p[lone_p] * (1 - weight)
-    if kind == "jsd" and a != 1:
+    if kind == "jsd":
         return a * of_p.sum() + (1 - a) * of_q.sum(), moment((1 - a) * q * x)
     if kind == "skew_kl":
         return of_p.sum(), moment((1 - a) * q * -p_more)

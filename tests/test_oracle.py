@@ -9,26 +9,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from names import ENDS, USUAL
 from rows import make_rows, with_masks
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
-NAMES = [
-    *(
-        "kl",
-        "cross_entropy",
-        "reverse_kl",
-        "tvd",
-        "renyi(0)",
-        "renyi(inf)",
-        "reverse_renyi(0)",
-        "reverse_renyi(inf)",
-    ),
-    *(f"renyi({a})" for a in (0.01, 0.5, 0.9999, 1.0001, 2, 20)),
-    *(f"reverse_renyi({a})" for a in (0.01, 0.5, 1, 1.0001, 2, 5)),
-    *(f"alpha({a})" for a in (-1, 0, 0.01, 0.5, 0.9999, 1, 2)),
-    *(f"{name}({a})" for name in ("jsd", "skew_kl", "skew_reverse_kl") for a in (0, 0.1, 0.5, 0.9)),
-    "jsd(1)",
-]
+OTHERS = (
+    *(f"renyi({a})" for a in (0.01, 1.0001, 20)),
+    *(f"reverse_renyi({a})" for a in (0.01, 1, 1.0001, 5)),
+    *(f"alpha({a})" for a in (0, 0.01, 0.9999, 1)),
+    *(f"{name}({a})" for name in ("skew_kl", "skew_reverse_kl") for a in (0, 0.5, 0.9)),
+    *("jsd(0)", "jsd(1)"),
+)
+NAMES = (*USUAL, *ENDS, *OTHERS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,7 +56,7 @@ def test_engines_agree(name, T):
 def test_golden_numbers():
     """As golden.py makes them."""
     values = golden.values(GOLDEN["student_logits"], GOLDEN["teacher_logits"])
-    assert list(values) == list(GOLDEN["values"]) and len(values) == 22
+    assert list(values) == list(GOLDEN["values"]) and len(values) > len(USUAL)
     for name, by_temperature in values.items():
         for T, found in by_temperature.items():
             assert found == pytest.approx(GOLDEN["values"][name][T], rel=1e-14)

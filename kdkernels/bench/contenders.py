@@ -77,7 +77,8 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
         return scale * form.factor * (log_power_sum(z, v) / (form.order - 1)).mean()
 
     def alpha(z, v):
-        return scale * (log_power_sum(z, v).expm1() / (form.order * (form.order - 1))).mean()
+        power = form.factor / (form.order * (form.order - 1))
+        return scale * power * log_power_sum(z, v).expm1().mean()
 
     def mixture(z, v):
         log_q, log_p = F.log_softmax(z / T, -1), F.log_softmax(v / T, -1)

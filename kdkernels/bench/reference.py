@@ -65,6 +65,7 @@ def reference(z: Tensor, v: Tensor, divergence: Divergence, T: float) -> tuple[n
     b = 1 - order
     F = (p * (psi(d) - psi(b * d) / b)).sum(-1, keepdims=True) / (1 - b)
     log_r = np.log1p(-b * (1 - b) * F)  # of sum p^order q^(1 - order)
+    scale, slope = T * Extended(form.factor), q * -np.expm1(-order * d - log_r)
     if form.family == "alpha":
-        return T * T * F[..., 0], T * q * -np.expm1(-order * d - log_r) * np.exp(log_r) / order
-    return T * T * form.factor * (log_r / -b)[..., 0], T * form.factor * q * -np.expm1(-order * d - log_r)
+        return T * scale * F[..., 0], scale * slope * np.exp(log_r) / order
+    return T * scale * (log_r / -b)[..., 0], scale * slope
