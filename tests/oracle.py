@@ -28,6 +28,9 @@ def parse(name: str) -> tuple[str, float]:
 # "reverse_" before a name exchanges p and q. The limit at order 1 is KL, at order 0 reverse KL.
 POWERS = {
     "alpha": (lambda a: a, lambda a: 1 / (a * (a - 1))),
+    "tsallis": (lambda a: a, lambda a: 1 / (a - 1)),
+    "squared_hellinger": (lambda _: 0.5, lambda _: -1.0),
+    "chi_square": (lambda _: 2.0, lambda _: 1.0),
 }
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import kdkernels
 from kdkernels.bench import linear
+from kdkernels.divergence import usual
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -330,6 +331,12 @@ def test_times_of_divergences_are_the_measured_ones():
         (row,) = (line for line in PAGES["divergences"].splitlines() if re.match(rf'\| `"{family}[("]', line))
         least, most = f"{min(found):.1f}", f"{max(found):.1f}"
         assert row.endswith(f"| {least} to {most} |" if family != "kl" else "| 1 |"), row
+
+
+def test_every_divergence_is_on_its_page():
+    for d in usual():
+        assert re.search(rf'^\| `"{d.name}[("].* \|$', PAGES["divergences"], re.MULTILINE), d
+        assert f"`{type(d).__name__}(" in PAGES["divergences"], d
 
 
 # ---------------------------------------------------------------- the README as a page
