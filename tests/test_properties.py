@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from bounds import plain_value_bound
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from names import USUAL
@@ -266,13 +267,13 @@ def test_backends_agree(g, vocab, T, scale, divergence, dtype):
     kinks = divergence == "tvd"  # where q - p is within rounding of 0, its sign is anybody's guess
     room = {torch.float32: 4e-6, torch.float64: 1e-9}.get(dtype, 1.01 * torch.finfo(dtype).eps)
     subnormal = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    for loss, a in found.values():
-        large = (
-            10 if parse(divergence).form.family == "alpha" else 1
-        )  # R is the exponential of what has that error
-        torch.testing.assert_close(
-            loss, expected, rtol=large * 2e-6 * (1 + 30 / T), atol=1e-15 if kinks else 1e-30
-        )
+    # R is the exponential of what has that error
+    large = 10 if parse(divergence).form.family == "alpha" else 1
+    for backend, (loss, a) in found.items():
+        floor = 1e-15 if kinks else 1e-30
+        if backend == "triton" and dtype.itemsize == 2 and T <= 8:  # its plain form has a bound of its own
+            floor = 0.9 * T * plain_value_bound(divergence, float(expected) / (0.9 * T))
+        torch.testing.assert_close(loss, expected, rtol=large * 2e-6 * (1 + 30 / T), atol=floor)
         assert (
             kinks
             or ((a - b).norm() <= room * b.norm() + 1e-6 * (dtype != torch.float64) + subnormal * vocab).all()
