@@ -84,9 +84,11 @@ def test_tests_are_there():
 
 
 RUN = [x for x in COMMANDS if not any(y in x for y in ("pytest", "golden.py", "--write"))]
+# tools that have tests of their own
+TOOLS = [pytest.param(x, marks=pytest.mark.slow) for x in RUN if "raw.check" not in x]
 
 
-@pytest.mark.parametrize("command", RUN)
+@pytest.mark.parametrize("command", [*(x for x in RUN if "raw.check" in x), *TOOLS])
 def test_commands(command):
     """Those that are neither a test nor write a file that is committed."""
     if "triton" in command or "TRITON" in command:
