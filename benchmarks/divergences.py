@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kdkernels import fused_kd_loss
-from kdkernels.bench import measure
+from kdkernels.bench import logits, measure
 from kdkernels.divergence import usual
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "divergences_cpu.md"
@@ -63,7 +63,7 @@ def measured(rows: int, vocab: int, repeats: int) -> dict[str, dict[str, list[fl
     found: dict[str, dict[str, list[float]]] = {d: {"step": [], "stats": []} for d in DIVERGENCES}
     for dtype, allowed in DTYPES.values():
         for spread in SPREADS:
-            z, v = (x.to(dtype) for x in measure.logits(rows, vocab, spread))
+            z, v = (x.to(dtype) for x in logits.draw(rows, vocab, spread))
             steps: dict[object, Callable[[], object]] = {}
             for d in DIVERGENCES:
                 for name, options in VARIANTS.items():
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         f"least to the most of\nthe four. {about}.",
     ]
     for shape in tqdm(args.shapes, disable=None):
-        text = table(measured(*measure.shape(shape), args.repeats))
+        text = table(measured(*logits.shape(shape), args.repeats))
         parts += [f"## {shape.replace('x', ' x ')}", text]
         print(f"{shape}\n{text}\n")
     if args.write:

@@ -125,7 +125,7 @@ def main() -> None:
     ways, exact, peaks = steps(model), model.exact(), {}
     for name, step in ways.items():
         check(name, step, model, exact, BOUNDS[args.dtype])
-        peaks[name] = bench._peak_memory(step)
+        peaks[name] = bench.peak_memory(step)
 
     def clean(step: Callable[[], float]) -> Callable[[], None]:
         def once() -> None:

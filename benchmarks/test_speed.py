@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from kdkernels import KDLoss, LogitTransform, tempered_log_softmax
-from kdkernels.bench import measure
+from kdkernels.bench.logits import draw
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def logits(rows: int, vocab: int, dtype: str, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     labels = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0))
-    return *(x.to(device, DTYPES[dtype]) for x in measure.logits(rows, vocab)), labels.to(device)
+    return *(x.to(device, DTYPES[dtype]) for x in draw(rows, vocab)), labels.to(device)
 
 
 # what is covered: each family, each dtype, few and many rows, small and odd vocabularies, what is computed

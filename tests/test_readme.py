@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels.bench import linear
+from kdkernels.bench import paper, report
 from kdkernels.divergence import usual
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +198,18 @@ def test_the_first_screen_names_its_machine():
     assert "no GPU has run the present ones yet" in top
 
 
+def test_the_bench_ends_with_the_readmes_claim():
+    """What `make bench` prints beside its own: the bf16 figure of the first screen, as measured."""
+    claim = report.README
+    found = {start: eager["speed_up"] for start, _, eager, _ in cases()}
+    assert (claim.divergence, claim.temperature, claim.machine) == ("kl", 2.0, "EPYC Zen 5")
+    start = f"| KL, {claim.rows} x {claim.vocab} {claim.dtype} |"
+    assert f"{claim.speed_up:.1f}" == f"{found[start]:.1f}"
+    assert re.search(re.escape(start) + rf"[^|]*\| \d+ \({claim.speed_up} x\)", README)
+    machine = json.loads((RESULTS / CPU).read_text())["machine"]
+    assert machine["device"] == "cpu: AMD EPYC" and "an AMD EPYC (Zen 5)" in README
+
+
 def test_memory_is_the_measured_one():
     shown = [x for start, *x in cases() if start.strip("| ") in README]
     row = re.search(
@@ -220,9 +232,9 @@ def test_speed_of_copy_is_the_measured_one():
 
 def test_memory_from_hidden_states_is_the_models():
     """On paper."""
-    names = ("full logits, in place", "full logits", "eager")
-    for vocab, width in itertools.product(linear.PAPER_VOCABS, linear.PAPER_WIDTHS):
-        found = linear.memory(linear.PAPER_TOKENS, vocab, width)
+    names = ("full, in place", "full logits", "eager")
+    for vocab, width in itertools.product(paper.VOCABS, paper.WIDTHS):
+        found = paper.memory(paper.TOKENS, vocab, width)
         sizes = " | ".join(f"{found[x] / 2**30:.2f}" for x in names)
         assert (
             f"| {vocab} x {width} | {found['chunk']} | **{found['kdkernels'] / 2**30:.2f}** | {sizes} |"

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdkernels.backends import cuda
 from kdkernels.backends.triton import numbers as triton_numbers
 from kdkernels.backends.triton import plan as triton_plan
-from kdkernels.bench import contenders
+from kdkernels.bench import contenders, packages
 from kdkernels.divergence import parse
 
 from .cases import Case
@@ -123,7 +123,7 @@ def losses(kind: str, divergence: str, setting: Setting) -> dict[str, Loss]:
         return spelled
     if kind == "compile":
         return {contenders.COMPILED: contenders.compiled(list(spelled.values())[-1])}
-    return {} if setting.rehearsal else contenders.libraries(which, T)
+    return {} if setting.rehearsal else packages.kernels(which, T)
 
 
 def step_of(loss: Loss, z: Tensor, v: Tensor) -> Callable[[], None]:

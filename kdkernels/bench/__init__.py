@@ -1,12 +1,16 @@
 """`python -m kdkernels bench`: the fused loss against PyTorch's own spellings, on this machine, loss and
 gradient as one.
 
-    contenders.py   the spellings
+    logits.py       a case from logits: errors, time, memory, the table
+    linear.py       --linear: the same from hidden states, after paper.py's memory on paper
+    contenders.py   the fused loss and PyTorch's spellings
+    packages.py     --peers: the losses of other packages
     reference.py    the same numbers in extended precision
-    measure.py      time, peak memory and errors of one case
-    report.py       the table, the JSON file, the plot
-    linear.py       --linear: from hidden states, instead
-    peers.py        --peers: both, with the losses of other packages
+    measure.py      time, peak memory, and what else runs on the machine
+    forecast.py     how long it will take
+    report.py       what stands around the tables, the JSON file
+    plot.py         --plot
+    screen.py       80 columns, with rich's tables where it is installed
 
 The fused loss is checked before anything is printed, and no speed-up is printed for a wrong one; every
 contender's own errors stand beside its time. All are timed in one run. Bandwidth is 3 N V b bytes (both
@@ -17,9 +21,13 @@ speed.
 from __future__ import annotations
 
 import argparse
+from itertools import product
 
 DTYPES = ("fp32", "bf16", "fp16")
 SHAPES = ("512x32768", "256x128256", "64x262144")  # Llama 2, Llama 3, Gemma 3
+LINEAR_SHAPES = ("2048x32768x256", "1024x128256x256")
+DIVERGENCES = ("kl", "renyi(0.5)")
+PEERS = ("1024x32768",), ("1024x32768x256",), ("kl", "jsd(0.5)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,35 +72,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> dict:
     """Run the cases one by one, print each as soon as it is there, and return what --json writes."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise SystemExit("bench: needs tqdm; pip install tqdm matplotlib") from None
-    from . import linear, measure, peers, report
+    from . import forecast, linear, logits, measure, plot, report, screen
 
-    defaults = (SHAPES, ("kl", "renyi(0.5)")) if not args.peers else (peers.SHAPES, peers.DIVERGENCES)
-    args.shapes, args.divergences = args.shapes or defaults[0], args.divergences or defaults[1]
+    shapes, linear_shapes, divergences = PEERS if args.peers else (SHAPES, LINEAR_SHAPES, DIVERGENCES)
+    args.divergences = args.divergences or divergences
+    hidden = args.peers or args.linear is not None
     if args.json:
         report.check_json(args.json)
-    if args.peers:
-        return peers.main(args)
-    if args.linear is not None:
-        return linear.main(args)
     if args.plot:
-        report.check_plot(args.plot)
-    cases = measure.cases(args)
-    bench = measure.Bench.of(args, compiled=not args.no_compile)
-    results = {"machine": bench.machine, "cases": []}
-    print(report.header(bench.machine))
-    with tqdm(total=len(cases), unit="case", disable=None) as bar:
-        for case in cases:
-            bar.set_description(str(case))
-            result = bench.run(case, on_step=lambda name: bar.set_postfix_str(name))
-            results["cases"].append(result)
-            bar.write(report.table(result))
-            bar.update()
-            if args.json:
-                report.write_json(results, args.json)
+        if hidden:
+            raise SystemExit("bench: --plot draws cases from logits; --json has the others' figures")
+        plot.check(args.plot)
+    jobs: list[forecast.Job] = []
+    if args.linear is None or args.peers:
+        jobs += [(logits, x) for x in _cases(logits, args.shapes or shapes, args)]
+    if hidden:
+        jobs += [(linear, x) for x in _cases(linear, args.linear or linear_shapes, args)]
+    bench = measure.Bench.of(args, compiled=not args.no_compile and (args.peers or not hidden))
+    results: dict = {"machine": bench.machine, "cases": []} | ({"linear": []} if args.peers else {})
+    report.introduce(bench, jobs)
+    for module, case in screen.track(jobs):
+        result = module.run(bench, case)
+        results["linear" if args.peers and module is linear else "cases"].append(result)
+        module.show(result)
+        if line := measure.disturbed(result["others_cores"], measure.spread(result["contenders"])):
+            screen.say(line)
+        if args.json:
+            report.write_json(results, args.json)
     if args.plot:
-        report.plot(results, args.plot)
+        plot.draw(results, args.plot)
+    if line := report.compared(results["cases"]):
+        screen.say("\n" + line)
     return results
+
+
+def _cases(module, shapes, args: argparse.Namespace) -> list:
+    """Of the command line; SystemExit for what cannot be measured."""
+    options = args.dtypes, args.divergences, args.temperatures
+    try:
+        return [module.Case(*module.shape(x), *rest) for x, *rest in product(shapes, *options)]
+    except ValueError as error:
+        raise SystemExit(f"bench: {error}") from None

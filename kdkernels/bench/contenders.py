@@ -1,13 +1,12 @@
-"""The distillation loss as PyTorch code spells it: what the fused one is measured against.
+"""The fused loss, and the distillation loss as PyTorch code spells it.
 
-Each is a function (student logits, teacher logits) -> mean over rows of T^2 D, T^2 being what Hinton, Vinyals
-and Dean multiply by.
+From logits each is a function (student logits, teacher logits) -> mean over rows of T^2 D, T^2 being what
+Hinton, Vinyals and Dean multiply by; from hidden states one of the hidden states and weights of both models.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 
@@ -15,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergence import JSD, CrossEntropy, Divergence
+from .. import linear
+from ..divergence import Divergence
 from ..functional import fused_kd_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden and weight of student and teacher -> loss
 FUSED = "kdkernels"
 COMPILED = "torch.compile"
-TORCHTUNE_FORWARD = "torchtune forward KL"
-# contenders for KL whose value is this divergence's, with the same gradient
-VALUES = {TORCHTUNE_FORWARD: CrossEntropy()}
 
 
 def fused(divergence: Divergence, T: float, backend: str = "auto") -> Loss:
@@ -34,17 +32,6 @@ def fused(divergence: Divergence, T: float, backend: str = "auto") -> Loss:
 
 def fused_name(backend: str) -> str:
     return FUSED if backend == "auto" else f"{FUSED} ({backend})"
-
-
-def jsd_beta(divergence: Divergence) -> float | None:
-    """What Liger and TRL call this divergence, whose generalised JSD is KL for 0 and reverse KL for 1; None
-    where they have it not."""
-    form = divergence.form
-    if form.family == "kl":
-        return 0.0
-    if form.family == "mixture" and form.mix == 0:
-        return 1.0
-    return divergence.beta if isinstance(divergence, JSD) else None
 
 
 def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
@@ -110,61 +97,33 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
     return dict([names[form.family]])
 
 
-def libraries(divergence: Divergence, T: float) -> dict[str, Loss]:
-    """Kernels of others that take logits or what PyTorch makes of them, where they are installed. For GPUs:
-    they are written in Triton."""
-    beta = jsd_beta(divergence)
-    if not importlib.util.find_spec("liger_kernel") or beta is None or math.isinf(T):
-        return {}
+def from_hidden(
+    divergence: Divergence, T: float, backends: tuple[str, ...] = ("auto",), rounded: bool = False
+) -> dict[str, Step]:
+    """Our and PyTorch's ways from hidden states to the loss, by name; the fused loss of the first backend
+    comes first, the best eager spelling last. rounded: also with logits of the hidden states' dtype."""
+    spelling, spelled = list(spellings(divergence, T).items())[-1]
+    options = dict(divergence=divergence, temperature=T, t_squared=True)
 
-    def log_softmaxes(z, v):
-        return (F.log_softmax(x / T, -1).flatten(0, -2) for x in (z, v))
+    def fused_linear(backend: str, **more) -> Step:
+        return functools.partial(linear.fused_linear_kd_loss, backend=backend, **options, **more)
 
-    def kl(z, v):
-        from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+    def full(inplace: bool) -> Step:
+        return lambda h, w, th, tw: fused_kd_loss(
+            h @ w.t(), th @ tw.t(), inplace=inplace, backend=backends[0], **options
+        )
 
-        return T * T * LigerKLDivLossFunction.apply(*log_softmaxes(z, v), "batchmean", True)
-
-    def jsd(z, v):
-        from liger_kernel.ops.jsd import LigerJSDFunction
-
-        return T * T * LigerJSDFunction.apply(*log_softmaxes(z, v), None, beta)
-
-    return (
-        {"log_softmax + Liger KLDiv": kl, "log_softmax + Liger JSD": jsd}
-        if beta == 0
-        else {"log_softmax + Liger JSD": jsd}
-    )
-
-
-def functions(divergence: Divergence, T: float) -> dict[str, Loss]:
-    """What other packages have for logits in plain PyTorch, where they are installed: `--peers`.
-
-    TRL's generalised JSD, which takes the rows for sequences. torchtune's losses, which have no temperature,
-    and whose forward KL is a cross entropy: see `VALUES`.
-    """
-    beta, family = jsd_beta(divergence), divergence.form.family
-
-    def trl(z, v):
-        from trl.experimental.gkd import GKDTrainer
-
-        return T * T * GKDTrainer.generalized_jsd_loss(z, v, beta=beta, temperature=T)
-
-    def torchtune(z, v):
-        from torchtune.modules.loss import kd_losses
-
-        loss = kd_losses.ReverseKLLoss() if beta == 1 else kd_losses.ForwardKLLoss()
-        return T * T * loss(z / T, v / T, torch.zeros(len(z), dtype=torch.int64, device=z.device))
-
-    known = (
-        ("trl", "TRL generalized_jsd_loss", trl, beta is not None),
-        ("torchtune", "torchtune reverse KL", torchtune, beta == 1),
-        ("torchtune", TORCHTUNE_FORWARD, torchtune, family in ("kl", "cross_entropy")),
-    )
-    runs = {name: loss for package, name, loss, has in known if has and importlib.util.find_spec(package)}
-    return {} if math.isinf(T) else runs
+    found = {fused_name(x): fused_linear(x) for x in backends}
+    if rounded:
+        name = f"{fused_name(backends[0])}, logits_dtype=None"
+        found[name] = fused_linear(backends[0], logits_dtype=None)
+    return found | {
+        "full logits": full(False),
+        "full logits, in place": full(True),
+        f"eager {spelling}": lambda h, w, th, tw: spelled(h @ w.t(), th @ tw.t()),
+    }
 
 
-def compiled(loss: Loss) -> Loss:
+def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # the closures share their code: without this, the eighth case would run uncompiled
     return torch.compile(loss, fullgraph=True)

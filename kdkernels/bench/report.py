@@ -1,53 +1,78 @@
-"""A result as a table, a JSON file and a plot."""
+"""What is said before and after the tables, and the JSON file."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from .contenders import FUSED
+from ..divergence import parse
+from . import forecast, linear, logits, measure, packages, paper, screen
+from .contenders import spellings
 
 
-def header(machine: dict) -> str:
-    return (
+@dataclass(frozen=True)
+class Claim:
+    """A line of the README's table of speed."""
+
+    divergence: str
+    rows: int
+    vocab: int
+    dtype: str
+    temperature: float
+    speed_up: float  # over the best eager spelling
+    machine: str
+
+
+# tests/test_readme.py compares it with the README and with the results that it is from
+README = Claim("kl", 256, 128256, "bf16", 2.0, 15.3, "EPYC Zen 5")
+
+
+LOGITS = (
+    "speed-up: of kdkernels over the line. copy: 3 N V b bytes over the time, as a fraction of copy speed. "
+    "memory: peak beyond the inputs, in gradients. err: relative error, against extended precision."
+)
+HIDDEN = (
+    "from hidden states: of floor: over the time of the projections and of the fused loss alone. MiB: peak "
+    "memory beyond the inputs. err: relative error, against fp64."
+)
+
+
+def introduce(bench: measure.Bench, jobs: list[forecast.Job]) -> None:
+    """The machine, what the columns mean, how long it will take, and whether other programs disturb it."""
+    machine, modules = bench.machine, {module for module, _ in jobs}
+    screen.say(
         f"{machine['device']}, {machine['threads']} threads; kdkernels {machine['kdkernels']} "
-        f"({machine['cpu_library']}), "
-        f"torch {machine['torch']}\n"
-        "speed-up: of kdkernels over the line. of copy: 3 N V b bytes over the time, as a fraction of "
-        "copy speed.\n"
-        "memory: peak beyond the inputs, in gradients. errors: relative, against extended precision."
+        f"({machine['cpu_library']}), torch {machine['torch']}"
     )
+    if bench.peers and packages.missing():
+        screen.say(f"not installed, and left out: {', '.join(packages.missing())}")
+    if logits in modules:
+        screen.say(LOGITS)
+    if linear in modules:
+        screen.say(HIDDEN)
+        if not bench.peers:
+            paper.show()
+    with measure.Watch() as watch:
+        seconds = forecast.seconds(bench, jobs)
+    screen.say(f"{len(jobs)} cases: {forecast.words(seconds)}")
+    if line := measure.disturbed(watch.cores):
+        screen.say(line)
 
 
-def title(case: dict) -> str:
-    return (
-        f"{case['divergence']}, T = {case['temperature']:g}, {case['rows']} x {case['vocab']} {case['dtype']}"
-    )
-
-
-def is_base(name: str, contender: dict) -> bool:
-    """Whether it is the fused loss that all others are compared with: of the first backend."""
-    return name.startswith(FUSED) and contender["speed_up"] == 1
-
-
-def left_out(name: str, error: Exception) -> str:
-    """A line for a contender that is installed and cannot run here."""
-    return f"left out: {name}: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-
-
-def table(case: dict) -> str:
-    lines = [
-        f"\n{title(case)}; {case['device']}, copy {case['copy_gb_per_s']:.0f} GB/s",
-        f"{'':34s}{'ms':>9s}{'speed-up':>10s}{'of copy':>9s}{'memory':>8s}{'loss err':>10s}{'grad err':>10s}",
-    ]
-    for name, x in case["contenders"].items():
-        speed_up = "" if is_base(name, x) else f"{x['speed_up']:.1f} x"
-        memory = "" if x["memory_in_gradients"] is None else f"{x['memory_in_gradients']:.2f}"
-        lines.append(
-            f"{name:34s}{x['ms']:9.1f}{speed_up:>10s}{x['fraction_of_copy']:9.2f}{memory:>8s}{x['loss_error']:10.0e}{x['grad_error']:10.0e}"
-        )
-    return "\n".join(lines)
+def compared(cases: list[dict], claim: Claim = README) -> str:
+    """This machine's speed-up beside the README's, where its case was measured on a CPU; else empty."""
+    wanted = {key: getattr(claim, key) for key in ("divergence", "rows", "vocab", "dtype", "temperature")}
+    eager = spellings(parse(claim.divergence), claim.temperature)
+    for case in cases:
+        if case["device"].startswith("cpu") and wanted.items() <= case.items():
+            found = min(case["contenders"][name]["speed_up"] for name in eager)
+            return (
+                f"KL, {claim.rows} x {claim.vocab} {claim.dtype}: {found:.1f} x as fast as eager; "
+                f"README: {claim.speed_up} x ({claim.machine})"
+            )
+    return ""
 
 
 def check_json(path: str) -> None:
@@ -65,63 +90,3 @@ def write_json(results: dict, path: str) -> None:
     new = Path(f"{file}.new")
     new.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(new, file)
-
-
-def check_plot(path: str) -> None:
-    """A plot that could not be drawn is an error before the measuring, not after."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("bench: --plot needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    if Path(path).suffix not in (".svg", ".png", ".pdf"):
-        raise SystemExit(f"--plot: a .svg, .png or .pdf file, got {path!r}")
-
-
-def plot(results: dict, path: str) -> None:
-    """Time of a step and error of its gradient, a group of bars for each case, both on logarithmic axes."""
-    import matplotlib.pyplot as plt
-
-    # text as text, and the same bits every time
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "kdkernels"}
-    cases = results["cases"]
-    names = list(dict.fromkeys(name for case in cases for name in case["contenders"]))
-    colours = ["#0072B2", "#E69F00", "#D55E00", "#999999", "#CC79A7", "#56B4E9"]  # Okabe and Ito
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1.2 + 0.5 * len(cases)), sharey=True, width_ratios=(3, 2))
-    for i, case in enumerate(cases):
-        bars = case["contenders"]
-        height = 0.8 / len(bars)
-        for j, (name, x) in enumerate(bars.items()):
-            y, colour = i + height * (j - (len(bars) - 1) / 2), colours[names.index(name) % len(colours)]
-            axes[0].barh(y, x["ms"], height, color=colour)
-            axes[1].barh(y, max(x["grad_error"], 1e-9), height, color=colour)
-            ratio = (
-                ""
-                if is_base(name, x)
-                else f"  {x['speed_up']:.0f} x"
-                if x["speed_up"] >= 10
-                else f"  {x['speed_up']:.1f} x"
-            )
-            axes[0].text(x["ms"], y, f" {x['ms']:.0f}{ratio}", va="center", fontsize=7)
-    axes[0].set(
-        xscale="log",
-        xlabel="ms, loss + gradient",
-        yticks=range(len(cases)),
-        yticklabels=[title(case) for case in cases],
-    )
-    axes[0].set_xlim(right=axes[0].get_xlim()[1] * 2)  # room for the numbers
-    axes[1].set(xscale="log", xlabel="relative error of the gradient")
-    axes[0].set_ylim(len(cases) - 0.5, -0.5)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[i % len(colours)]) for i in range(len(names))]
-    machine = results["machine"]
-    figure.suptitle(
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=9
-    )
-    figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
-    plain = dict.fromkeys(("Creator", "Date", "Format", "Type")) if path.endswith(".svg") else None
-    figure.savefig(path, metadata=plain)
-    plt.close(figure)
