@@ -596,6 +596,28 @@ def test_the_last_line_is_printed(monkeypatch, capsys):
     )
 
 
+def test_processor_time(monkeypatch, tmp_path):
+    """Waiting does not count in it, and it is one thread's."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n, seen=(seen := []): seen.append(n))
+    right = contenders.spellings
+
+    def waits(divergence, T):
+        return {name: lambda *x, f=f: time.sleep(0.05) or f(*x) for name, f in right(divergence, T).items()}
+
+    monkeypatch.setattr(contenders, "spellings", waits)
+    one = ["--no-compile", "--dtypes", "fp32", "--divergences", "kl", "--json", str(tmp_path / "b.json")]
+    for more, waited in ([], True), (["--processor-time"], False):
+        assert main([*SMALL, *one, *more]) == 0
+        results = json.loads((tmp_path / "b.json").read_text())
+        assert (results["machine"].get("clock") == "processor time") != waited
+        (case,) = results["cases"]
+        times = [x["ms"] for name, x in case["contenders"].items() if name != "kdkernels"]
+        assert len(times) == 2 and (min(times) >= 50) == waited
+    assert seen == [1]
+    with pytest.raises(SystemExit, match="for a CPU"):
+        measure.Bench("meta", backends=(), processor_time=True)
+
+
 def test_no_time_for_a_wrong_chunk(monkeypatch):
     right = contenders.linear.fused_linear_kd_loss
     monkeypatch.setattr(

@@ -23,6 +23,8 @@ from __future__ import annotations
 import argparse
 from itertools import product
 
+import torch
+
 DTYPES = ("fp32", "bf16", "fp16")
 SHAPES = ("512x32768", "256x128256", "64x262144")  # Llama 2, Llama 3, Gemma 3
 LINEAR_SHAPES = ("2048x32768x256", "1024x128256x256")
@@ -52,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=int, default=5, help="timed rounds on a CPU, in which the contenders take turns"
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="of one thread on a CPU, in the place of the clock's: for ratios on a machine that is shared",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--linear",
@@ -72,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> dict:
     """Run the cases one by one, print each as soon as it is there, and return what --json writes."""
-    from . import forecast, linear, logits, measure, plot, report, screen
+    from . import forecast, linear, logits, measure, packages, plot, report, screen
 
     shapes, linear_shapes, divergences = PEERS if args.peers else (SHAPES, LINEAR_SHAPES, DIVERGENCES)
     args.divergences = args.divergences or divergences
@@ -88,8 +95,12 @@ def main(args: argparse.Namespace) -> dict:
         jobs += [(logits, x) for x in _cases(logits, args.shapes or shapes, args)]
     if hidden:
         jobs += [(linear, x) for x in _cases(linear, args.linear or linear_shapes, args)]
+    if args.processor_time:
+        torch.set_num_threads(1)  # of several, those that wait would count
     bench = measure.Bench.of(args, compiled=not args.no_compile and (args.peers or not hidden))
-    results: dict = {"machine": bench.machine, "cases": []} | ({"linear": []} if args.peers else {})
+    results: dict = {"machine": bench.machine, "cases": []}
+    if args.peers:
+        results |= {"packages": packages.versions(), "linear": []}
     report.introduce(bench, jobs)
     for module, case in screen.track(jobs):
         result = module.run(bench, case)

@@ -50,25 +50,30 @@ class Bench:
         compiled: bool = True,
         backends: tuple[str, ...] = ("auto",),
         peers: bool = False,
+        processor_time: bool = False,
     ):
-        """SystemExit for a backend that cannot run there."""
+        """SystemExit for a backend that cannot run there, and for a processor's time of a GPU."""
         if device is None:
             device = (
                 torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
             )
         self.device, self.repeats, self.compiled = torch.device(device), repeats, compiled
         self.backends, self.peers = backends, peers
+        self.clock = time.process_time if processor_time else time.perf_counter
+        if processor_time and self.device.type != "cpu":
+            raise SystemExit(f"bench: --processor-time is for a CPU, not {device}")
         for name in backends:
             try:
                 resolve(name, self.device)
             except (ValueError, RuntimeError) as error:
                 raise SystemExit(f"bench: {error}") from None
-        self.machine = machine(self.device)
+        self.machine = machine(self.device) | ({"clock": "processor time"} if processor_time else {})
 
     @classmethod
     def of(cls, args, compiled: bool) -> Bench:
         """From the command line."""
-        return cls(args.device, args.repeats, compiled, tuple(dict.fromkeys(args.backends)), args.peers)
+        backends = tuple(dict.fromkeys(args.backends))
+        return cls(args.device, args.repeats, compiled, backends, args.peers, args.processor_time)
 
     def check(
         self,
@@ -108,7 +113,7 @@ class Bench:
         else:
             found = {
                 name: (1e3 * np.quantile(x, quantiles)).tolist()
-                for name, x in take_turns(steps, self.repeats).items()
+                for name, x in take_turns(steps, self.repeats, self.clock).items()
             }
         return {name: dict(zip(("ms", "ms_p20", "ms_p80"), x, strict=True)) for name, x in found.items()}
 
@@ -181,15 +186,17 @@ def step(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], 
     return once
 
 
-def take_turns(steps: dict[Key, Callable[[], object]], repeats: int) -> dict[Key, list[float]]:
+def take_turns(
+    steps: dict[Key, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Key, list[float]]:
     """Seconds of each in each round, one untimed round first."""
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
     for i in range(repeats + 1):
         for key, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if i:
-                seconds[key].append(time.perf_counter() - start)
+                seconds[key].append(clock() - start)
     return seconds
 
 

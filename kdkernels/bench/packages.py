@@ -7,6 +7,7 @@ Triton kernels of Liger-Kernel and flash-linear-attention. A package is imported
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
@@ -18,7 +19,13 @@ from torch import Tensor
 from ..divergence import JSD, CrossEntropy, Divergence
 from .contenders import Loss, Step
 
-PACKAGES = ("trl", "liger_kernel", "torchtune", "fla")
+# what is imported, and what is installed
+PACKAGES = {
+    "trl": "trl",
+    "liger_kernel": "liger-kernel",
+    "torchtune": "torchtune",
+    "fla": "flash-linear-attention",
+}
 FORWARD, CHUNKED_FORWARD = "torchtune forward KL", "torchtune chunked forward KL"
 # contenders for KL whose value is this divergence's, with the same gradient
 VALUES = dict.fromkeys((FORWARD, CHUNKED_FORWARD), CrossEntropy())
@@ -28,6 +35,12 @@ CHUNKS = 8  # torchtune's default
 def missing() -> list[str]:
     """The packages that are not installed."""
     return [x for x in PACKAGES if not importlib.util.find_spec(x)]
+
+
+def versions() -> dict[str, str]:
+    """Of those that are."""
+    there = [x for x in PACKAGES if x not in missing()]
+    return {PACKAGES[x]: importlib.metadata.version(PACKAGES[x]) for x in there}
 
 
 def jsd_beta(divergence: Divergence) -> float | None:

@@ -42,8 +42,10 @@ HIDDEN = (
 def introduce(bench: measure.Bench, jobs: list[forecast.Job]) -> None:
     """The machine, what the columns mean, how long it will take, and whether other programs disturb it."""
     machine, modules = bench.machine, {module for module, _ in jobs}
+    clock = f" ({machine['clock']})" if "clock" in machine else ""
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     screen.say(
-        f"{machine['device']}, {machine['threads']} threads; kdkernels {machine['kdkernels']} "
+        f"{machine['device']}, {threads}{clock}; kdkernels {machine['kdkernels']} "
         f"({machine['cpu_library']}), torch {machine['torch']}"
     )
     if bench.peers and packages.missing():
