@@ -262,6 +262,34 @@ def test_times_from_hidden_states_are_the_measured_ones():
         assert row in PAGES["performance"].replace("|  |", "| |")
 
 
+def test_the_page_of_peers_is_the_measured_one(tmp_path):
+    """As the script writes it; performance.md has its summary; no package is left out by chance."""
+    script = ROOT / "benchmarks" / "peers_page.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "page.md")]
+    rows = subprocess.run(command, check=True, capture_output=True, cwd=ROOT, text=True).stdout.splitlines()
+    written = (tmp_path / "page.md").read_text()
+    assert written == (ROOT / "docs" / "results" / "peers_cpu.md").read_text()
+    results = json.loads((RESULTS / "peers_amd_epyc_zen4.json").read_text())
+    cases = (*results["cases"], *results["linear"])
+    assert len(rows) == len(cases) == 8 and set(rows) <= set(PAGES["performance"].splitlines())
+    for case in cases:
+        own = case["contenders"]["kdkernels"]
+        packages = {
+            "TRL",
+            *({"Liger"} if "tokens" in case else ()),
+            *({"torchtune"} if case["divergence"] == "kl" else ()),
+        }
+        assert (
+            packages <= {name.split()[0] for name in case["contenders"]}
+            and "torch.compile" in case["contenders"]
+        )
+        for name, x in case["contenders"].items():
+            assert f"| {name} | {x['ms']:.0f} | {x['ms'] / own['ms']:.2f} |" in written
+            assert f" | {x['loss_error']:.0e} |" in written
+        rounded = case["contenders"].get("kdkernels, logits_dtype=None", {"ms": own["ms"] / 2})
+        assert 0.45 < rounded["ms"] / own["ms"] < 0.58  # "in half its time"
+
+
 def bf16_errors() -> dict[tuple[str, str], dict[str, tuple[str, str]]]:
     """By divergence and T: the errors of loss and gradient by contender."""
     found: dict = {}
