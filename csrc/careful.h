@@ -70,7 +70,7 @@ template <class F, class Crew> class Careful {
       return lone ? INFINITY : larger(sign_ * shift_ - (least_ - sign_ * apart_) * k_, 0.);
     }
     if (plan_.mixed) {
-      infinite_ = !(plan_.mixture.o_alone < INFINITY) && lone_q;
+      infinite_ = !(plan_.mixture.other_alone_term < INFINITY) && lone_q;
       if (infinite_) return INFINITY;
       F terms{}, moved{};
       classes([&](F z, F v) {
@@ -217,7 +217,7 @@ template <class F, class Crew> class Careful {
       const F sign = select(more > F{}, splat<F>(.5), select(more < F{}, splat<F>(-.5), F{}));
       return {more * sign, q * sign, F{}};
     }
-    const double l = plan_.mixture.l, keep = plan_.mixture.keep;
+    const double l = plan_.mixture.l, keep = plan_.mixture.co_l;
     const MixedTerm<F> close = mixed_term(select(near, x, F{}), m, plan_.mixture);
     // Beyond 700 either way one of b and o is 0: what is times the other, u or w, is what it is at 700. w is
     // not x - u there: where x is a large finite mask's, the two agree to all their digits.
@@ -225,16 +225,17 @@ template <class F, class Crew> class Careful {
             most = l > 0 ? select(least > 700., splat<F>(700), least) : least;
     const F u = l > 0 ? log1p_psi(expm1_psi(most * kLog2e).m1 * l).log : F{};
     const F w = most - u, mixture = b + more * l, share = select(mixture > 0., more / mixture, F{});
-    const F far = (more * l - b * u) * plan_.mixture.base + (o * w - more * keep) * plan_.mixture.other;
+    const F far = (more * l - b * u) * plan_.mixture.c_base + (o * w - more * keep) * plan_.mixture.c_other;
     F term = select(near, b * close.term, far);
-    const F far_xi = (flip ? u * -plan_.mixture.base : w * plan_.mixture.other) + share * plan_.mixture.moves;
+    const F far_xi =
+        (flip ? u * -plan_.mixture.c_base : w * plan_.mixture.c_other) + share * plan_.mixture.share_weight;
     F G = q * select(near, close.xi, far_xi);
     const Int only_b = flip ? no_v & ~no_z : no_z & ~no_v, only_o = flip ? no_z & ~no_v : no_v & ~no_z;
-    const double o_alone = l > 0 ? plan_.mixture.o_alone : 0,
-                 o_moves = l > 0 && !flip ? plan_.mixture.o_moves : 0,
-                 b_moves = flip ? plan_.mixture.b_moves : 0;
+    const double o_alone = l > 0 ? plan_.mixture.other_alone_term : 0,
+                 o_moves = l > 0 && !flip ? plan_.mixture.other_alone_xi : 0,
+                 b_moves = flip ? plan_.mixture.base_alone_xi : 0;
     term = select(no_z & no_v, F{},
-                  select(only_b, b * plan_.mixture.b_alone, select(only_o, o * o_alone, term)));
+                  select(only_b, b * plan_.mixture.base_alone_term, select(only_o, o * o_alone, term)));
     return {term, select(no_z & no_v, F{}, select(only_b, b * b_moves, select(only_o, o * o_moves, G))), F{}};
   }
 

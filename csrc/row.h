@@ -12,7 +12,7 @@
 // sum G is known. A sum is never formed from terms of both signs that could cancel; everything per block and
 // per row is fp64.
 #pragma once
-#include "divergence.h"
+#include "plan.h"
 
 namespace kd {
 namespace KD_LEVEL {
@@ -175,15 +175,17 @@ KD_HD Kept<F> step_mixed(F b, F o, const References<typename Element<F>::Real> &
     const F far_o = difference<kCarry>(o, splat<F>(r.top), r.ref, r.ref_low),
             weight = exp2_of_product(far_o, r.c, r.floor);
     // TVD's b_alone is 0
-    term = select(none, zero, select(only_o, mix.o_alone * weight, select(only_b, mix.b_alone * e, term)));
+    term =
+        select(none, zero,
+               select(only_o, mix.other_alone_term * weight, select(only_b, mix.base_alone_term * e, term)));
     q = select(
         none, zero,
         select(only_o, mix.student_base ? zero : weight, select(only_b, mix.student_base ? e : zero, q)));
-    xi = select(only_o, splat<F>(mix.o_moves), select(only_b, splat<F>(mix.b_moves), xi));
+    xi = select(only_o, splat<F>(mix.other_alone_xi), select(only_b, splat<F>(mix.base_alone_xi), xi));
     if (mix.tvd) s.k2 += select(only_b, e, zero);
     const Int within = far_o * r.c <= r.reach;
     Int lost = only_o & ~within;
-    if (!(mix.o_alone < kInf)) lost |= only_o;  // D is +inf
+    if (!(mix.other_alone_term < kInf)) lost |= only_o;  // D is +inf
     wild = lost ? Int{} + Exp2<Real>::kAbs : wild;
   }
   s.k1 += term;
@@ -209,9 +211,9 @@ KD_HD Second second_of(const Plan &plan, double F) {
   if (plan.tvd) return kTvdGap;
   if (F < kLeast) return kByClass;
   if (mix.l == 0) return kReverse;
-  if (mix.other == 0) return kOfBase;
-  if (mix.base == 0) return F * mix.keep * mix.keep > kLeast ? kOfOther : kByClass;
-  return mix.moves == 0 && F > 4 * kLeast ? kJoint : kByClass;
+  if (mix.c_other == 0) return kOfBase;
+  if (mix.c_base == 0) return F * mix.co_l * mix.co_l > kLeast ? kOfOther : kByClass;
+  return mix.share_weight == 0 && F > 4 * kLeast ? kJoint : kByClass;
 }
 // kLast: the row may end within the vector; there is neither b nor o then.
 template <Second kHow, bool kLast, class F, class Mix>
@@ -229,25 +231,25 @@ KD_HD Kept<F> step_kept(F b, F o, const References<typename Element<F>::Real> &r
     s.d += q * xi;
   } else if (kHow == kReverse) {
     s.t += eo * y;
-    xi = mix.student_base ? share * -mix.other : y * (mix.other * Real(kLn2));
+    xi = mix.student_base ? share * -mix.c_other : y * (mix.c_other * Real(kLn2));
   } else if (kHow == kOfBase) {
     const Log1p<F> u = log1p_psi(more);
     s.s += e * u.psi;
-    xi = mix.student_base ? u.log * -mix.away_log -
-                                (more * u.log - u.psi) * quotient(splat<F>(mix.away_psi), more + Real(1))
-                          : quotient(share * mix.moves, more + Real(1));
+    xi = mix.student_base ? u.log * -mix.cancel_log -
+                                (more * u.log - u.psi) * quotient(splat<F>(mix.cancel_psi), more + Real(1))
+                          : quotient(share * mix.share_weight, more + Real(1));
     s.d += q * xi;
   } else if (kHow == kOfOther) {
-    const F w = y - log2_of_1p(more), v = quotient(share * mix.keep, more + Real(1));
+    const F w = y - log2_of_1p(more), v = quotient(share * mix.co_l, more + Real(1));
     s.t += eo * w;
-    xi = mix.student_base ? v * -(mix.keep * mix.other)
-                          : w * (mix.other * Real(kLn2)) - v * (mix.l * mix.other);
+    xi = mix.student_base ? v * -(mix.co_l * mix.c_other)
+                          : w * (mix.c_other * Real(kLn2)) - v * (mix.l * mix.c_other);
     s.d += q * xi;
   } else {
     const F u = log2_of_1p(more), w = y - u;
     s.s += e * u;
     s.t += eo * w;
-    xi = mix.student_base ? u * (mix.base * Real(-kLn2)) : w * (mix.other * Real(kLn2));
+    xi = mix.student_base ? u * (mix.c_base * Real(-kLn2)) : w * (mix.c_other * Real(kLn2));
   }
   return {q, xi, zero};
 }
@@ -424,7 +426,7 @@ KD_HD Row close_row(Part *parts, int n, const Plan &plan, const Crew &crew = {})
   }  // R = 0: no class in common
   r.F = larger(r.F, 0.);
   r.refine = (!plan.tilted || near_one(r.R)) && sums[1] > plan.patience * r.F;
-  r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan) : 0;
+  r.log_r = plan.tilted ? log_of_R(r.F, r.R, plan.tilt) : 0;
   const bool alpha = plan.alpha && plan.tilted;
   r.gain = plan.factor * (alpha ? exp_of(r.log_r) / plan.order : 1);
   if (alpha)
@@ -457,14 +459,14 @@ KD_HD void close_mixed(const Part *parts, int n, const Plan &plan, Row &r, const
 // What step_kept leaves for the end of a block, from its s and t. gap: sum eo - e.
 KD_HD void close_kept(Second how, const Mixed<double> &mix, double s, double t, double gap, Part &p) {
   if (how == kOfBase) {
-    p.terms = mix.base * s;
+    p.terms = mix.c_base * s;
     return;
   }
-  const double of_base = mix.l * gap - s * kLn2, of_other = t * kLn2 - mix.keep * gap;
-  p.terms = mix.base * of_base + mix.other * of_other;
+  const double of_base = mix.l * gap - s * kLn2, of_other = t * kLn2 - mix.co_l * gap;
+  p.terms = mix.c_base * of_base + mix.c_other * of_other;
   if (how == kOfOther) return;  // else M's terms are these
-  p.moved =
-      mix.student_base ? (how == kReverse ? -mix.other * gap : -mix.base * s * kLn2) : mix.other * t * kLn2;
+  p.moved = mix.student_base ? (how == kReverse ? -mix.c_other * gap : -mix.c_base * s * kLn2)
+                             : mix.c_other * t * kLn2;
 }
 
 // T dD/dz = A em + B et + C e over a block, times scale; q (A xi + C) in the mixture family.

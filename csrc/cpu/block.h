@@ -2,7 +2,7 @@
 // need, and its gradient.
 #pragma once
 #include <type_traits>
-#include "../dtype.h"
+#include "dtype.h"
 #include "../row.h"
 
 namespace kd {

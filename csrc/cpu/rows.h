@@ -1,8 +1,8 @@
 // A row, block by block: what is kept of each block, and where.
 #pragma once
-#include "../modifiers.h"
-#include "../moments.h"
 #include "block.h"
+#include "../math/transform.h"
+#include "../moments.h"
 
 namespace kd {
 namespace KD_LEVEL {

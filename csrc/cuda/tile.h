@@ -7,13 +7,12 @@
 // exponential is taken, and leaves em (and et) in registers until the row is closed; e is cheap to compute
 // again. What is summed in a thread and over its warp is fp32, in a fixed order; everything above is fp64.
 //
-// Logits with a transform (modifiers.h) are transformed where they lie, by the thread that has copied them,
-// before anything else looks at them: as fp32, whatever they come as, so that all that follows is what rows
-// of fp32 get.
+// Logits with a transform (math/transform.h) are transformed where they lie, by the thread that has copied
+// them, before anything else looks at them: as fp32, whatever they come as, so that all that follows is what
+// rows of fp32 get.
 #pragma once
-#define KD_GPU 1
-#include "../api.h"
-#include "../modifiers.h"
+#include "number.h"
+#include "../math/transform.h"
 #include "../row.h"
 
 namespace kd {
@@ -284,8 +283,8 @@ template <MixKind kMix> struct MixedAs : Mixed<float> {
   explicit KD_DEVICE MixedAs(const Mixed<float> &m) : Mixed<float>(m) {
     if (kMix == kOfReverse) l = 0;
     if (kMix != kOfSkewed) {
-      moves = 0;
-      away = false;
+      share_weight = 0;
+      cancels = false;
     }
   }
 };
@@ -591,7 +590,7 @@ template <class G, Shape kShape, int kB, int kO> struct Tile {
       mix_chunk<kOfTvd>(b, o, r, all, s, keep);
     else if (all.l == 0)
       mix_chunk<kOfReverse>(b, o, r, all, s, keep);
-    else if (!all.away && all.moves == 0)
+    else if (!all.cancels && all.share_weight == 0)
       mix_chunk<kOfEven>(b, o, r, all, s, keep);
     else
       mix_chunk<kOfSkewed>(b, o, r, all, s, keep);

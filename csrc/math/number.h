@@ -1,5 +1,5 @@
-// What the mathematics needs to know of a number: the same functions take a float, a double, or (dtype.h) a
-// vector of them.
+// What the mathematics needs to know of a number: the same functions take a float, a double, or
+// (cpu/vector.h) a vector of them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,7 +14,7 @@
 namespace kd {
 namespace KD_LEVEL {  // one namespace per instruction set: the linker must never mix their inline functions
 
-// what Real and which integer an F is made of
+// Which Real and which integer an F is made of.
 template <class F> struct Element;
 template <> struct Element<float> {
   using Real = float;
@@ -24,6 +24,9 @@ template <> struct Element<double> {
   using Real = double;
   using Int = int64_t;
 };
+
+template <class F> using RealOf = typename Element<F>::Real;
+template <class F> using IntOf = typename Element<F>::Int;
 
 KD_HD int64_t bits(double x) {
   int64_t u;
@@ -57,8 +60,8 @@ KD_HD bool all_within(int64_t magnitude, double most) { return from_bits(magnitu
 KD_HD float larger(float a, float b) { return a > b ? a : b; }  // b where a is nan
 KD_HD double larger(double a, double b) { return a > b ? a : b; }
 
-// What a row's scalars go through. Once in a kernel, and not wherever it is called: most of a kernel would be
-// these otherwise.
+// The functions of a row's scalars. A kernel has each of them once, not inlined wherever it is called: else
+// most of a kernel's code would be theirs.
 #if defined(__CUDACC__)
 #define KD_ONCE static __host__ __device__ __noinline__
 #else

@@ -1,7 +1,7 @@
 // What models and recipes do to logits before a softmax (kdkernels/transforms.py): softcap tanh(scale x /
 // softcap), or scale x without a softcap.
 #pragma once
-#include "divergence.h"
+#include "exp.h"
 
 namespace kd {
 namespace KD_LEVEL {
@@ -13,15 +13,8 @@ template <class Real> struct Transform {
   KD_HD bool any() const { return scale != 1 || softcap > 0; }
 };
 
-template <class F> KD_HD F ratio(F a, F b) { return a / b; }
-#if defined(KD_GPU)
-// The hardware's reciprocal, within 2^-22, and a correction that leaves a rounding or two: a logit of 30
-// would show more.
-KD_DEVICE float ratio(float a, float b) {
-  const float r = gpu::reciprocal(b), q = a * r;
-  return q + (a - q * b) * r;
-}
-#endif
+// a / b, to a rounding or two on every device: a logit of 30 would show more than quotient's error.
+template <class F> KD_HD F precise_quotient(F a, F b) { return a / b; }
 
 // What is not finite stays as it is: a masked class, a broken row.
 template <class F, class Real> KD_HD F transformed(F x, const Transform<Real> &t) {
@@ -30,7 +23,7 @@ template <class F, class Real> KD_HD F transformed(F x, const Transform<Real> &t
   const auto sign = bits(x) & ~(bits(F{}) + E::kAbs);
   const F u = from_bits(bits(x * t.inner) & E::kAbs), far = splat<F>(Real(20));  // tanh is 1 from there on
   const F m = expm1_psi(select(u < far, u, far) * Real(-2 * kLog2e)).m1,
-          y = ratio(m, m + Real(2)) * -t.softcap;
+          y = precise_quotient(m, m + Real(2)) * -t.softcap;
   const F size = from_bits(bits(x) & E::kAbs);
   return select(size < splat<F>(Real(INFINITY)), from_bits(bits(y) | sign), x);
 }
