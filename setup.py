@@ -166,13 +166,13 @@ def build_cuda(sources: list[Path], target: Path, objects: Path) -> dict[str, st
     ]
     command = [nvcc, *CUDA_FLAGS, *codes, f'-DKD_ARCHS="{" ".join(f"sm_{x}" for x in archs)}"']
     pieces = [
-        (shape, base, other)
-        for shape in ("kMixed", "kTilted", "kPlain")
+        (family, base, other)
+        for family in ("Mixture", "Tilted", "Plain")
         for base in (2, 4)
         for other in (2, 4)
     ]
     jobs = {
-        f"cuda_{s}_{b}{o}": [f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}"] for s, b, o in pieces
+        f"cuda_{f}_{b}{o}": [f"-DKD_FAMILY={f}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}"] for f, b, o in pieces
     } | {"cuda_api": []}
     print(
         f"kdkernels: compiling the CUDA library for {', '.join(f'sm_{x}' for x in archs)}: "

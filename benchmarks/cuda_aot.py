@@ -32,8 +32,8 @@ TABLE = ROOT / "docs" / "results" / "cuda_aot.md"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 CLUSTERS = ("sm_90", "sm_100")  # where the plan uses them
 MOST_KERNELS = 170
-SHAPES = ("plain", "tilted", "mixed")  # Shape of row.h
-MIXES = ("tvd", "reverse kl", "mixture, near", "mixture, even", "mixture, skewed")  # MixKind of tile.h
+FAMILIES = {"Plain": "plain", "Tilted": "tilted", "Mixture": "mixed"}  # the structs of csrc/row
+MIXES = ("tvd", "reverse kl", "mixture, near", "mixture, even", "mixture, skewed")  # MixKind of cuda/second.h
 # issue slots and exponentials that a multiprocessor has for a logit at the rate of its memory, bf16
 ROOM = {"H100": (59, 7.4), "H200": (47, 5.8), "B200": (29, 3.7)}
 
@@ -88,14 +88,14 @@ class Count:
 def parse(name: str) -> tuple[str, str, str, int, int] | None:
     """(kernel, shape, widths, threads, chunks) of a mangled loss kernel."""
     m = re.search(
-        r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)EEELNS0_5ShapeE(\d)ELi(\d)ELi(\d)E", name
+        r"\d(loss_\w+?)INS0_8GeometryILi(\d+)ELi(\d+)ELi(\d+)EEENS0_\d+([A-Z][a-z]+)ELi(\d)ELi(\d)E", name
     )
     if m is None:
         return None
-    kernel, threads, chunks, teams, shape, base, other = m.groups()
+    kernel, threads, chunks, teams, family, base, other = m.groups()
     return (
         kernel,
-        SHAPES[int(shape)],
+        FAMILIES[family],
         f"{base}/{other}",
         int(threads) * int(teams),
         int(chunks),
@@ -152,10 +152,10 @@ def counts(target: str) -> list[Count]:
             text = output(tool("nvdisasm"), "-c", cubin)
         found = {}
         for name, body in re.findall(r"\n\.text\.(\S*probe\S*):\n(.*?)(?=\n\.text\.|\Z)", text, re.S):
-            chunks, shape, mix, base, other = re.search(
-                r"probeILi(\d)ELNS0_5ShapeE(\d)ELi(\d)ELi(\d)ELi(\d)E", name
+            chunks, family, mix, base, other = re.search(
+                r"probeILi(\d)ENS0_\d+([A-Z][a-z]+)ELi(\d)ELi(\d)ELi(\d)E", name
             ).groups()
-            shape = MIXES[int(mix)] if SHAPES[int(shape)] == "mixed" else SHAPES[int(shape)]
+            shape = MIXES[int(mix)] if family == "Mixture" else FAMILIES[family]
             instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", body)
             n = (
                 len([x for x in instructions if not x.startswith("NOP")]),

@@ -1,5 +1,5 @@
-// The CUDA library. Compiled once for each piece (KD_SHAPE = kPlain, kTilted, kMixed; KD_BASE, KD_OTHER = 2,
-// 4 bytes: the loss kernels of a shape and a pair of widths) and once more without, for the C functions and
+// The CUDA library. Compiled once for each piece (KD_FAMILY = Plain, Tilted, Mixture; KD_BASE, KD_OTHER = 2,
+// 4 bytes: the loss kernels of a family and a pair of widths) and once more without, for the C functions and
 // the other kernels. No torch, no Python; the CUDA runtime is linked in.
 //
 // A call: tickets are zeroed where blocks share rows, the kernel of its geometry runs, then careful_rows
@@ -13,7 +13,7 @@ namespace KD_LEVEL {
 
 // Launch the geometry's kernel; `most` is asked instead where it is given: how many of its clusters the
 // device holds.
-template <Shape kShape, int kB, int kO>
+template <class Family, int kB, int kO>
 int launch_piece(const kd_geometry &g, const Job &job, void *stream, int *most) {
   const gpu::Shape shape{g.blocks, g.threads, g.cluster, g.shared};
   const auto with = [&](auto kernel) {
@@ -22,32 +22,34 @@ int launch_piece(const kd_geometry &g, const Job &job, void *stream, int *most) 
     return gpu::launch(kernel, shape, stream, job);
   };
   switch (g.kind) {
-    case kWarpRows: return with(loss_rows<typename Sizes<kShape>::WarpRows, kShape, kB, kO>);
-    case kBlockRows: return with(loss_rows<typename Sizes<kShape>::BlockRows, kShape, kB, kO>);
-    case kCluster: return with(loss_clusters<typename Sizes<kShape>::Cluster, kShape, kB, kO>);
-    default: return with(loss_clusters<typename Sizes<kShape>::WideCluster, kShape, kB, kO>);
+    case kWarpRows: return with(loss_rows<typename Sizes<Family>::WarpRows, Family, kB, kO>);
+    case kBlockRows: return with(loss_rows<typename Sizes<Family>::BlockRows, Family, kB, kO>);
+    case kCluster: return with(loss_clusters<typename Sizes<Family>::Cluster, Family, kB, kO>);
+    default: return with(loss_clusters<typename Sizes<Family>::WideCluster, Family, kB, kO>);
   }
 }
 
-#if defined(KD_SHAPE)
-template int launch_piece<KD_SHAPE, KD_BASE, KD_OTHER>(const kd_geometry &, const Job &, void *, int *);
+#if defined(KD_FAMILY)
+template int launch_piece<KD_FAMILY, KD_BASE, KD_OTHER>(const kd_geometry &, const Job &, void *, int *);
 }  // namespace KD_LEVEL
 }  // namespace kd
 #else
 
 #if !defined(KD_PIECES)
-#define KD_PIECES(shape) X(shape, 2, 2) X(shape, 2, 4) X(shape, 4, 2) X(shape, 4, 4)
-#define X(shape, base, other) \
-  extern template int launch_piece<shape, base, other>(const kd_geometry &, const Job &, void *, int *);
-KD_PIECES(kPlain)
-KD_PIECES(kTilted)
-KD_PIECES(kMixed)
+#define KD_PIECES(family) X(family, 2, 2) X(family, 2, 4) X(family, 4, 2) X(family, 4, 4)
+#define X(family, base, other) \
+  extern template int launch_piece<family, base, other>(const kd_geometry &, const Job &, void *, int *);
+KD_PIECES(Plain)
+KD_PIECES(Tilted)
+KD_PIECES(Mixture)
 #undef X
 #endif
 }  // namespace KD_LEVEL
 }  // namespace kd
 
-#include "cuda/others.h"
+#include "cuda/careful.h"
+#include "cuda/log_softmax.h"
+#include "cuda/scale.h"
 
 namespace kd {
 namespace KD_LEVEL {
@@ -56,15 +58,18 @@ namespace {
 int launch_loss(const kd_geometry &g, const Job &job, void *stream, int *most = nullptr) {
   const int zs = kept_size(job.call, job.call.student_dtype),
             vs = kept_size(job.call, job.call.teacher_dtype);
-  const int base = job.plan.student_base ? zs : vs, other = job.plan.student_base ? vs : zs;
-#define X(shape, b, o)                                        \
-  if (shape_of(job.plan) == shape && base == b && other == o) \
-    return launch_piece<shape, b, o>(g, job, stream, most);
-  KD_PIECES(kPlain)
-  KD_PIECES(kTilted)
-  KD_PIECES(kMixed)
+  const int base = job.plan.base(zs, vs), other = job.plan.other(zs, vs);
+  return with_family(job.plan, [&](auto family) {
+    using Family = decltype(family);
+#define X(of, b, o)                              \
+  if constexpr (std::is_same<Family, of>::value) \
+    if (base == b && other == o) return launch_piece<of, b, o>(g, job, stream, most);
+    KD_PIECES(Plain)
+    KD_PIECES(Tilted)
+    KD_PIECES(Mixture)
 #undef X
-  return KD_BAD_CALL;
+    return int(KD_BAD_CALL);
+  });
 }
 
 bool understood(const kd_call *c) {
@@ -77,13 +82,17 @@ Job make_job(const kd_call &c) {
   Job job{};
   job.call = c;
   job.plan = make_plan(c, false);
-  if (job.plan.mixed) job.mix = narrowed(job.plan.mixture, float());
+  with_family(job.plan, [&](auto family) {
+    if (!decltype(family)::kTwice) return;
+    job.mix = narrowed(job.plan.mixture, float());
+    job.second_words = kSecondWords;
+  });
   job.c = float(job.plan.c);
   job.c_low = job.plan.exact ? float(job.plan.c_low) : 0;
   job.tilt = float(job.plan.tilt);
   // nothing within it over- or underflows: 2^43 2^-125
   job.reach = float(43 / (std::fabs(job.plan.tilt) > 1 ? std::fabs(job.plan.tilt) : 1));
-  job.hard = c.labels && (c.hard_scale != 0 || c.hard_grad_scale != 0);
+  job.hard = has_hard(c);
   job.smooth = job.hard && c.label_smoothing != 0;
   job.transformed = has_transform(c);
   job.entropies = c.stats || job.plan.entropy;
@@ -96,9 +105,8 @@ int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 int64_t ticket_bytes(const kd_call &c) { return round16((1 + kCounters * c.rows) * 4); }
 int64_t workspace_of(const kd_call &c, const Job &job, const kd_geometry &g) {
   return g.parts > 1
-             ? ticket_bytes(c) +
-                   c.rows * g.parts * g.tiles *
-                       (kWords + (job.plan.mixed ? kMixedWords : 0) + (job.entropies ? kStatWords : 0)) * 8
+             ? ticket_bytes(c) + c.rows * g.parts * g.tiles *
+                                     (kWords + job.second_words + (job.entropies ? kStatWords : 0)) * 8
              : 0;
 }
 

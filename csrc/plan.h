@@ -13,69 +13,93 @@
 namespace kd {
 namespace KD_LEVEL {
 
-// What a call asks for, with every number that does not depend on the data computed once, in fp64.
+// Which struct of row/ sweeps the rows.
+enum class FamilyKind : int32_t { kPlain, kTilted, kMixture };
+// Which struct of careful/ takes rows in fp64.
+enum class CarefulKind : int32_t { kPower, kMixture, kOrderZero, kOrderInf, kMoments, kMomentsOfOrderZero };
+
 struct Plan {
-  bool student_base = false, tilted = false;
-  bool entropy = false;             // the cross entropy: KL, and the teacher's entropy
-  bool mixed = false, tvd = false;  // the mixture family, and TVD in it
-  bool alpha = false;               // D is F itself
-  bool moments = false;             // T = inf: moments.h
-  bool centered = true;             // logit matching compares z and v themselves, not their shapes
-  // every row in fp64: T = inf, orders 0 and inf, temperatures beyond the range of the tile step
-  bool careful = false;
-  bool support = false, extreme = false, reverse = false;
+  FamilyKind family = FamilyKind::kPlain;
+  CarefulKind careful = CarefulKind::kPower;
+  bool student_base = false;  // the base is the student's distribution
+  bool only_careful =
+      false;             // every row is taken in fp64: orders 0 and inf, T = inf, T out of the sweeps' range
+  bool entropy = false;  // the cross entropy: KL, and the teacher's entropy
+  bool alpha = false;    // D is F itself
+  bool reverse = false;  // orders 0 and inf: p and q exchanged
+  bool exact = false;    // T is so high that D is a small multiple of squares of rounding errors' size
+  bool centered = true;  // T = inf compares z and v less their means; logit matching z and v themselves
   double order = 1, tilt = 0, factor = 1;
   Mixed<double> mixture{};
-  // high temperature: D is a small multiple of the squares of rounding errors' size
-  bool exact = false;
-  // a row is swept again where the terms of its value are, without their signs, this much larger than it
-  double patience = 64;
-  // 1 / T, as c ln 2, so that rows are computed at one temperature throughout
-  double k = 0;
-  double c = 0, c_low = 0;  // log2(e) / T, rounded to the Real of the rows, and what that left
+  double patience =
+      64;  // a row is swept again where the terms of its value, without signs, exceed this times it
+  // c = log2(e) / T rounded to the Real of the rows, c_low what that left, and k = 1 / T as c ln 2, so that a
+  // row has one temperature throughout.
+  double k = 0, c = 0, c_low = 0;
+
+  // One of two things, of which the first is the student's.
+  template <class T> KD_HD T base(T student, T teacher) const { return student_base ? student : teacher; }
+  template <class T> KD_HD T other(T student, T teacher) const { return student_base ? teacher : student; }
+  // One of two things, of which the first is the base's.
+  template <class T> KD_HD T student(T of_base, T of_other) const { return base(of_base, of_other); }
+  template <class T> KD_HD T teacher(T of_base, T of_other) const { return other(of_base, of_other); }
 };
 
-inline Plan make_plan(const kd_call &c, bool wide) {
-  Plan p;
-  const double temperature = c.temperature;
-  p.moments = std::isinf(temperature);
-  p.centered = c.family != kLogitMatching;
-  p.entropy = c.family == kCrossEntropy;
-  p.alpha = c.family == kAlpha;
-  p.support = c.family == kSupport;
-  p.extreme = c.family == kExtreme;
-  p.reverse = c.reverse;
-  p.order = c.order;
-  p.factor = c.factor;
-  p.c = kLog2e / temperature;
+inline void plan_temperature(Plan &p, double temperature, bool wide) {
   p.exact = temperature >= 64;
-  // so few classes do not average their roundings out, and are swept again in no time
-  if (c.vocab <= 1024) p.patience = 4;
+  p.c = kLog2e / temperature;
   if (!wide) {
     p.c_low = p.c - float(p.c);
     p.c = float(p.c);
   }
   p.k = (p.exact ? p.c + p.c_low : p.c) * kLn2;
-  if (p.moments) {
-    p.factor = c.limit;
-    p.careful = true;
-    return p;
+}
+
+inline void plan_mixture(Plan &p, const kd_call &c) {
+  p.family = FamilyKind::kMixture;
+  p.careful = CarefulKind::kMixture;
+  if (c.family == kTvd) {
+    p.mixture = make_tvd();
+    return;
   }
-  p.careful = p.support || p.extreme || temperature > 1e9 || temperature < 1e-9;
-  p.tvd = c.family == kTvd;
-  p.mixed = p.tvd || c.family == kMixture;
-  if (p.mixed) {
-    // at 1/2 either would do (Form.sides takes the teacher): q is e itself then
-    p.student_base = !p.tvd && c.mix >= .5;
-    p.mixture = p.tvd            ? make_tvd()
-                : p.student_base ? make_mixed(true, 1 - c.mix, c.student_part, c.teacher_part)
-                                 : make_mixed(false, c.mix, c.teacher_part, c.student_part);
-    return p;
-  }
+  // at 1/2 either would do, and with the student q is e itself (Form.sides takes the teacher)
+  p.student_base = c.mix >= .5;
+  p.mixture = p.student_base ? make_mixed(true, 1 - c.mix, c.student_part, c.teacher_part)
+                             : make_mixed(false, c.mix, c.teacher_part, c.student_part);
+}
+
+inline void plan_power(Plan &p, bool wide) {
+  p.family = p.order == 1 ? FamilyKind::kPlain : FamilyKind::kTilted;
   p.student_base = p.order <= .5;
-  p.tilted = p.order != 1;
   p.tilt = p.student_base ? p.order : 1 - p.order;
   if (!wide) p.tilt = float(p.tilt);
+}
+
+inline Plan make_plan(const kd_call &c, bool wide) {
+  Plan p;
+  p.centered = c.family != kLogitMatching;
+  p.entropy = c.family == kCrossEntropy;
+  p.alpha = c.family == kAlpha && c.order != 1;
+  p.reverse = c.reverse;
+  p.order = c.order;
+  p.factor = c.factor;
+  // so few classes do not average their roundings out, and are soon swept again
+  if (c.vocab <= 1024) p.patience = 4;
+  plan_temperature(p, c.temperature, wide);
+  const bool order_zero = c.family == kSupport, order_inf = c.family == kExtreme;
+  if (std::isinf(c.temperature)) {
+    p.careful = order_zero ? CarefulKind::kMomentsOfOrderZero : CarefulKind::kMoments;
+    p.factor = c.limit;
+    p.only_careful = true;
+    return p;
+  }
+  p.only_careful = order_zero || order_inf || c.temperature > 1e9 || c.temperature < 1e-9;
+  if (c.family == kMixture || c.family == kTvd)
+    plan_mixture(p, c);
+  else
+    plan_power(p, wide);
+  if (order_zero) p.careful = CarefulKind::kOrderZero;
+  if (order_inf) p.careful = CarefulKind::kOrderInf;
   return p;
 }
 

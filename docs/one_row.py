@@ -17,7 +17,7 @@ y takes the log-sum-exps of both rows, which are known only when the rows have b
     gradient    pass 2: the same terms with the right y are the gradient; their sum is D
 
 Logits and terms are fp32, a row's few numbers are fp64. In the kernels the stages have these names too: see
-kdkernels/backends/triton/sums.py, close.py and gradient.py (the exact form), and csrc/row.h.
+kdkernels/backends/triton/sums.py, close.py and gradient.py (the exact form), and csrc/row/row.h.
 """
 
 import numpy as np

@@ -8,14 +8,15 @@
 // exchange; what is retained is xi.) Two blocks to a multiprocessor: the sums of one row are exchanged while
 // the other row is computed.
 #pragma once
-#include "tile.h"
+#include "close.h"
+#include "fetch.h"
 
 namespace kd {
 namespace KD_LEVEL {
 
 constexpr int kMostBlocks = 16;  // of a cluster
 
-template <class G> struct ClusterDesk {
+template <class G> struct BlockMemory {
   Scratch<G> scratch;
   // of this row and of the one before, which a slower block may still read
   Part own, parts[2][kMostBlocks];
@@ -23,19 +24,19 @@ template <class G> struct ClusterDesk {
   TileStats own_stats, stats[2][kMostBlocks];
   Factors factors[1];
   float shelf[32 * G::kChunks * kRun * 2];  // of the mixture family the first half
-  static_assert(sizeof(double) * kMostBlocks * kMixedWords <= sizeof(float) * 32 * G::kChunks * kRun,
+  static_assert(sizeof(double) * kMostBlocks * kSecondWords <= sizeof(float) * 32 * G::kChunks * kRun,
                 "the blocks' second sums have room in the other");
-  // [kMostBlocks][kMixedWords]
+  // [kMostBlocks][kSecondWords]
   KD_DEVICE double *second() { return (double *)(shelf + 32 * G::kChunks * kRun); }
   gpu::Arrivals filled[8];  // of each slot of the ring
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
+template <class G, class Family, int kB, int kO> struct ClusterRows {
   using T = Team<G>;
-  using TileOf = Tile<G, kShape, kB, kO>;
+  using TileOf = Tile<G, Family, kB, kO>;
   const Job &job;
-  ClusterDesk<G> &desk;
+  BlockMemory<G> &memory;
   char *const logits;
   const int rank, blocks;
 
@@ -43,6 +44,10 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   // where a row's loss goes, of the block that writes it
   KD_DEVICE double *loss_at(int turn) const {
     return rank == 0 ? job.call.loss + row_at(int(gpu::from_here(int64_t(turn)))) : nullptr;
+  }
+  KD_DEVICE RowParts parts_of(BlockMemory<G> &memory, int parity) const {
+    return {
+        memory.parts[parity], memory.hards[parity], memory.stats[parity], memory.factors, blocks, rank, 1};
   }
   KD_DEVICE char *slot(int turn) const { return logits + turn % job.stages * TileOf::kBytes; }
   KD_DEVICE void take_slice(TileOf &tile, int turn) const {
@@ -55,13 +60,13 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   KD_DEVICE void issue(int turn) const {
     const int64_t row = row_at(turn);
     if (row >= job.call.rows) return;
-    gpu::Arrivals *filled = desk.filled + turn % job.stages;
+    gpu::Arrivals *filled = memory.filled + turn % job.stages;
     if (weight_at(job.call, row) == 0) {
       gpu::arrivals_expect(filled, 0);
       return;
     }
     const RowAt at = locate(job, row);
-    TileOf tile(job, desk.scratch, at);
+    TileOf tile(job, memory.scratch, at);
     take_slice(tile, turn);
     int place = 0, to = tile.count;
     if (place < to && !tile.inside(place)) place++;
@@ -91,14 +96,14 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
     KD_ROLLED for (int i = lane; i < blocks * kWords; i += 32) {
       const int w = i % kWords;
       const bool soft = w < kPartWords;
-      double *to = soft ? (double *)(desk.parts[parity] + rank) + w
-                        : (double *)(desk.hards[parity] + rank) + (w - kPartWords);
+      double *to = soft ? (double *)(memory.parts[parity] + rank) + w
+                        : (double *)(memory.hards[parity] + rank) + (w - kPartWords);
       *gpu::of_block(to, i / kWords) =
-          soft ? ((const double *)&desk.own)[w] : ((const double *)&desk.own_hard)[w - kPartWords];
+          soft ? ((const double *)&memory.own)[w] : ((const double *)&memory.own_hard)[w - kPartWords];
     }
     if (job.entropies) KD_ROLLED for (int i = lane; i < blocks * kStatWords; i += 32) {
-        *gpu::of_block((double *)(desk.stats[parity] + rank) + i % kStatWords, i / kStatWords) =
-            ((const double *)&desk.own_stats)[i % kStatWords];
+        *gpu::of_block((double *)(memory.stats[parity] + rank) + i % kStatWords, i / kStatWords) =
+            ((const double *)&memory.own_stats)[i % kStatWords];
       }
   }
 
@@ -106,39 +111,38 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
   // exchange comes between.
   KD_DEVICE void send_again() const {
     const int lane = int(gpu::from_here(int64_t((gpu::thread() & 31))));
-    KD_ROLLED for (int i = lane; i < blocks * kMixedWords; i += 32) {
-      const int w = i % kMixedWords;
-      *gpu::of_block(desk.second() + rank * kMixedWords + w, i / kMixedWords) = (&desk.own.terms)[w];
+    KD_ROLLED for (int i = lane; i < blocks * kSecondWords; i += 32) {
+      const int w = i % kSecondWords;
+      *gpu::of_block(memory.second() + rank * kSecondWords + w, i / kSecondWords) =
+          ((const double *)&memory.own.second)[w];
     }
   }
 
   // The second sweep, its exchange and the close of the row.
-  KD_DEVICE void sweep_again(TileOf &tile, const RowAt &at, int parity, int turn) const {
-    Scratch<G> &scratch = desk.scratch;
-    tile.mix(&desk.own);
+  KD_DEVICE void sweep_again(TileOf &tile, int parity, int turn) const {
+    mix(tile, &memory.own);
     if (T::warp() == 0) send_again();
     gpu::sync_cluster();
     if (T::warp() == 0) {
-      ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
-      tile.shelve(desk.shelf);
+      BlockMemory<G> &memory = *gpu::from_here(&this->memory);
+      tile.held.shelve(memory.shelf, T::lane());
       const int lane = gpu::thread() & 31;
       if (lane < blocks)
-        for (int w = 0; w < kMixedWords; w++)
-          (&desk.parts[parity][lane].terms)[w] = desk.second()[lane * kMixedWords + w];
+        for (int w = 0; w < kSecondWords; w++)
+          ((double *)&memory.parts[parity][lane].second)[w] = memory.second()[lane * kSecondWords + w];
       gpu::sync_warp();
-      close_again(job, at, desk.parts[parity], desk.hards[parity], blocks, rank, 1, scratch, desk.factors,
-                  loss_at(turn));
-      tile.unshelve(desk.shelf);
+      close_again(tile, parts_of(memory, parity), loss_at(turn));
+      tile.held.unshelve(memory.shelf, T::lane());
     }
     gpu::sync_block();
   }
 
   KD_DEVICE void run() {
     const kd_call &c = job.call;
-    Scratch<G> &scratch = desk.scratch;
+    Scratch<G> &scratch = memory.scratch;
     if (T::thread() == 0) scratch.again = 0;
     if (T::thread() == 0)
-      for (int i = 0; i < job.stages; i++) gpu::arrivals_init(desk.filled + i);
+      for (int i = 0; i < job.stages; i++) gpu::arrivals_init(memory.filled + i);
     gpu::sync_cluster();
     if (T::thread() == 0)
       for (int i = 0; i < job.stages - 1; i++) issue(i);
@@ -159,7 +163,7 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
       take_slice(tile, turn);
       const bool counts = at.weight != 0;
       if (counts) fetch_edges(tile);
-      gpu::arrivals_wait(desk.filled + turn % job.stages, turn / job.stages % 2);
+      gpu::arrivals_wait(memory.filled + turn % job.stages, turn / job.stages % 2);
       const bool last = rank == blocks - 1;
       if (!counts) {
         if (rank == 0 && T::thread() == 0) put_nothing(c, row_at(turn));
@@ -168,16 +172,15 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         continue;
       }
       KD_ROLLED for (;;) {
-        tile.measure(&desk.own, &desk.own_hard, &desk.own_stats);
+        measure(tile, {&memory.own, &memory.own_hard, &memory.own_stats});
         const int parity = count % 2;
         if (T::warp() == 0) send(parity);
         gpu::sync_cluster();
         if (T::warp() == 0) {
-          ClusterDesk<G> &desk = *gpu::from_here(&this->desk);
-          if (kShape != kMixed) tile.shelve(desk.shelf);
-          close<kShape>(job, at, desk.parts[parity], desk.hards[parity], desk.stats[parity], blocks, rank, 1,
-                        scratch, desk.factors, loss_at(turn));
-          if (kShape != kMixed) tile.unshelve(desk.shelf);
+          BlockMemory<G> &memory = *gpu::from_here(&this->memory);
+          if (!Family::kTwice) tile.held.shelve(memory.shelf, T::lane());
+          close(tile, parts_of(memory, parity), loss_at(turn));
+          if (!Family::kTwice) tile.held.unshelve(memory.shelf, T::lane());
         }
         gpu::sync_block();
         count ^= 1;
@@ -185,13 +188,13 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
         gpu::sync_block();
       }
       const int parity = count % 2 ^ 1;  // of the last exchange
-      if constexpr (kShape == kMixed)
-        if (!scratch.lost) sweep_again(tile, at, parity, turn);
+      if constexpr (Family::kTwice)
+        if (!scratch.lost) sweep_again(tile, parity, turn);
       if (scratch.lost || !c.grad) continue;
-      const Part &p = gpu::from_here(&desk)->parts[parity][rank];
+      const Part &p = gpu::from_here(&memory)->parts[parity][rank];
       tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
-      tile.emit(p, desk.hards[parity][rank], desk.factors[0], at.label,
-                job.hard ? float(scratch.label_gradient) : 0);
+      emit(tile, {p, memory.hards[parity][rank], memory.factors[0], at.label,
+                  job.hard ? float(scratch.label_gradient) : 0});
       if (last) put_zeros(job, at, c.vocab, -1, G::kThreads);
     }
     // nobody leaves while its shared memory may still be written to
@@ -200,12 +203,12 @@ template <class G, Shape kShape, int kB, int kO> struct ClusterRows {
 };
 #endif
 
-template <class G, Shape kShape, int kB, int kO>
+template <class G, class Family, int kB, int kO>
 KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 512 / G::kThreads) loss_clusters(const KD_PARAM Job job) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  ClusterDesk<G> &desk = *(ClusterDesk<G> *)gpu::shared();
-  char *const logits = gpu::shared() + (sizeof(desk) + 127) / 128 * 128;
-  ClusterRows<G, kShape, kB, kO>{job, desk, logits, gpu::cluster_rank(), gpu::cluster_blocks()}.run();
+  BlockMemory<G> &memory = *(BlockMemory<G> *)gpu::shared();
+  char *const logits = gpu::shared() + (sizeof(memory) + 127) / 128 * 128;
+  ClusterRows<G, Family, kB, kO>{job, memory, logits, gpu::cluster_rank(), gpu::cluster_blocks()}.run();
 #endif
 }
 

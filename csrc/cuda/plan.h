@@ -15,14 +15,14 @@ namespace KD_LEVEL {
 // A thread takes 32 classes, or 24 where two numbers of each are kept; the rows' kernels, which keep track of
 // more, have fewer threads then, with more registers to each. In tests few threads, so that a host can run
 // them.
-template <Shape kShape> struct Sizes {
+template <class Family> struct Sizes {
 #if defined(KD_TEST_GEOMETRY)
   using WarpRows = Geometry<32, 1, 2>;
   using BlockRows = Geometry<64, 1>;
   using Cluster = Geometry<64, 1>;
   using WideCluster = Geometry<64, 2>;
 #else
-  static constexpr int kChunks = kShape == kTilted ? 3 : 4;
+  static constexpr int kChunks = Family::kNumbers == 2 ? 3 : 4;
   using WarpRows = Geometry<32, kChunks, kChunks>;
   using BlockRows = Geometry<64 * kChunks, kChunks>;
   using Cluster = Geometry<256, kChunks>;
@@ -48,7 +48,6 @@ inline Tuning tuning{};
 
 enum Kind : int32_t { kCarefulRows, kWarpRows, kBlockRows, kCluster, kWideCluster };
 
-inline Shape shape_of(const Plan &plan) { return plan.mixed ? kMixed : plan.tilted ? kTilted : kPlain; }
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int host_size(int32_t dtype) { return dtype == KD_F32 ? 4 : 2; }
 inline bool has_transform(const kd_call &c) {
@@ -78,34 +77,34 @@ inline bool alike(const kd_call &c) {
   return true;
 }
 
-template <class G> int desk_bytes(int parts_of_row, int tiles) {
-  return int((intptr_t)Desk<G>((char *)0, parts_of_row, tiles).logits);
+template <class G> int memory_bytes(int parts_of_row, int tiles) {
+  return int((intptr_t)TeamMemory<G>((char *)0, parts_of_row, tiles).logits);
 }
-template <class G> int cluster_desk_bytes() { return (sizeof(ClusterDesk<G>) + 127) / 128 * 128; }
+template <class G> int block_memory_bytes() { return (sizeof(BlockMemory<G>) + 127) / 128 * 128; }
 
 template <class G> void plan_rows(const kd_call &c, const kd_figures &f, int parts, kd_geometry &g) {
   const int size = kept_size(c, c.student_dtype) + kept_size(c, c.teacher_dtype),
             slot = G::kTile * kRun * size;
   g.parts = parts;
   g.tiles = int(over(over(chunks_of(c), parts), G::kTile));
-  const int desk = desk_bytes<G>(parts * g.tiles, g.tiles);
-  g.stages = g.tiles > 1 && G::kTeams * (desk + 2 * slot) <= f.shared_per_block ? 2 : 1;
+  const int memory = memory_bytes<G>(parts * g.tiles, g.tiles);
+  g.stages = g.tiles > 1 && G::kTeams * (memory + 2 * slot) <= f.shared_per_block ? 2 : 1;
   g.threads = G::kThreads * G::kTeams;
   g.cluster = 1;
-  g.shared = G::kTeams * (desk + g.stages * slot);
+  g.shared = G::kTeams * (memory + g.stages * slot);
   g.blocks = over(c.rows, G::kTeams) * parts;
 }
 
 // False where a slice of both rows does not fit twice into shared memory.
 template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int blocks, kd_geometry &g) {
   const int size = host_size(c.student_dtype) + host_size(c.teacher_dtype), slot = G::kTile * kRun * size,
-            desk = cluster_desk_bytes<G>();
+            memory = block_memory_bytes<G>();
   const int beside = 512 / G::kThreads;                  // blocks to a multiprocessor that registers allow
   const int stages = tuning.stages ? tuning.stages : 3;  // one row being read, one waiting, one on its way
   for (int n = beside > 1 ? 2 : 1; n >= 1; n--) {
     const int room = f.shared_per_processor / n - kReserved,
               most = room < f.shared_per_block ? room : f.shared_per_block;
-    g.stages = (most - desk) / slot;
+    g.stages = (most - memory) / slot;
     if (g.stages > stages) g.stages = stages;
     if (g.stages >= 2) break;
   }
@@ -113,23 +112,23 @@ template <class G> bool plan_cluster(const kd_call &c, const kd_figures &f, int 
   g.parts = g.tiles = 1;
   g.cluster = blocks;
   g.threads = G::kThreads;
-  g.shared = desk + g.stages * slot;
+  g.shared = memory + g.stages * slot;
   // times the clusters that fit: the launcher asks the device
   g.blocks = blocks;
   return true;
 }
 
 // False where no kernel takes the call.
-template <Shape kShape>
+template <class Family>
 bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
-  using WarpRows = typename Sizes<kShape>::WarpRows;
-  using BlockRows = typename Sizes<kShape>::BlockRows;
-  using Cluster = typename Sizes<kShape>::Cluster;
-  using WideCluster = typename Sizes<kShape>::WideCluster;
+  using WarpRows = typename Sizes<Family>::WarpRows;
+  using BlockRows = typename Sizes<Family>::BlockRows;
+  using Cluster = typename Sizes<Family>::Cluster;
+  using WideCluster = typename Sizes<Family>::WideCluster;
   g = {};
   const int64_t chunks = chunks_of(c);
   g.kind = kCarefulRows;
-  if (plan.careful) return true;
+  if (plan.only_careful) return true;
   if (chunks <= WarpRows::kTile) {
     g.kind = kWarpRows;
     plan_rows<WarpRows>(c, f, 1, g);
@@ -165,11 +164,7 @@ bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_g
   return g.parts * g.tiles <= kMostTilesOfRow && g.shared <= f.shared_per_block;
 }
 inline bool make_geometry(const kd_call &c, const Plan &plan, const kd_figures &f, kd_geometry &g) {
-  switch (shape_of(plan)) {
-    case kMixed: return make_geometry<kMixed>(c, plan, f, g);
-    case kTilted: return make_geometry<kTilted>(c, plan, f, g);
-    default: return make_geometry<kPlain>(c, plan, f, g);
-  }
+  return with_family(plan, [&](auto family) { return make_geometry<decltype(family)>(c, plan, f, g); });
 }
 
 }  // namespace KD_LEVEL

@@ -54,9 +54,9 @@ def _run(*command) -> None:
 
 def library() -> Path:
     def build(folder: Path) -> None:
-        pieces = [(s, b, o) for s in ("kPlain", "kTilted", "kMixed") for b in (2, 4) for o in (2, 4)]
+        pieces = [(s, b, o) for s in ("Plain", "Tilted", "Mixture") for b in (2, 4) for o in (2, 4)]
         jobs = [
-            [f"-DKD_SHAPE={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}", "-o", folder / f"{s}{b}{o}.o"]
+            [f"-DKD_FAMILY={s}", f"-DKD_BASE={b}", f"-DKD_OTHER={o}", "-o", folder / f"{s}{b}{o}.o"]
             for s, b, o in pieces
         ]
         jobs.append(["-o", folder / "api.o"])
@@ -78,7 +78,7 @@ def planner() -> Path:
     """The C functions with the geometries of GPUs, and no kernels of the loss: for kd_plan."""
 
     def build(folder: Path) -> None:
-        flags = ["-shared", "-Wno-unused", "-x", "c++", '-DKD_ARCHS=""', "-DKD_PIECES(shape)="]
+        flags = ["-shared", "-Wno-unused", "-x", "c++", '-DKD_ARCHS=""', "-DKD_PIECES(family)="]
         _run(COMPILER, *FLAGS, "-O0", *flags, ROOT / "csrc" / "cuda.cu", "-o", folder / "planner.so")
 
     return _once("planner", build) / "planner.so"

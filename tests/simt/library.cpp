@@ -4,7 +4,7 @@
 #define KD_ARCHS "host threads"
 #include "../../csrc/cuda.cu"
 
-#if !defined(KD_SHAPE)
+#if !defined(KD_FAMILY)
 extern "C" __attribute__((visibility("default"))) void kd_simt_device(const int *f) {
   gpu::device = {f[0], f[1], f[2], f[3], f[4]};
 }

@@ -5,7 +5,7 @@
 //     walk [race | overrun]     with a fault that a sanitizer must report
 #define KD_TEST_GEOMETRY 1
 #define KD_ARCHS "host threads"
-#define KD_PIECES(shape) X(shape, 2, 2) X(shape, 4, 4)
+#define KD_PIECES(family) X(family, 2, 2) X(family, 4, 4)
 #include "../../csrc/cuda.cu"
 
 namespace {

@@ -1,16 +1,17 @@
 // T = inf and logit matching, in fp64: the mean and the variance of z - v over the classes that both rows
 // have.
 //     value = k/2 sum (z - v - mean)^2 / n        gradient = k (z - v - mean) / n
-// Logit matching takes no mean off. A row's softmaxes are uniform. The same interface as Careful's.
+// Logit matching takes no mean off. A row's softmaxes are uniform. The same interface as that of the
+// other rows in fp64 (row.h).
 #pragma once
-#include "careful.h"
+#include "row.h"
 
 namespace kd {
 namespace KD_LEVEL {
 
 template <class F, class Crew> class Moments {
  public:
-  using Int = typename Element<F>::Int;
+  using Int = IntOf<F>;
   KD_HD Moments(const Plan &p, const Crew &crew) : plan_(p), crew_(crew) {}
 
   // classes(f) calls f(z, v) for every class of the row.
@@ -44,14 +45,15 @@ template <class F, class Crew> class Moments {
     classes([&](F z, F v) { square += gap(z, v) * gap(z, v); });
     const bool has_lone_p = crew_.any(lone_p), has_lone_q = crew_.any(lone_q);
     // order 0 asks only whose support it is
-    if (plan_.support) return (plan_.reverse ? has_lone_p : has_lone_q) ? INFINITY : 0;
+    if (plan_.careful == CarefulKind::kMomentsOfOrderZero)
+      return (plan_.reverse ? has_lone_p : has_lone_q) ? INFINITY : 0;
     if (has_lone_p || has_lone_q) return INFINITY;
     return plan_.factor * crew_.sum(square) * each_ / 2;
   }
 
   KD_HD bool broken_student() const { return broken_student_; }
 
-  template <class Classes> KD_HD Shapes shapes(Classes classes) const {
+  template <class Classes> KD_HD Entropies entropies(Classes classes) const {
     if (broken_) return {NAN, NAN, NAN, NAN};
     F of_z{}, of_v{};
     classes([&](F z, F v) {
@@ -65,7 +67,6 @@ template <class F, class Crew> class Moments {
   KD_HD F gradient(F z, F v) const { return broken_ ? splat<F>(NAN) : gap(z, v) * (each_ * plan_.factor); }
 
  private:
-  static KD_HD Int masked(F x) { return x == -INFINITY; }
   KD_HD F gap(F z, F v) const {
     return select(masked(z) | masked(v), F{}, (z - base_z_) - (v - base_v_) - mean_);
   }
@@ -75,18 +76,6 @@ template <class F, class Crew> class Moments {
   double base_z_ = 0, base_v_ = 0, mean_ = 0, each_ = 0;
   bool broken_ = false, broken_student_ = false;
 };
-
-// use(row) with what takes a row in fp64.
-template <class F, class Crew, class Use>
-KD_HD void with_careful(const Plan &plan, const Crew &crew, Use use) {
-  if (plan.moments) {
-    Moments<F, Crew> row(plan, crew);
-    use(row);
-  } else {
-    Careful<F, Crew> row(plan, crew);
-    use(row);
-  }
-}
 
 }  // namespace KD_LEVEL
 }  // namespace kd
