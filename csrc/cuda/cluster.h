@@ -137,8 +137,46 @@ template <class G, class Family, int kB, int kO> struct ClusterRows {
     gpu::sync_block();
   }
 
+  KD_DEVICE bool last() const { return rank == blocks - 1; }
+
+  // A row of weight 0.
+  KD_DEVICE void put_zero_slice(const TileOf &tile, int turn) const {
+    if (rank == 0 && T::thread() == 0) put_nothing(job.call, row_at(turn));
+    const int from = tile.class_of(0);
+    put_zeros(job, tile.at, from < 0 ? 0 : from, last() ? -1 : tile.class_of(tile.count), G::kThreads);
+  }
+
+  // The first sweep, its exchange and the row's close; once more where the references were far off. The
+  // lowest bit of count is the parity of exchanges: returned is that of the last one.
+  KD_DEVICE int sweep(TileOf &tile, int turn, unsigned &count) const {
+    KD_ROLLED for (;;) {
+      measure(tile, {&memory.own, &memory.own_hard, &memory.own_stats});
+      const int parity = count % 2;
+      if (T::warp() == 0) send(parity);
+      gpu::sync_cluster();
+      if (T::warp() == 0) {
+        BlockMemory<G> &memory = *gpu::from_here(&this->memory);
+        if (!Family::kTwice) tile.held.shelve(memory.shelf, T::lane());
+        close(tile, parts_of(memory, parity), loss_at(turn));
+        if (!Family::kTwice) tile.held.unshelve(memory.shelf, T::lane());
+      }
+      gpu::sync_block();
+      count ^= 1;
+      if (!memory.scratch.again) break;
+      gpu::sync_block();
+    }
+    return count % 2 ^ 1;
+  }
+
+  KD_DEVICE void put_gradient(TileOf &tile, int parity) const {
+    const Part &p = gpu::from_here(&memory)->parts[parity][rank];
+    tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
+    emit(tile, {p, memory.hards[parity][rank], memory.factors[0], tile.at.label,
+                job.hard ? float(memory.scratch.label_gradient) : 0});
+    if (last()) put_zeros(job, tile.at, job.call.vocab, -1, G::kThreads);
+  }
+
   KD_DEVICE void run() {
-    const kd_call &c = job.call;
     Scratch<G> &scratch = memory.scratch;
     if (T::thread() == 0) scratch.again = 0;
     if (T::thread() == 0)
@@ -149,11 +187,12 @@ template <class G, class Family, int kB, int kO> struct ClusterRows {
     // the thread that looks up rows, each while the one before is computed, is not the one that issues their
     // copies
     const auto look_up_ahead = [&](int turn) {
-      if (T::thread() == 32 && row_at(turn) < c.rows) scratch.row[turn % 2] = look_up(job, row_at(turn));
+      if (T::thread() == 32 && row_at(turn) < job.call.rows)
+        scratch.row[turn % 2] = look_up(job, row_at(turn));
     };
     look_up_ahead(0);
     // the row's turn and, below it, the parity of exchanges: two numbers would be a register too many
-    KD_ROLLED for (unsigned count = 0; row_at(count / 2) < c.rows; count += 2) {
+    KD_ROLLED for (unsigned count = 0; row_at(count / 2) < job.call.rows; count += 2) {
       const int turn = count / 2;
       gpu::sync_block();  // everyone has left the slot of the row before
       if (T::thread() == 0) issue(turn + job.stages - 1);
@@ -164,38 +203,14 @@ template <class G, class Family, int kB, int kO> struct ClusterRows {
       const bool counts = at.weight != 0;
       if (counts) fetch_edges(tile);
       gpu::arrivals_wait(memory.filled + turn % job.stages, turn / job.stages % 2);
-      const bool last = rank == blocks - 1;
       if (!counts) {
-        if (rank == 0 && T::thread() == 0) put_nothing(c, row_at(turn));
-        const int from = tile.class_of(0);
-        put_zeros(job, at, from < 0 ? 0 : from, last ? -1 : tile.class_of(tile.count), G::kThreads);
+        put_zero_slice(tile, turn);
         continue;
       }
-      KD_ROLLED for (;;) {
-        measure(tile, {&memory.own, &memory.own_hard, &memory.own_stats});
-        const int parity = count % 2;
-        if (T::warp() == 0) send(parity);
-        gpu::sync_cluster();
-        if (T::warp() == 0) {
-          BlockMemory<G> &memory = *gpu::from_here(&this->memory);
-          if (!Family::kTwice) tile.held.shelve(memory.shelf, T::lane());
-          close(tile, parts_of(memory, parity), loss_at(turn));
-          if (!Family::kTwice) tile.held.unshelve(memory.shelf, T::lane());
-        }
-        gpu::sync_block();
-        count ^= 1;
-        if (!scratch.again) break;
-        gpu::sync_block();
-      }
-      const int parity = count % 2 ^ 1;  // of the last exchange
+      const int parity = sweep(tile, turn, count);
       if constexpr (Family::kTwice)
         if (!scratch.lost) sweep_again(tile, parity, turn);
-      if (scratch.lost || !c.grad) continue;
-      const Part &p = gpu::from_here(&memory)->parts[parity][rank];
-      tile.allow_whole(!tile.by_class() && p.care == kFast && !p.empty());
-      emit(tile, {p, memory.hards[parity][rank], memory.factors[0], at.label,
-                  job.hard ? float(scratch.label_gradient) : 0});
-      if (last) put_zeros(job, at, c.vocab, -1, G::kThreads);
+      if (!scratch.lost && job.call.grad) put_gradient(tile, parity);
     }
     // nobody leaves while its shared memory may still be written to
     gpu::sync_cluster();

@@ -66,7 +66,7 @@ KD_HD void take_lone(F b, F o, F e, const Reference<RealOf<F>> &r, const Mix &mi
   using Real = RealOf<F>;
   using Int = IntOf<F>;
   constexpr Real kInf = Real(INFINITY);
-  const F zero{};
+  const F zero{}, own = mix.student_base ? e : zero;
   const Int no_b = b == -kInf, no_o = o == -kInf;
   const Int only_o = no_b & ~no_o, only_b = no_o & ~no_b, none = no_b & no_o;
   const F from_top = difference<kCarry>(o, splat<F>(r.top), r),
@@ -75,9 +75,7 @@ KD_HD void take_lone(F b, F o, F e, const Reference<RealOf<F>> &r, const Mix &mi
   term =
       select(none, zero,
              select(only_o, mix.other_alone_term * o_weight, select(only_b, mix.base_alone_term * e, term)));
-  x.q = select(
-      none, zero,
-      select(only_o, mix.student_base ? zero : o_weight, select(only_b, mix.student_base ? e : zero, x.q)));
+  x.q = select(none, zero, select(only_o, mix.student_base ? zero : o_weight, select(only_b, own, x.q)));
   x.xi = select(only_o, splat<F>(mix.other_alone_xi), select(only_b, splat<F>(mix.base_alone_xi), x.xi));
   if (mix.tvd) s.lacks += select(only_b, e, zero);
   const Int within = from_top * r.c <= r.reach;
@@ -94,16 +92,17 @@ KD_HD Second<F> step_by_class(F b, F o, const RowReference<RealOf<F>> &at, const
                               SecondSums<F> &s) {
   using Real = RealOf<F>;
   using Int = IntOf<F>;
+  const bool of_student = mix.student_base;
   const F zero{};
   F y = deviation<kCarry>(b, o, at.r, at.rest), term;
   if (kMask) y = select((b == -Real(INFINITY)) | (o == -Real(INFINITY)), zero, y);
   const Int far = bits(y) & Exp2<Real>::kAbs;
   if (kTrack) s.farthest = far > s.farthest ? far : s.farthest;
   Second<F> x;
-  x.q = mix.student_base ? e : eo;
+  x.q = of_student ? e : eo;
   if (mix.tvd) {
     const F em = e * expm1_psi(y).m1;
-    x.xi = tvd_side(em, mix.student_base);
+    x.xi = tvd_side(em, of_student);
     term = larger(em, zero);
     s.lacks += larger(-em, zero);
   } else {
@@ -144,36 +143,37 @@ template <SecondWay kWay, bool kLast, class F, class Mix>
 KD_HD Second<F> step_kept(F b, F o, const RowReference<RealOf<F>> &at, const Mix &mix, F e, F share,
                           SecondSums<F> &s) {
   using Real = RealOf<F>;
-  const F zero{}, gap = e * share, eo = e + gap, more = share * mix.l, q = mix.student_base ? e : eo;
+  const bool of_student = mix.student_base;
+  const F zero{}, gap = e * share, eo = e + gap, more = share * mix.l, q = of_student ? e : eo;
   F y = deviation<false>(b, o, at.r, at.rest), xi;
   if (kLast) y = select(b == -Real(INFINITY), zero, y);
   if (kWay == kTvdGap) {
-    xi = tvd_side(y, mix.student_base);
+    xi = tvd_side(y, of_student);
     s.terms += larger(gap, zero);
     s.lacks += larger(-gap, zero);
     s.excess += e + e * xi;
     s.G += q * xi;
   } else if (kWay == kReverse) {
     s.of_other += eo * y;
-    xi = mix.student_base ? share * -mix.c_other : y * (mix.c_other * Real(kLn2));
+    xi = of_student ? share * -mix.c_other : y * (mix.c_other * Real(kLn2));
   } else if (kWay == kOfBase) {
     const Log1p<F> u = log1p_psi(more);
     s.of_base += e * u.psi;
-    xi = mix.student_base ? u.log * -mix.cancel_log -
-                                (more * u.log - u.psi) * quotient(splat<F>(mix.cancel_psi), more + Real(1))
-                          : quotient(share * mix.share_weight, more + Real(1));
+    xi = of_student ? u.log * -mix.cancel_log -
+                          (more * u.log - u.psi) * quotient(splat<F>(mix.cancel_psi), more + Real(1))
+                    : quotient(share * mix.share_weight, more + Real(1));
     s.G += q * xi;
   } else if (kWay == kOfOther) {
     const F w = y - log2_of_1p(more), v = quotient(share * mix.co_l, more + Real(1));
     s.of_other += eo * w;
-    xi = mix.student_base ? v * -(mix.co_l * mix.c_other)
-                          : w * (mix.c_other * Real(kLn2)) - v * (mix.l * mix.c_other);
+    xi = of_student ? v * -(mix.co_l * mix.c_other)
+                    : w * (mix.c_other * Real(kLn2)) - v * (mix.l * mix.c_other);
     s.G += q * xi;
   } else {
     const F u = log2_of_1p(more), w = y - u;
     s.of_base += e * u;
     s.of_other += eo * w;
-    xi = mix.student_base ? u * (mix.c_base * Real(-kLn2)) : w * (mix.c_other * Real(kLn2));
+    xi = of_student ? u * (mix.c_base * Real(-kLn2)) : w * (mix.c_other * Real(kLn2));
   }
   return {q, xi};
 }
