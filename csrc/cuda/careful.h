@@ -117,9 +117,10 @@ KD_DEVICE void careful_row(const Job &job, int64_t row, const BlockCrew<G> &crew
   // a factor of 0 says that the soft term is not there, whatever it would be; the student's row breaks the
   // hard term too
   const double none = job.hard && careful.broken_student() ? NAN : 0;
+  SmoothPart own;
   HardRow h;
   if (job.hard) {
-    const SmoothPart own = careful_hard(x, crew);
+    own = careful_hard(x, crew);
     h = close_hard(
         c, 1, [&](int) -> const SmoothPart & { return own; }, at.label < 0 ? NAN : x.student(at.label));
   }
