@@ -83,8 +83,9 @@ inline void load_row(const void *p, int32_t dtype, int64_t i, int64_t n, double 
   }
 }
 
-// What is written: V vectors of kBytes each, computed by value(i) for i = 0, step, 2 step, ...; the row need
-// not be aligned.
+// Writes n classes to out, in vectors V of `step` classes that value(i) gives for i = 0, step, 2 step, ...;
+// out need not be aligned. streaming: past the caches, with the first vector written in part so that the
+// others are aligned.
 template <class V, class Value>
 inline void write_row(char *out, int64_t n, int step, bool streaming, Value value) {
   const int64_t size = sizeof(V) / step;
@@ -106,7 +107,8 @@ inline void write_row(char *out, int64_t n, int step, bool streaming, Value valu
   }
 }
 
-// value(i) gives the vector of Real that starts at class i; it may be asked for up to one vector past n.
+// Writes classes [i, i + n) of a row. value(j) gives the vector of Real that starts at class i + j, and is
+// called for up to one vector past n.
 template <class Value>
 inline void store_row(void *p, int32_t dtype, int64_t i, int64_t n, bool streaming, float, Value value) {
   constexpr int W = Vec<float>::W;

@@ -7,7 +7,7 @@ namespace kd {
 namespace KD_LEVEL {
 namespace {
 
-// sums: of the entropies' terms over the block. ties: how many classes have the top.
+// A block's StatPart, from its sums and the largest logits of the other.
 template <Logs kLogs, class Real>
 void put_logs(const LogSums<double> &sums, typename Vec<Real>::F top_o, const Plan &plan, const Part &p,
               StatPart &stats) {

@@ -46,7 +46,7 @@ struct Job {
   Mixed<float> mix;  // plan's
 };
 
-// A row, as one thread finds it out for all: where it lies, and what it asks for.
+// Where a row lies, and its weight and label: one thread looks them up for all.
 struct RowAt {
   const char *student, *teacher;
   char *grad;

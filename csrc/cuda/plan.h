@@ -42,7 +42,7 @@ constexpr int kMostParts = 32;
 constexpr int kFewestChunks = 256;
 constexpr int kReserved = 1024;  // bytes of shared memory that a block takes besides
 
-// What a measurement asks for in place of the plan's own choice, in the whole process (kd_tune); 0: nothing.
+// A measurement's choices in place of the plan's own, in the whole process (kd_tune); 0: none.
 struct Tuning { int32_t wide, stages; };
 inline Tuning tuning{};
 

@@ -1,11 +1,11 @@
 // Rows by a block each, several rows by a warp each, or a row by several blocks: every architecture.
 //
-// A block takes a slice of the row tile by tile, the next tile's logits on their way (each thread copies what
-// it alone will read, so the ring needs no barrier), closes the row, and emits the gradient from the last
-// tile, whose exponentials are in registers, to the first; those before are read again, from the second-level
-// cache, and computed again, with the same bits; rows of the mixture family are swept backwards and emitted
-// forwards. Several blocks exchange their tiles' sums through memory. A block draws its (row, part) as a
-// ticket, in order, so that whoever waits, waits for blocks that have begun.
+// A block takes a slice of the row tile by tile. The next tile's logits are on their way meanwhile: each
+// thread copies what it alone will read, so the ring needs no barrier. Then the block closes the row, and
+// emits the gradient from the last tile, whose exponentials are in registers, to the first; those before are
+// read again, from the second-level cache, and computed again, with the same bits; rows of the mixture family
+// are swept backwards and emitted forwards. Several blocks exchange their tiles' sums through memory. A block
+// draws its (row, part) as a ticket, in order: a block waits only for blocks that have begun.
 #pragma once
 #include "close.h"
 #include "exchange.h"

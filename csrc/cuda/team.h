@@ -7,18 +7,20 @@ namespace KD_LEVEL {
 
 // What the threads of a team exchange.
 template <class G> struct Scratch {
-  RowAt row[2];  // this one; the next, where it is looked up ahead
+  RowAt row[2];  // this row, and, in a cluster, the next one
+  // of each warp: the largest logits of the base and of the other, and its sums (SumPlace)
   float top[G::kWarps], other_top[G::kWarps];
-  float at_top, weight, mean, top_o;
   float sums[G::kWarps][16];
+  // of the tile: the difference at the top, the sample's sums (sample), the other's largest logit
+  float at_top, weight, mean, top_o;
+  // of the row, once it is closed: its shift in logits, the hard term's gradient at the label, and label
+  // smoothing's summand for each class that is not masked
   double ref, label_gradient;
-  float smoothing;  // of each class's gradient that is not masked
-  // ref as the second sweep of the mixture family takes it, and, in y, what is left
-  float ref_high, ref_low, ref_rest;
-  // again: the row is swept once more, with ref for everyone's reference
-  int lost, again;
-  int64_t number;             // of the row
-  int part, from, to, tiles;  // this block's slice of it, in chunks
+  float smoothing;
+  float ref_high, ref_low, ref_rest;  // ref as the second sweep takes it: a RowReference
+  int lost, again;                    // again: the row is swept once more, with ref as every tile's reference
+  int64_t number;                     // of the row
+  int part, from, to, tiles;          // this block's slice of the row, in chunks and tiles
 };
 
 template <class G> struct Team {
@@ -31,7 +33,7 @@ template <class G> struct Team {
     else
       gpu::sync_block();
   }
-  // and a barrier
+  // Also a barrier.
   static KD_DEVICE bool any(bool x) { return G::kThreads == 32 ? gpu::warp_any(x) : gpu::sync_block_any(x); }
 };
 

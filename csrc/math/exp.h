@@ -14,9 +14,10 @@ namespace KD_LEVEL {
 
 constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.4426950408889634074;
 
-// Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low bits. Coefficients are minimax
-// on |r| <= 1/2 for float (9e-8 and, relative to psi, 1.3e-7) with the value at 0 exact, so that high
-// temperatures carry no bias; Taylor for double.
+// 2^y is 2^m 2^r with m the nearest integer of y: adding kRound, 1.5 * 2^(mantissa bits), rounds y to m and
+// leaves m in the low bits. For float the coefficients are minimax on |r| <= 1/2 (errors of 9e-8 and,
+// relative to psi, of 1.3e-7) with the value at 0 exact, so that high temperatures have no bias; for double,
+// Taylor's.
 template <class F, class Real, int N> KD_HD F polynomial(F r, const Real (&c)[N]) {
   F p = splat<F>(c[N - 1]);
   for (int j = N - 2; j >= 0; j--) p = p * r + c[j];
@@ -37,7 +38,7 @@ template <> struct Exp2<float> {
     return polynomial(r, c);
   }
   template <class F> static KD_HD F psi_log(F f) {  // f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)]
-    // two chains: what follows waits for the one
+    // even and odd powers apart: the two sums are computed side by side
     constexpr float even[] = {.5f, 0.25000563f, 0.1663188f, 0.13082902f, 0.07786799f},
                     odd[] = {-0.33333328f, -0.2000136f, -0.1420354f, -0.12722263f};
     const F z = f * f;

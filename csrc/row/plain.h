@@ -62,7 +62,9 @@ struct Plain {
   }
 
   static KD_HD BlockF of_block(const Part &p, double h, const Plan &) {
-    const double still = h == 0 ? 0 : p.s * psi(-h);  // 0 where the block's reference was the row's shift
+    // 0 where the block's reference was the row's shift. The branch also has the product rounded before it is
+    // added, on every compiler.
+    const double still = h == 0 ? 0 : p.s * psi(-h);
     return {p.first.psi, still, p.d * expm1_of(-h), 0};
   }
   static KD_HD void put_R(Closed &, double) {}

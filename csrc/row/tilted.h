@@ -65,7 +65,8 @@ struct Tilted {
   // F_block e^{-tilt h} + s f(-h) + d (expm1(-h) - expm1(-tilt h)) / (1 - tilt), where the two expm1 of the
   // last term are not subtracted, as both may be -1.
   static KD_HD BlockF of_block(const Part &p, double h, const Plan &plan) {
-    const double b = plan.tilt, still = h == 0 ? 0 : p.s * f_of(-h, b), all = exp_of(-b * h);
+    const double b = plan.tilt;
+    const double still = h == 0 ? 0 : p.s * f_of(-h, b), all = exp_of(-b * h);
     return {all * (p.first.psi - p.first.psi_tilted / b) / (1 - b), still,
             p.d * all * expm1_of(-(1 - b) * h) / (1 - b), p.unit * all * p.first.weights};
   }
@@ -82,7 +83,7 @@ struct Tilted {
   }
   static KD_HD Coefficients coefficients(const Part &p, const Closed &r, const Plan &plan, double scale) {
     const double unit = p.unit * scale * r.gain, h = r.shift - p.offset;
-    // in a branch, so that C is rounded before anything is taken off it
+    // The branch, whose two sides are equal at h = 0, has C rounded before anything is taken off it.
     const double C = h == 0 ? -h : unit * expm1_of(-h);
     const double bh = plan.tilt * h, B = -unit * exp_of(-bh - r.log_r), less = unit * expm1_of(-bh - r.log_r);
     if (plan.student_base) return {0, B, -less};
