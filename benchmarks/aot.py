@@ -171,6 +171,8 @@ def covering() -> list[Case]:
         Case(student="float32", teacher="float32"),
         Case(hard=True, modifiers=ALL),
         Case("renyi(0.5)", vocab=2048, hard=True, modifiers=ALL, stats=True),
+        Case("renyi(inf)", hard=True, modifiers=ALL, stats=True),
+        Case(temperature=math.inf, vocab=50257, hard=True, modifiers=ALL, stats=True),
     ]
 
 

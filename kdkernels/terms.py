@@ -1,11 +1,11 @@
 """The terms of the divergences in the form that loses no digits, as plain arithmetic: the eager and the
-Triton backend run the same lines, with `psi`, `abs` and `where` handed in. csrc/math has their C++ twin.
+Triton backend run the same lines, with functions like `psi` and `where` handed in. csrc/math has their C++ twin.
 
 Per row: teacher p = softmax(v / T), student q = softmax(z / T), and d = log q - log p, always student minus
 teacher. With psi(x) = e^x - 1 - x there are two families, both sums of terms of one sign, which is what keeps
 their digits when d is small: at high temperature, or when the student has become the teacher.
 
-The power family (`power_terms`), of order a, with tilt b = 1 - a:
+The power family (`power_terms`, `power_closed`), of order a, with tilt b = 1 - a:
 
     t = p^a q^(1 - a) = p e^{b d},    R = sum t
     f(d) = (psi(d) - psi(b d) / b) / (1 - b),    F = sum p f(d) >= 0
@@ -77,6 +77,13 @@ def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where, small_tilt):
     powers = where(close, p * (x + u), t - p)
     rest = q - p if small_tilt else gap
     return gap, powers, where(near & close, p * (s - u * inverse_tilt), rest - powers * inverse_tilt)
+
+
+def power_closed(F, log_r, spread, near, log1p, expm1, where):
+    """(log R, F), one from the other: from F where R is near 1, else from log R, which is the logarithm of a
+    sum. spread: -b (1 - b)."""
+    log_r = where(near, log1p(where(near, spread * F, 0.0)), log_r)
+    return log_r, where(near, F, expm1(where(near, 0.0, log_r)) / spread)
 
 
 def log_short(f):

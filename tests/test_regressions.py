@@ -24,7 +24,8 @@ from kdkernels import (
     ops,
     tempered_log_softmax,
 )
-from kdkernels.backends import eager, eager_row
+from kdkernels.backends import eager
+from kdkernels.backends.eager import row as eager_row
 
 BACKWARDS = ["logits", "logits in place", "both models", "hidden states"]
 

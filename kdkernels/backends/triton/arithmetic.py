@@ -16,8 +16,9 @@ def _jit(f):
     return triton.jit(types.FunctionType(f.__code__, {"tl": tl, "__name__": __name__}, f.__name__))
 
 
-kl_terms, power_terms, mixture_term, mixture_slope = (
-    _jit(f) for f in (terms.kl_terms, terms.power_terms, terms.mixture_term, terms.mixture_slope)
+kl_terms, power_terms, power_closed, mixture_term, mixture_slope = (
+    _jit(getattr(terms, x))
+    for x in ("kl_terms", "power_terms", "power_closed", "mixture_term", "mixture_slope")
 )
 psi_short, psi_series, log_short = (_jit(f) for f in (terms.psi_short, terms.psi_series, terms.log_short))
 

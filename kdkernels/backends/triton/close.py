@@ -11,7 +11,20 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import INF, LN2, LOG2E, MOST, exp2_64, expm164, finite, log1p64, log2_64, wide
+from .arithmetic import (
+    INF,
+    LN2,
+    LOG2E,
+    MOST,
+    exp2_64,
+    expm164,
+    finite,
+    log1p64,
+    log2_64,
+    power_closed,
+    select,
+    wide,
+)
 from .records import ALPHA, ENTROPY, Reference
 from .sums import reference_at
 
@@ -228,16 +241,19 @@ def exact_value(sums, f, d, log_r, numbers, spec: tl.constexpr):
     F = tl.where(finite(f), f / sums.s, INF)
     rest = tl.where(tl.abs(d) < 1e-3 * sums.s, d / sums.s, 0.0)
     if spec.power:
-        b = wide(numbers.tilt)
-        F = tl.maximum(F / (1.0 - b) - 0.5 * rest * rest, 0.0)
-        near = tl.abs(log_r) < 0.4
-        if spec.family == ALPHA:
-            return tl.where(near, F, of_order(tl.where(near, 0.0, log_r), numbers, spec))
-        else:
-            log_r = tl.where(near, log1p64(tl.where(near, -b * (1.0 - b) * F, 0.0)), log_r)
-            return of_order(log_r, numbers, spec)
+        F = tl.maximum(F / (1.0 - wide(numbers.tilt)) - 0.5 * rest * rest, 0.0)
+        return value_of_order(F, log_r, numbers, spec)[0]
     else:
         return tl.maximum(F - 0.5 * rest * rest, 0.0)
+
+
+@triton.jit
+def value_of_order(F, log_r, numbers, spec: tl.constexpr):
+    """(D of an order, log R) from F, or, where R is not near 1, from log R."""
+    b = wide(numbers.tilt)
+    near = tl.abs(log_r) < 0.4
+    log_r, F = power_closed(F, log_r, -b * (1.0 - b), near, log1p64, expm164, select)
+    return F if spec.family == ALPHA else of_order(log_r, numbers, spec), log_r
 
 
 @triton.jit

@@ -72,7 +72,10 @@ def hard_of(sums, label_logit, scales, spec: tl.constexpr):
 def with_hard(g, z, slope, at, row, hard, spec: tl.constexpr):
     """The gradient of a tile in the transformed logits z, with the hard term's, as one in the logits."""
     if spec.hard:
-        x = hard.factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard.M))
+        if z.dtype == tl.float64:
+            x = hard.factor * tl.exp((z * LOG2E_SINGLE - hard.M) / LOG2E)
+        else:
+            x = hard.factor * tl.math.exp2(tl.fma(z, LOG2E_SINGLE, -hard.M))
         if spec.hard == SMOOTHED:
             x = tl.where(z > -INF, x - hard.each, 0.0)
         g += tl.where(columns(at, spec) == row.edge + row.label, hard.at_label, x)

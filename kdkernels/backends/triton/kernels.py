@@ -175,6 +175,27 @@ def mixed_row(row, x, s, closed, sums, hard, LOSS, STATS, numbers, scales, spec:
             tell(LOSS, STATS, mixed_value(s, middle, spec), sums, hard, numbers, scales, spec)
 
 
+@triton.jit
+def row_of(tensors, row, layout, transforms, vocab, spec: tl.constexpr):
+    """(`Row`, as a whole; its label's logit, transformed)."""
+    Z, V, G, LABELS = tensors
+    inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner = layout
+    z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness = transforms
+    z_at, edge = row_at(row, inner, z_outer, z_inner, spec)
+    v_at, _ = row_at(row, inner, v_outer, v_inner, spec)
+    g_at, _ = row_at(row, inner, g_outer, g_inner, spec)
+    student = Side(Z + z_at, z_scale, z_softcap, z_steepness)
+    teacher = Side(V + v_at, v_scale, v_softcap, v_steepness)
+    label, label_logit = -1, wide(0.0)
+    if spec.hard:
+        label, logit = label_of(LABELS, student, row, edge, vocab)
+        label_logit = wide(transformed(logit, student, psi_short, spec.transform)[0])
+    base, other = teacher, student
+    if spec.student_base:
+        base, other = student, teacher
+    return Row(base, other, G + g_at, edge, 0, edge + vocab, vocab, label), label_logit
+
+
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_rows(
     Z, V, G, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNT,
@@ -188,9 +209,7 @@ def loss_rows(
     part = 0 if spec.alone else tl.program_id(0) % parts
     row = long(tl.program_id(0) if spec.alone else tl.program_id(0) // parts)
     weight = tl.load(WEIGHTS + row) if spec.weighted else wide(1.0)
-    z_at, edge = row_at(row, inner, z_outer, z_inner, spec)
-    v_at, _ = row_at(row, inner, v_outer, v_inner, spec)
-    g_at, _ = row_at(row, inner, g_outer, g_inner, spec)
+    g_at, edge = row_at(row, inner, g_outer, g_inner, spec)
     TILE: tl.constexpr = spec.tile
     first = 0 if spec.alone else tl.multiple_of(part * size, TILE)
     last = tl.minimum(first + size, edge + vocab)
@@ -202,24 +221,19 @@ def loss_rows(
             write_zeros(G + g_at, tl.maximum(first, edge), last, spec.tile)
         tl.store(LOSS + row, weight)
     else:
-        student = Side(Z + z_at, z_scale, z_softcap, z_steepness)
-        teacher = Side(V + v_at, v_scale, v_softcap, v_steepness)
+        whole, label_logit = row_of(
+            (Z, V, G, LABELS), row, (inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner),
+            (z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness), vocab, spec,
+        )  # fmt: skip
+        here = Row(whole.base, whole.other, whole.G, edge, first, last, vocab, whole.label)
         x = Exchange(STATE + row * parts * spec.state, COUNT + 2 * row, part, parts)
-        label, label_logit = -1, wide(0.0)
-        if spec.hard:
-            label, logit = label_of(LABELS, student, row, edge, vocab)
-            label_logit = wide(transformed(logit, student, psi_short, spec.transform)[0])
-            if not spec.alone:
-                label_logit = wide(once(x, label_logit.to(tl.float32), 14, spec))
+        if spec.hard and not spec.alone:
+            label_logit = wide(once(x, label_logit.to(tl.float32), 14, spec))
         numbers = Numbers(c, k, tilt, inverse_tilt, base_share, other_share)
         scales = Scales(
             weight, value_scale, value_unit, weight * grad_scale, hard_scale, weight * hard_grad_scale,
             smoothing, z_loss, factor,
         )  # fmt: skip
-        base, other = teacher, student
-        if spec.student_base:
-            base, other = student, teacher
-        here = Row(base, other, G + g_at, edge, first, last, vocab, label)
         if spec.exact:
             exact_row(here, x, label_logit, LOSS + row, STATS + row * COLUMNS, numbers, scales, spec)
         else:

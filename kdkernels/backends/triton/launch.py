@@ -41,7 +41,7 @@ from .spec import (
 )
 
 CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
-CAREFUL_BLOCK, CAREFUL_WARPS = 512, 8
+CAREFUL_LANES, CAREFUL_WARPS = 256, 8  # classes of a tile, in fp64: one to a thread
 # Of a thread: of careful rows, the exact form, statistics and transforms; and of labels alone, where four
 # programs fit a multiprocessor. The compiler's own choice spills.
 MOST_REGISTERS, LABEL_REGISTERS = 168, 128
@@ -230,10 +230,21 @@ def _numbers(kind: Kind, inner: int, strides: list[int]) -> dict:
 def _careful(spec: Spec, arguments: dict, every: bool, registers: int | None) -> Launch:
     """The kernel for every row, or for those that others have lost."""
     # of what is compiled, what it does not know: the same for all calls, so that they share a kernel
-    same = dict(exact=True, carry=False, fast_log2=False, access=EVEN, alone=True, phase=ALL, lanes=1, run=1)
+    same = dict(exact=True, carry=False, fast_log2=False, access=SCALAR, alone=True, phase=ALL)
     rows, several = arguments["rows"], 1 if every else CAREFUL_ROWS
-    more = dict(SPEC=dataclasses.replace(spec, **same), EVERY=every, ROWS=several, BLOCK=CAREFUL_BLOCK)
+    same = dataclasses.replace(spec, lanes=CAREFUL_LANES, run=1, **same)
+    more = dict(SPEC=same, EVERY=every, ROWS=several)
     return Launch("careful_rows", -(-rows // several), arguments | more, CAREFUL_WARPS, registers)
+
+
+def _matching(spec: Spec, arguments: dict, warps: int, registers: int | None) -> Launch:
+    """T = inf: the same kernel, which reads a row as the fast ones do."""
+    lanes = spec.lanes
+    if spec.hard or spec.stats:  # whose sums are in fp64
+        lanes, registers = lanes // 2, registers and 255
+    same = dataclasses.replace(spec, exact=True, carry=True, alone=True, lanes=lanes)
+    more = dict(SPEC=same, EVERY=True, ROWS=1)
+    return Launch("careful_rows", arguments["rows"], arguments | more, warps, registers)
 
 
 @functools.lru_cache(maxsize=256)
@@ -248,7 +259,9 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
     geometry = plan(rows, kind.vocab, *sizes, kind.device, access != EVEN)
     spec = _spec(kind, access, geometry)
     most = MOST_REGISTERS if kind.device.nvidia else None
-    if FAMILIES[spec.family] in ("SUPPORT", "EXTREME", "MOMENTS"):  # no sums of terms, or rare: all for fp64
+    if FAMILIES[spec.family] == "MOMENTS":
+        return 0, [_matching(spec, arguments, 2 * geometry.warps, most)]
+    if spec.is_limit:  # no sums of terms: all in fp64
         return 0, [_careful(spec, arguments, True, most)]
     phases, state = (ALL,), 0
     if not spec.alone:

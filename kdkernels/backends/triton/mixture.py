@@ -85,7 +85,7 @@ def plain_middle(b, o, closed, numbers, spec: tl.constexpr):
 
 @triton.jit
 def share_weight(numbers, spec: tl.constexpr):
-    """Of (o - b) / m in xi (divergence.mixture_slope)."""
+    """Of (o - b) / m in xi (terms.mixture_slope)."""
     keep = 1.0 - numbers.tilt
     weight = numbers.base_share * numbers.tilt - numbers.other_share * keep
     return weight * (keep if spec.student_base else numbers.tilt)

@@ -67,6 +67,11 @@ class Spec:
         return FAMILIES[self.family] in MIXTURES
 
     @property
+    def is_limit(self) -> bool:
+        """Orders 0 and inf."""
+        return FAMILIES[self.family] in ("SUPPORT", "EXTREME")
+
+    @property
     def reverse_kl(self) -> bool:
         """Whose gradient is in the base's logits, and asks for D."""
         return FAMILIES[self.family] == "KL" and self.student_base

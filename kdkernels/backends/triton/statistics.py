@@ -13,18 +13,28 @@ COLUMNS = tl.constexpr(stats.COLUMNS)
 
 
 @triton.jit
-def tell_side(STATS, top, s, moved, place, numbers):
-    """moved: sum of e a, e = 2^a relative to the integer M."""
-    tl.store(STATS, (wide(tl.ceil(top * numbers.c)) + log2_64(s)) * LN2)
-    tl.store(STATS + 2, tl.maximum((log2_64(s) - moved / s) * LN2, 0.0))
+def tell_side(STATS, log_sum, entropy, place):
+    """Of one side; the two sides' columns alternate."""
+    tl.store(STATS, log_sum)
+    tl.store(STATS + 2, entropy)
     tl.store(STATS + 4, place)
+
+
+@triton.jit
+def tell_summed(STATS, top, s, moved, place, numbers):
+    """moved: sum of e a, e = 2^a relative to the integer M."""
+    log_sum = log2_64(s)
+    tell_side(
+        STATS, (wide(tl.ceil(top * numbers.c)) + log_sum) * LN2,
+        tl.maximum((log_sum - moved / s) * LN2, 0.0), place,
+    )  # fmt: skip
 
 
 @triton.jit
 def tell_sides(STATS, sums, numbers, spec: tl.constexpr):
     base = 0 if spec.student_base else 1
-    tell_side(STATS + 2 + base, sums.top_b, sums.s, sums.moved_b, sums.place_b, numbers)
-    tell_side(STATS + 3 - base, sums.top_o, sums.so, sums.moved_o, sums.place_o, numbers)
+    tell_summed(STATS + 2 + base, sums.top_b, sums.s, sums.moved_b, sums.place_b, numbers)
+    tell_summed(STATS + 3 - base, sums.top_o, sums.so, sums.moved_o, sums.place_o, numbers)
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import terms as terms_of
-from ..divergence import Form
-from . import eager_limits as limits
-from .eager_row import Row, Term, psi, summed, total
+from ...divergence import Form
+from ...terms import kl_terms, mixture_slope, mixture_term, power_closed, power_terms
+from . import limits
+from .row import Row, Term, psi, summed, total
 
 # How far the classes of a row may be apart in fp32, which then rounds y = d + c at 1e-6: of an order, where
 # tilt y is a part of w's exponents, and where the gradient itself is as large as d.
@@ -29,7 +29,7 @@ def too_few_digits(row: Row, steepness: float) -> Tensor:
 
 def kl(row: Row, form: Form) -> Term:
     p, q, d, _, _ = row.soft
-    gap, term = terms_of.kl_terms(p, q, d, psi, row.abs, row.where)
+    gap, term = kl_terms(p, q, d, psi, row.abs, row.where)
     if row.masked is not None:
         gap = torch.where(row.masked, q - p, gap)
     value = form.factor * summed(row.fill(row.only_z, q, row.fill(row.no_z, 0.0, term)))
@@ -90,17 +90,16 @@ def tilted(row: Row, order: float) -> Tilted:
     w = eu / su
     t = w * torch.where(near, log_r, 0.0).exp()
     if order <= 0.5:  # from the side of the smaller tilt, which loses the least
-        terms = terms_of.power_terms(q, p, t, -d, order, 1 / order, psi, row.abs, row.where, False)
+        terms = power_terms(q, p, t, -d, order, 1 / order, psi, row.abs, row.where, False)
         term = terms[2] / b
     else:
-        terms = terms_of.power_terms(p, q, t, d, b, 1 / b, psi, row.abs, row.where, False)
+        terms = power_terms(p, q, t, d, b, 1 / b, psi, row.abs, row.where, False)
         term = terms[2] / order
     if not row.plain:
         term = torch.where(row.no_v, q / order, torch.where(row.no_z, p / b, term))
         term = torch.where(row.no_z & row.no_v, 0.0, term)
     F = total(term)
-    log_r = torch.where(near, torch.log1p(torch.where(near, -b * order * F, 0.0)), log_r)
-    F = torch.where(near, F, torch.expm1(torch.where(near, 0.0, log_r)) / (-b * order))
+    log_r, F = power_closed(F, log_r, -b * order, near, torch.log1p, torch.expm1, torch.where)
     return Tilted(w, log_r, torch.where(disjoint, 1 / (b * order), F), disjoint)
 
 
@@ -170,10 +169,8 @@ def mixture(row: Row, form: Form) -> Term:
     b_in, o_in = row.fill(row.masked, 1.0, b), row.fill(row.masked, 1.0, o)
     small = torch.expm1(x.clamp(-0.5, 0.5))  # its square must not be inf where it is not asked for
     shares = mix, sides.base, sides.other
-    term = terms_of.mixture_term(
-        b_in, o_in, x, small, psi(x), *logs, *shares, row.abs, row.where, sides.shares
-    )
-    xi = terms_of.mixture_slope(m1, *logs, *shares, sides.student_base, sides.shares)
+    term = mixture_term(b_in, o_in, x, small, psi(x), *logs, *shares, row.abs, row.where, sides.shares)
+    xi = mixture_slope(m1, *logs, *shares, sides.student_base, sides.shares)
     G = row.fill(row.masked, 0.0, (b_in if sides.student_base else o_in) * xi)
     term = row.fill(row.masked, 0.0, term)
     if not row.plain:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..divergence import Form
-from .eager_row import Row, Term, lost_digits, summed, total
+from ...divergence import Form
+from .row import Row, Term, lost_digits, summed, total
 
 # ---------------------------------------------------------------- T = inf
 

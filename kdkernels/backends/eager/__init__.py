@@ -3,8 +3,8 @@ do not.
 
 `loss` goes chunk by chunk, in fp32 for logits up to fp32, and takes the gradient from its formula. Rows that
 fp32 cannot hold are computed again in fp64. `rows` is one graph in fp64, which autograd differentiates to any
-order. The mathematics is in eager_row.py and eager_families.py (the divergences), eager_limits.py (T = inf,
-the orders 0 and inf) and eager_hard.py (the hard term).
+order. The mathematics is in row.py and families.py (the divergences), limits.py (T = inf,
+the orders 0 and inf) and hard.py (the hard term).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, row_dtype
-from ..transforms import LogitTransform
-from . import eager_hard
-from .eager_families import entropy, soft_term
-from .eager_row import Row, Term
+from ...call import Call, row_dtype
+from ...transforms import LogitTransform
+from . import hard as hard_term
+from .families import entropy, soft_term
+from .row import Row, Term
 
 name = "eager"
 # logits of a chunk, of which a dozen temporaries stay in the caches
@@ -84,7 +84,7 @@ class _Batch:
         if self.soft:
             out = out + n.value_scale * self.term.value.to(dtype)
         if self.hard:
-            out = out + n.hard_scale * eager_hard.hard(self.row, self.labels, n.modifiers).to(dtype)
+            out = out + n.hard_scale * hard_term.hard(self.row, self.labels, n.modifiers).to(dtype)
         return out
 
     def gradient(self) -> Tensor:
@@ -94,7 +94,7 @@ class _Batch:
         if self.soft:
             g = n.grad_scale * self.term.gradient()
         if self.hard:
-            g = g + n.hard_grad_scale * eager_hard.hard_gradient(self.row, self.labels, n.modifiers)
+            g = g + n.hard_grad_scale * hard_term.hard_gradient(self.row, self.labels, n.modifiers)
         if self.transformed:
             g = g * self.slope(self.row.given_z)
         return torch.where(self.broken, math.nan, g) if self.broken.any() else g
@@ -105,7 +105,7 @@ class _Batch:
         D = self.term.value
         hard = torch.full_like(D, math.nan)
         if self.labels is not None:
-            hard = eager_hard.cross_entropy(row, self.labels)
+            hard = hard_term.cross_entropy(row, self.labels)
         sums, entropies, tops = [], [], []
         sides = (row.z, row.top_z, row.no_z), (row.v, row.top_v, row.no_v)
         for (x, top, masked), (e, total) in zip(sides, row.sums, strict=True):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..transforms import Modifiers
-from .eager_families import log_total
-from .eager_row import Row, total
+from ...transforms import Modifiers
+from .families import log_total
+from .row import Row, total
 
 
 class Labelled(NamedTuple):

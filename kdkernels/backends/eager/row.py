@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import terms as terms_of
-from ..call import row_dtype
+from ... import terms
+from ...call import row_dtype
 
 
 class Term(NamedTuple):
@@ -140,7 +140,7 @@ def total(x: Tensor) -> Tensor:
 
 def psi(x: Tensor) -> Tensor:
     """psi(x) where |x| < 1/2."""
-    series = terms_of.psi_series if x.dtype == torch.float64 else terms_of.psi_short
+    series = terms.psi_series if x.dtype == torch.float64 else terms.psi_short
     return series(x.clamp(-0.5, 0.5))
 
 
