@@ -1,5 +1,6 @@
 """The terms of the divergences in the form that loses no digits, as plain arithmetic: the eager and the
-Triton backend run the same lines, with functions like `psi` and `where` handed in. csrc/math has their C++ twin.
+Triton backend run the same lines, with functions like `psi` and `where` handed in. csrc/math has their C++
+twin.
 
 Per row: teacher p = softmax(v / T), student q = softmax(z / T), and d = log q - log p, always student minus
 teacher. With psi(x) = e^x - 1 - x there are two families, both sums of terms of one sign, which is what keeps

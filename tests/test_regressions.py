@@ -17,15 +17,16 @@ from kdkernels import (
     Renyi,
     SkewKL,
     call,
+    chunks,
     folding,
     fused_kd_loss,
     fused_linear_kd_loss,
-    linear,
+    linear_ops,
     ops,
     tempered_log_softmax,
 )
 from kdkernels.backends import eager
-from kdkernels.backends.eager import row as eager_row
+from kdkernels.backends.eager import row
 
 BACKWARDS = ["logits", "logits in place", "both models", "hidden states"]
 
@@ -276,7 +277,7 @@ def test_eager_needs_a_device_with_fp64(monkeypatch, divergence, reduction):
         return *(t.detach() for t in found), stats.student_entropy[stats.mask]
 
     expected = all_of_it()
-    for module in (call, folding, linear, ops, eager, eager_row):
+    for module in (call, chunks, folding, linear_ops, ops, eager, row):
         monkeypatch.setattr(module, "row_dtype", lambda device: torch.float32)
     with NoDoubles():
         found = all_of_it()
