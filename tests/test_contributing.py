@@ -99,5 +99,19 @@ def test_commands(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_architecture():
+    """At most 200 lines; every file and every name in code that it points to is there."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert len(page.splitlines()) <= 200
+    folders = ("kdkernels", "csrc", "tests", "benchmarks", "examples", "docs")
+    files = [x for folder in folders for x in ROOT.glob(f"{folder}/**/*.*")]
+    there = [str(x.relative_to(ROOT)) for x in files]
+    for path in set(re.findall(r"\b[\w./]+\.(?:py|h|cu|cpp)\b", page)) - {"setup.py"}:
+        assert any(f"/{x}".endswith(f"/{path}") for x in there), path
+    text = "".join(x.read_text() for x in files if x.suffix in (".py", ".h"))
+    names = {x for x in re.findall(r"`(?:\w+\.)?(\w+)`", page) if not x.islower() or "_" in x}
+    assert len(names) > 25 and not [x for x in names if x not in text]
+
+
 def test_its_length():
     assert len(PAGE.splitlines()) <= 150
