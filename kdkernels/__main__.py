@@ -16,14 +16,14 @@ from . import __version__, backends, bench
 def info() -> str:
     """Versions, the CPU library's own account of itself, and each backend with the reason when it cannot
     run."""
-    from .backends import cuda, native
+    from .backends import cpu, cuda
 
     lines = [
         f"kdkernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"machine: {platform.machine()}, {os.cpu_count()} CPUs",
         f"threads: {torch.get_num_threads()} (torch.set_num_threads)",
     ]
-    library = native.library()
+    library = cpu.library()
     if isinstance(library, str):
         lines.append(f"CPU library: none: {library}")
     else:

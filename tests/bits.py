@@ -25,7 +25,7 @@ from names import USUAL
 from rows import KINDS, make_rows, with_masks
 
 from kdkernels import LogitTransform, fused_kd_loss
-from kdkernels.backends import abi, native
+from kdkernels.backends import abi, cpu
 
 FILE = Path(__file__).with_name("bits.json")
 LEVELS = ("v2", "v3", "v4")
@@ -88,7 +88,7 @@ def digest(divergence: str, option: str) -> str:
 
 def key() -> str:
     """Of what the bits depend on."""
-    return f"{abi.build_record()['compiler']}, {' '.join(platform.libc_ver())}, {native.library().isa}"
+    return f"{abi.build_record()['compiler']}, {' '.join(platform.libc_ver())}, {cpu.library().isa}"
 
 
 def digests() -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from rows import KINDS, make_rows, with_masks
 
 from kdkernels import LogitTransform, fused_kd_loss, tempered_log_softmax
-from kdkernels.backends import native
+from kdkernels.backends import cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -37,10 +37,10 @@ def compare(z, v, y, **options):
 
 def main():
     if path := os.environ.get("KDKERNELS_TEST_LIBRARY"):
-        native.LIBRARY = Path(path)
+        cpu.LIBRARY = Path(path)
     if threads := os.environ.get("KDKERNELS_TEST_THREADS"):
         torch.set_num_threads(int(threads))
-    assert not isinstance(native.library(), str), native.library()
+    assert not isinstance(cpu.library(), str), cpu.library()
     divergences = (
         "kl",
         "cross_entropy",

@@ -5,12 +5,12 @@ import json
 import bits
 import pytest
 
-from kdkernels.backends import native
+from kdkernels.backends import cpu
 
 
 @pytest.fixture(scope="module")
 def known():
-    library = native.library()
+    library = cpu.library()
     if isinstance(library, str):
         pytest.skip(library)
     found = json.loads(bits.FILE.read_text())
@@ -24,7 +24,7 @@ def known():
 def test_bits(known):
     """Of the two best instruction sets. Where the arithmetic was changed on purpose: python tests/bits.py
     --write."""
-    best = native.library().isa.rpartition("-")[2]
+    best = cpu.library().isa.rpartition("-")[2]
     changed, compared = bits.changed(known, ("v4", "v3") if best == "v4" else (best,))
     assert compared > 100 and changed == []
 

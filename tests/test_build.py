@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import kdkernels
-from kdkernels.backends import abi, native
+from kdkernels.backends import abi, cpu
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -144,7 +144,7 @@ def test_wheel(tmp_path):
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     assert re.fullmatch(r"kdkernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"kdkernels/_cpu.so", "kdkernels/_build.txt", "kdkernels/backends/native.py"} <= set(names)
+    assert {"kdkernels/_cpu.so", "kdkernels/_build.txt", "kdkernels/backends/cpu.py"} <= set(names)
     assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".o"))]
 
 
@@ -153,11 +153,11 @@ def test_a_library_of_another_version_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match="families are kl,.*,logit_matching, this package's kl,.*,logit_matching,new; reinstall"
     ):
-        abi.Library(native.LIBRARY)
+        abi.Library(cpu.LIBRARY)
     monkeypatch.undo()
     monkeypatch.setattr(abi, "Loss", abi.LogSoftmax)
     with pytest.raises(OSError, match="kd_call has .* bytes"):
-        abi.Library(native.LIBRARY)
+        abi.Library(cpu.LIBRARY)
 
 
 def test_loading_leaves_denormals_alone():
@@ -165,7 +165,7 @@ def test_loading_leaves_denormals_alone():
         "import ctypes, numpy as np\n"
         "tiny = lambda: float(np.float32(1e-38) * np.float32(0.1) + np.float32(1e-45) * np.float32(1))\n"
         "before = tiny(); assert before > 0\n"
-        f"lib = ctypes.CDLL({str(native.LIBRARY)!r}); lib.kd_isa()\n"
+        f"lib = ctypes.CDLL({str(cpu.LIBRARY)!r}); lib.kd_isa()\n"
         "assert tiny() == before\n"
     )
     run(sys.executable, "-c", code)

@@ -119,7 +119,7 @@ def test_layers_import_one_way():
                 elif name in layers:
                     assert layers.index(name) < i, (path, name)
                 elif layer == "backends":
-                    assert name not in ("eager", "native", "cuda"), (path, name)
+                    assert name not in ("eager", "cpu", "cuda"), (path, name)
     for path in (PACKAGE / "backends").glob("*.py"):
         assert "import_module" in path.read_text() or path.stem != "__init__"
 
@@ -130,7 +130,7 @@ def test_importing_loads_no_library():
         "import torch, sys; before = set(sys.modules); import kdkernels; new = set(sys.modules) - before;"
         "assert not [m for m in new if m.split('.')[0] == 'triton' or m.startswith(('torch._dynamo', "
         "'torch._inductor'))], new;"
-        "assert 'kdkernels.backends.native' not in new and 'kdkernels/_cpu.so' not in "
+        "assert 'kdkernels.backends.cpu' not in new and 'kdkernels/_cpu.so' not in "
         "open('/proc/self/maps').read()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

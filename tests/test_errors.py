@@ -150,13 +150,13 @@ def test_other_functions():
 
 def test_a_backend_that_is_not_there(monkeypatch, tmp_path):
     from kdkernels import backends
-    from kdkernels.backends import abi, native
+    from kdkernels.backends import abi, cpu
 
     record = tmp_path / "_build.txt"
     record.write_text("error: no C++ compiler was found\n")
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setattr(abi, "BUILD_RECORD", record)
-    native.library.cache_clear()
+    cpu.library.cache_clear()
     backends._resolve.cache_clear()
     try:
         with pytest.raises(
@@ -171,5 +171,5 @@ def test_a_backend_that_is_not_there(monkeypatch, tmp_path):
         fused_kd_loss(y, V, Y, hard_weight=0.1, backend="eager").backward()
         torch.testing.assert_close(x.grad, y.grad)
     finally:
-        native.library.cache_clear()
+        cpu.library.cache_clear()
         backends._resolve.cache_clear()

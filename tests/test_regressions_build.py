@@ -22,7 +22,7 @@ from kdkernels import (
     logit_matching_loss,
     tempered_log_softmax,
 )
-from kdkernels.backends import abi, cuda, native
+from kdkernels.backends import abi, cpu, cuda
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -64,7 +64,7 @@ def run(*command, env=None, cwd=ROOT, check=True):
 @contextlib.contextmanager
 def forgotten():
     """As in a process that has called nothing yet, and so again afterwards."""
-    caches = native.library, cuda.library, cuda.unavailable, backends._resolve, backends._say_what_is_missing
+    caches = cpu.library, cuda.library, cuda.unavailable, backends._resolve, backends._say_what_is_missing
     for cache in caches:
         cache.cache_clear()
     try:
@@ -87,7 +87,7 @@ def about_the_library(said):
 def test_a_missing_library_is_said_once(monkeypatch, tmp_path, name):
     """By whatever is called first, compiled or not; then never again."""
     torch.compiler.reset()
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.so")
     with forgotten() as said:
         CALLS[name]()
         (message,) = about_the_library(said)
@@ -102,7 +102,7 @@ def test_a_missing_library_is_said_once(monkeypatch, tmp_path, name):
 @pytest.mark.parametrize("name", CALLS)
 def test_who_asks_for_eager_is_told_nothing(monkeypatch, tmp_path, name):
     torch.compiler.reset()
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.so")
     with forgotten() as said:
         CALLS[name](backend="eager")
         assert not about_the_library(said)
@@ -120,11 +120,11 @@ def test_other_devices_and_refused_dtypes_are_told_nothing(monkeypatch, tmp_path
     """Only CPU tensors miss the CPU library, and it is not missing where it takes no such floats."""
     with forgotten() as said, monkeypatch.context() as changed:
         changed.setattr(
-            native, "unavailable", lambda device, dtypes=(): "no float64" if torch.float64 in dtypes else None
+            cpu, "unavailable", lambda device, dtypes=(): "no float64" if torch.float64 in dtypes else None
         )
         assert backends.resolve("auto", torch.device("cpu"), torch.float64).name == "eager"
         assert not about_the_library(said)
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.so")
     with forgotten() as said:
         assert backends.resolve("auto", torch.device("meta"), torch.float32).name == "eager"
         assert not about_the_library(said)
@@ -283,7 +283,7 @@ def test_the_level_is_the_processors():
     if expected is None:
         pytest.skip("no level of the library's")
     code = (
-        f"import ctypes; lib = ctypes.CDLL({str(native.LIBRARY)!r}); lib.kd_isa.restype = "
+        f"import ctypes; lib = ctypes.CDLL({str(cpu.LIBRARY)!r}); lib.kd_isa.restype = "
         "ctypes.c_char_p; print(lib.kd_isa().decode())"
     )
     for asked in ("v2", "v3", "v4", "v9", ""):
@@ -296,7 +296,7 @@ def test_the_level_is_the_processors():
 
 def falls_back(monkeypatch, path, reason):
     """auto takes the eager backend and says why, backend="cpu" says why, and so does info."""
-    monkeypatch.setattr(native, "LIBRARY", path)
+    monkeypatch.setattr(cpu, "LIBRARY", path)
     with forgotten() as said:
         torch.testing.assert_close(fused_kd_loss(Z, V), fused_kd_loss(Z, V, backend="eager"))
         (message,) = about_the_library(said)
@@ -313,7 +313,7 @@ def falls_back(monkeypatch, path, reason):
 def test_a_library_without_its_end_is_not_loaded(monkeypatch, tmp_path, left):
     """It would be mapped, and kill the process at the first call into what is missing. The end: also its last
     byte alone."""
-    whole = native.LIBRARY.read_bytes()
+    whole = cpu.LIBRARY.read_bytes()
     path = tmp_path / "_cpu.so"
     path.write_bytes(whole[:-1] if left == -1 else whole[: int(left * len(whole))])
     monkeypatch.setattr(abi.ctypes, "CDLL", load := Loader(abi.ctypes.CDLL))
@@ -343,7 +343,7 @@ def test_a_file_that_is_no_library_is_not_loaded(monkeypatch, tmp_path, content)
     (tmp_path / "_cpu.so").write_text(content)
     with pytest.raises(OSError):
         abi.Library(tmp_path / "_cpu.so")
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu.so")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.so")
     with forgotten() as said:
         fused_kd_loss(Z, V)
         assert "_cpu.so" in about_the_library(said)[0]
@@ -353,9 +353,9 @@ def test_what_tools_have_rewritten_is_loaded(tmp_path):
     """A library that was stripped, as packagers do, is whole."""
     if not shutil.which("strip"):
         pytest.skip("no strip")
-    shutil.copy(native.LIBRARY, tmp_path / "_cpu.so")
+    shutil.copy(cpu.LIBRARY, tmp_path / "_cpu.so")
     run("strip", tmp_path / "_cpu.so")
-    assert (tmp_path / "_cpu.so").stat().st_size < native.LIBRARY.stat().st_size
+    assert (tmp_path / "_cpu.so").stat().st_size < cpu.LIBRARY.stat().st_size
     assert abi.Library(tmp_path / "_cpu.so", "cpu").isa != "none"
 
 
@@ -401,7 +401,7 @@ def test_another_library_is_refused(monkeypatch, tmp_path, name):
 
 
 def test_the_cpu_library_is_not_cudas(monkeypatch):
-    monkeypatch.setattr(cuda, "LIBRARY", native.LIBRARY)
+    monkeypatch.setattr(cuda, "LIBRARY", cpu.LIBRARY)
     with forgotten():
         assert "it is the CPU library; reinstall kdkernels" in cuda.library()
 
@@ -409,7 +409,7 @@ def test_the_cpu_library_is_not_cudas(monkeypatch):
 def test_a_library_of_equal_sizes_and_another_meaning_is_refused(monkeypatch):
     monkeypatch.setattr(abi, "VERSION", abi.VERSION + 1)
     falls_back(
-        monkeypatch, native.LIBRARY, f"its ABI has version {abi.VERSION - 1}, this package's {abi.VERSION}"
+        monkeypatch, cpu.LIBRARY, f"its ABI has version {abi.VERSION - 1}, this package's {abi.VERSION}"
     )
 
 

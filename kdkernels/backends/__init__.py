@@ -3,7 +3,7 @@ one cannot.
 
 A backend is a module of this package with `name`, `unavailable(device, dtypes) -> reason | None`, `loss`,
 which takes a `Call` (call.py), and `log_softmax`; `scale_` where a device has something better than `mul_`.
-To add one, write the module and put it into `ORDER`, `NAMES` and `_MODULES`.
+To add one, write the module and put its name into `ORDER` and `NAMES`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ ORDER: dict[str, tuple[str, ...]] = {
 OTHER_DEVICES: tuple[str, ...] = ("eager",)
 NAMES: tuple[str, ...] = ("auto", "cpu", "cuda", "triton", "eager")
 
-_MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton", "eager": "eager"}
-
 
 @functools.cache
 def module(name: str) -> ModuleType:
     """The backend of a name; imported when it is first asked for."""
-    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def check(name: str) -> None:
@@ -84,5 +82,5 @@ def describe(device: torch.device) -> list[tuple[str, str | None]]:
     order = ORDER.get(device.type, OTHER_DEVICES)
     return [
         (name, module(name).unavailable(device))
-        for name in (*order, *(n for n in _MODULES if n not in order))
+        for name in (*order, *(n for n in NAMES[1:] if n not in order))
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, recycle
-from ..backends import native, resolve
+from ..backends import cpu, resolve
 from . import screen
 from .contenders import fused_name
 
@@ -221,7 +221,7 @@ def resident_peak(step: Callable[[], object]) -> int | None:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What a result needs beside it to be read later."""
-    library = native.library()
+    library = cpu.library()
     name = _cpu_name()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
