@@ -1,5 +1,5 @@
 """Rows out of a float's range, and what has no sum of terms: the textbook's order of operations, in fp64. The
-twin of csrc/careful.h.
+twin of csrc/careful.
 
     tops_tile -> sums_of -> closed_of (orders 0 and inf: limit_of) -> tell64 -> write_tile
 
