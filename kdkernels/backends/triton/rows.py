@@ -151,18 +151,18 @@ def sweep(
     """state = step(at, state, row, numbers, more, spec) for each tile of a part.
 
     Every second sweep goes backwards, as the end of a part is what the sweep before it has left in the cache.
-    The first tile and the last of a window, which need a mask, have a loop of their own.
+    The first tile and the last, which of a window need a mask, have a loop of their own (`Spec.edges`).
     """
     TILE: tl.constexpr = spec.tile
     final = last_tile(row.first, row.last, TILE)
     inner, end = row.first, row.last
-    if spec.access == WINDOW:
+    if spec.edges:
         inner, end = row.first + TILE, final
     from_end = last_tile(inner, end, TILE)
     for forward in tl.range(inner, end, TILE):
         at = from_end - (forward - inner) if BACKWARDS else forward
         state = step(at, state, row, numbers, more, inner_of(spec))
-    if spec.access == WINDOW:
+    if spec.edges:
         for at in tl.range(row.first, row.last, tl.maximum(final - row.first, TILE)):
             state = step(at, state, row, numbers, more, spec)
     return state

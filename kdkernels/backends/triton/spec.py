@@ -99,6 +99,12 @@ class Spec:
         return self.slots * (2 if self.exact else 1) + self.second
 
     @property
+    def edges(self) -> bool:
+        """Whether a sweep takes the first tile and the last in a loop of their own: of windows, which mask
+        them there, and of rows read class by class because of how they lie, for the same bits."""
+        return self.access != EVEN and self.run > 1
+
+    @property
     def inner(self) -> Spec:
         """Of tiles that lie within a row's window: they need no mask."""
         return dataclasses.replace(self, access=EVEN) if self.access == WINDOW else self
