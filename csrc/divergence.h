@@ -14,9 +14,11 @@ enum Divergence : int32_t {
   kTvd,
   kSupport,
   kExtreme,
-  kLogitMatching
+  kLogitMatching,
+  kMixedKL
 };
-constexpr const char *kNames = "kl,cross_entropy,renyi,alpha,mixture,tvd,support,extreme,logit_matching";
+constexpr const char *kNames =
+    "kl,cross_entropy,renyi,alpha,mixture,tvd,support,extreme,logit_matching,mixed_kl";
 
 }  // namespace KD_LEVEL
 }  // namespace kd

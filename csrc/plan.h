@@ -62,6 +62,11 @@ inline void plan_mixture(Plan &p, const kd_call &c) {
     p.mixture = make_tvd();
     return;
   }
+  if (c.family == kMixedKL) {
+    p.student_base = true;
+    p.mixture = make_mixed_kl(c.teacher_part, c.student_part);
+    return;
+  }
   // at 1/2 either would do, and with the student q is e itself (Form.sides takes the teacher)
   p.student_base = c.mix >= .5;
   p.mixture = p.student_base ? make_mixed(true, 1 - c.mix, c.student_part, c.teacher_part)
@@ -94,7 +99,7 @@ inline Plan make_plan(const kd_call &c, bool wide) {
     return p;
   }
   p.only_careful = order_zero || order_inf || c.temperature > 1e9 || c.temperature < 1e-9;
-  if (c.family == kMixture || c.family == kTvd)
+  if (c.family == kMixture || c.family == kTvd || c.family == kMixedKL)
     plan_mixture(p, c);
   else
     plan_power(p, wide);

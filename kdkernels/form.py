@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 # renyi: factor * -log(R) / b, alpha: F, both of any order but 0 and 1. support: -log Q(p > 0), extreme: max
-#     log(p / q), or, reversed, those of (q, p). logit_matching: |z - v|^2 / (2 V). tvd: sum |p - q| / 2
-FAMILIES = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd", "support", "extreme", "logit_matching")
+#     log(p / q), or, reversed, those of (q, p). logit_matching: |z - v|^2 / (2 V). tvd: sum |p - q| / 2.
+#     mixed_kl: both KL(p, q) and KL(q, p), each with a weight
+FAMILIES = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd", "support", "extreme", "logit_matching",
+            "mixed_kl")  # fmt: skip
 
 # the fields of a Form that its family has; others stay as they are
-POWER, MIXTURE, SIDE = ("order", "factor"), ("mix", "teacher", "student"), ("reverse",)
+POWER, WEIGHTS, SIDE = ("order", "factor"), ("teacher", "student"), ("reverse",)
 UNSET = dict(order=1.0, factor=1.0, reverse=False, mix=0.0, teacher=0.0, student=0.0)
 
 
@@ -30,14 +32,16 @@ class Form:
     order: float = 1.0  # renyi, alpha
     factor: float = 1.0  # renyi, alpha: D is that many times what the family has
     reverse: bool = False  # support, extreme
-    mix: float = 0.0  # mixture: the student's weight in m, and the weights of KL(p, m) and KL(q, m)
+    mix: float = 0.0  # mixture: the student's weight in m
+    # the weights of KL(p, m) and KL(q, m); mixed_kl: of KL(p, q) and KL(q, p)
     teacher: float = 0.0
     student: float = 0.0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"Form: family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
-        used = {"renyi": POWER, "alpha": POWER, "mixture": MIXTURE, "support": SIDE, "extreme": SIDE}
+        used = {"renyi": POWER, "alpha": POWER, "support": SIDE, "extreme": SIDE}
+        used |= {"mixture": ("mix", *WEIGHTS), "mixed_kl": WEIGHTS}
         for name, unset in UNSET.items():
             if getattr(self, name) != unset and name not in used.get(self.family, ()):
                 raise ValueError(f"Form: {name} means nothing to the family {self.family}")
@@ -56,7 +60,7 @@ class Form:
             return self.student * (2 - math.log(self.mix)) + self.teacher
         if self.family == "alpha":
             return abs(self.factor) / self.order if 0 < self.order < 1 else math.inf
-        if self.family == "logit_matching":
+        if self.family in ("logit_matching", "mixed_kl"):
             return math.inf
         return abs(self.factor)
 

@@ -15,7 +15,9 @@ template <class F, class Crew> class CarefulMixture : public CarefulRow<F, Crew>
   template <class Classes> KD_HD double measure(Classes classes) {
     if (!this->find_tops(classes)) return NAN;
     this->find_softmaxes(classes, [](F, F, F, F) {});
-    infinite_ = !(this->plan_.mixture.other_alone_term < INFINITY) && this->has_lone_q_;
+    const Mixed<double> &mix = this->plan_.mixture;
+    infinite_ = (!(mix.other_alone_term < INFINITY) && this->has_lone_q_) ||
+                (mix.c_back > 0 && (this->has_lone_p_ || this->has_lone_q_));
     if (infinite_) return INFINITY;
     F terms{}, G{};
     classes([&](F z, F v) {
@@ -64,6 +66,7 @@ template <class F, class Crew> class CarefulMixture : public CarefulRow<F, Crew>
       return {s.more * sign, s.q * sign};
     }
     const MixedTerm<F> close = mixed_term(select(s.near, s.x, F{}), s.m, this->plan_.mixture);
+    if (this->plan_.mixture.c_back > 0) return take_lone(term_both_ways(s, close), s, z, v);
     const Term far = term_of_far(s);
     return take_lone({select(s.near, s.b * close.term, far.term), s.q * select(s.near, close.xi, far.G)}, s,
                      z, v);
@@ -81,6 +84,14 @@ template <class F, class Crew> class CarefulMixture : public CarefulRow<F, Crew>
     const F w = most - u, m = s.b + s.more * l, share = select(m > 0., s.more / m, F{});
     const F term = (s.more * l - s.b * u) * mix.c_base + (s.o * w - s.more * mix.co_l) * mix.c_other;
     return {term, this->plan_.base(u * -mix.c_base, w * mix.c_other) + share * mix.share_weight};
+  }
+
+  // The same of KL(o, b) and KL(b, o); G rather than xi, which may be beyond reach where q is 0.
+  KD_HD Term term_both_ways(const Seen &s, const MixedTerm<F> &close) const {
+    const double there = this->plan_.mixture.c_other, back = this->plan_.mixture.c_back;
+    const F term = (s.o * s.x - s.more) * there + (s.more - s.b * s.x) * back,
+            G = -(s.more * there + s.b * s.x * back);
+    return {select(s.near, s.b * close.term, term), select(s.near, s.b * close.xi, G)};
   }
 
   // Classes that only one of the two has, or neither.

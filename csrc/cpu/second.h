@@ -65,6 +65,7 @@ void sweep_second(const Logits<S> &x, const Plan &plan, const Mixed<Real> &mix, 
       case kByClass: return with(std::integral_constant<SecondWay, kByClass>{});
       case kTvdGap: return with(std::integral_constant<SecondWay, kTvdGap>{});
       case kReverse: return with(std::integral_constant<SecondWay, kReverse>{});
+      case kBothWays: return with(std::integral_constant<SecondWay, kBothWays>{});
       case kOfBase: return with(std::integral_constant<SecondWay, kOfBase>{});
       case kOfOther: return with(std::integral_constant<SecondWay, kOfOther>{});
       case kJoint: return with(std::integral_constant<SecondWay, kJoint>{});

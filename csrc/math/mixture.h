@@ -1,6 +1,6 @@
 // The mixture family: c_b KL(b, m) + c_o KL(o, m) with m = (1 - l) b + l o, seen from its base b, which is
 // what m has more of: l <= 1/2. Reverse KL is l = 0 with the teacher as its base; TVD, sum b |e^x - 1| / 2,
-// has the same shape. With x = log(o / b):
+// has the same shape, and so has the sum of both KL divergences, KL(o, b) and KL(b, o). With x = log(o / b):
 //     D = sum b term(x)        T dD/dz = G - q M        G = q xi(x) of each class, M = sum G
 // A term can be formed only once x is known, so the rows of this family are swept twice.
 #pragma once
@@ -15,6 +15,7 @@ template <class Real> struct Mixed {
   static constexpr int kNear = sizeof(Real) == 4 ? 8 : 22;
   Real l, co_l;          // co_l = 1 - l
   Real c_base, c_other;  // the weights of KL(b, m) and KL(o, m)
+  Real c_back;           // of KL(b, o), where l = 0 and the base is the student's
   Real share_weight;     // the factor of (o - b) / m in xi
   // cancels: xi is formed from psi(-u), as log m and the share (o - b) / m would cancel. With these factors:
   Real cancel_log, cancel_psi, cancel_share;
@@ -36,9 +37,14 @@ template <class F, class Mix> KD_HD MixedTerm<F> mixed_term(F x, const ExpM1<F> 
   using Real = typename Element<F>::Real;
   const F ratio = m.m1 + Real(1);
   const auto near = (x > Real(-.5)) & (x < Real(.5));
-  if (mix.l == 0)
+  if (mix.l == 0) {
+    if (mix.c_back != 0) {
+      const F there = select(near, m.m1 * m.m1 - ratio * m.psi, ratio * x - m.m1);
+      return {there * mix.c_other + m.psi * mix.c_back, -(m.m1 * mix.c_other + x * mix.c_back)};
+    }
     return {mix.c_other * select(near, m.m1 * m.m1 - ratio * m.psi, ratio * x - m.m1),
             (mix.student_base ? -m.m1 : x) * mix.c_other};
+  }
   const F more = m.m1 * mix.l;
   const Log1p<F> u = log1p_psi(more);
   const F w = x - u.log;  // log(o / m); log(b / m) is -u
@@ -100,7 +106,8 @@ inline Mixed<double> make_tvd() {
 }
 
 // l, c_base, c_other: as Mixed has them.
-inline Mixed<double> make_mixed(bool student_base, double l, double c_base, double c_other) {
+inline Mixed<double> make_mixed(bool student_base, double l, double c_base, double c_other,
+                                double c_back = 0) {
   Mixed<double> r{};
   const double co_l = 1 - l, log_co_l = std::log1p(-l);
   r.student_base = student_base;
@@ -108,6 +115,7 @@ inline Mixed<double> make_mixed(bool student_base, double l, double c_base, doub
   r.co_l = co_l;
   r.c_base = c_base;
   r.c_other = c_other;
+  r.c_back = c_back;
   const double less = c_base * l, more = c_other * co_l;
   // equal weights up to their rounding are JSD's, where the share drops out
   if (std::fabs(less - more) > 1e-15 * (less + more))
@@ -123,11 +131,18 @@ inline Mixed<double> make_mixed(bool student_base, double l, double c_base, doub
     r.other_alone_term = c_base * l + c_other * (l - 1 - std::log(l));
     r.other_alone_xi = c_base * l - c_other * (co_l + std::log(l));
   }
+  if (c_back > 0) r.base_alone_term = INFINITY;
   r.near = kLog2e;
   const auto at = [&](double x) { return mixed_term<double>(x, ExpM1<double>{std::expm1(x), psi(x)}, r); };
   interpolate(r.kNear, 2, 1, [&](double x) { return at(x).term / (x * x); }, r.near_term);
   interpolate(r.kNear, 1, 1, [&](double x) { return at(x).xi / x; }, r.near_xi);
   return r;
+}
+
+// teacher KL(p, q) + student KL(q, p), seen from the student, whose weights are then e: the first is KL(o,
+// b).
+inline Mixed<double> make_mixed_kl(double teacher, double student) {
+  return make_mixed(true, 0, 0, teacher, student);
 }
 
 inline Mixed<double> narrowed(const Mixed<double> &m, double) { return m; }
@@ -137,6 +152,7 @@ inline Mixed<float> narrowed(const Mixed<double> &m, float) {
   r.co_l = float(m.co_l);
   r.c_base = float(m.c_base);
   r.c_other = float(m.c_other);
+  r.c_back = float(m.c_back);
   r.share_weight = float(m.share_weight);
   r.cancel_log = float(m.cancel_log);
   r.cancel_psi = float(m.cancel_psi);

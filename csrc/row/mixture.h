@@ -81,6 +81,7 @@ KD_HD void take_lone(F b, F o, F e, const Reference<RealOf<F>> &r, const Mix &mi
   const Int within = from_top * r.c <= r.reach;
   Int lost = only_o & ~within;
   if (!(mix.other_alone_term < kInf)) lost |= only_o;  // D is +inf
+  if (!(mix.base_alone_term < kInf)) lost |= only_b;
   s.farthest = lost ? Int{} + Exp2<Real>::kAbs : s.farthest;
 }
 
@@ -122,17 +123,18 @@ KD_HD Second<F> step_by_class(F b, F o, const RowReference<RealOf<F>> &at, const
 //     kByClass   step_by_class
 //     kTvdGap    TVD
 //     kReverse   reverse KL, l = 0: sums of eo y
+//     kBothWays  KL(o, b) and KL(b, o): sums of eo y and e y
 //     kOfBase    KL(b, m) alone: sums of e psi(u), as no more than an l^2 is left of D
 //     kOfOther   KL(o, m) alone: sums of eo w
 //     kJoint     both, with the weights of JSD: sums of e u and eo w
 // But for kTvdGap and kOfBase the sums' terms are of both signs, with rounding errors of the size of x where
 // step_by_class has them of each term's, x^2: so only where that is no more than 1e-6 of D.
-enum SecondWay { kByClass, kTvdGap, kReverse, kOfBase, kOfOther, kJoint };
+enum SecondWay { kByClass, kTvdGap, kReverse, kBothWays, kOfBase, kOfOther, kJoint };
 KD_HD SecondWay second_way(const Mixed<double> &mix, double F) {
   constexpr double kLeast = .03;
   if (mix.tvd) return kTvdGap;
   if (F < kLeast) return kByClass;
-  if (mix.l == 0) return kReverse;
+  if (mix.l == 0) return mix.c_back > 0 ? kBothWays : kReverse;
   if (mix.c_other == 0) return kOfBase;
   if (mix.c_base == 0) return F * mix.co_l * mix.co_l > kLeast ? kOfOther : kByClass;
   return mix.share_weight == 0 && F > 4 * kLeast ? kJoint : kByClass;
@@ -156,6 +158,10 @@ KD_HD Second<F> step_kept(F b, F o, const RowReference<RealOf<F>> &at, const Mix
   } else if (kWay == kReverse) {
     s.of_other += eo * y;
     xi = of_student ? share * -mix.c_other : y * (mix.c_other * Real(kLn2));
+  } else if (kWay == kBothWays) {
+    s.of_base += e * y;
+    s.of_other += eo * y;
+    xi = share * -mix.c_other - y * (mix.c_back * Real(kLn2));
   } else if (kWay == kOfBase) {
     const Log1p<F> u = log1p_psi(more);
     s.of_base += e * u.psi;
@@ -193,6 +199,11 @@ KD_HD SecondPart close_kept(SecondWay way, const Mixed<double> &mix, const Secon
   }
   const double base = mix.l * gap - s.of_base * kLn2, other = s.of_other * kLn2 - mix.co_l * gap;
   r.terms = mix.c_base * base + mix.c_other * other;
+  if (way == kBothWays) {
+    r.terms += mix.c_back * (gap + base);
+    r.G = mix.c_back * base - mix.c_other * gap;
+    return r;
+  }
   if (way == kOfOther) return r;  // else M's terms are these
   if (!mix.student_base)
     r.G = mix.c_other * s.of_other * kLn2;
