@@ -29,7 +29,7 @@ CHUNK = 1 << 17
 # What fp32 is for: temperatures where the squares of (z - v) / T are normal numbers, logits whose differences
 # are, and the families that are sums over classes.
 HOTTEST, FARTHEST = 1e6, 1e30
-SUMS = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd")
+SUMS = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd", "mixed_kl")
 
 
 def unavailable(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:

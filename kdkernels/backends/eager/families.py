@@ -38,6 +38,24 @@ def kl(row: Row, form: Form) -> Term:
     return Term(value, lambda: row.fill(row.no_z, 0.0, form.factor * gap))
 
 
+def mixed_kl(row: Row, form: Form) -> Term:
+    """Both KL(p, q) and KL(q, p), the terms of each of one sign; of the second T dD/dz is q (d - sum q d)."""
+    p, q, d, _, _ = row.soft
+    gap, term = kl_terms(p, q, d, psi, row.abs, row.where)
+    _, reverse = kl_terms(q, p, -d, psi, row.abs, row.where)
+    value = form.teacher * summed(row.fill(row.masked, 0.0, term))
+    value = value + form.student * summed(row.fill(row.masked, 0.0, reverse))
+    lost = row.rows_with(row.only_z) | row.rows_with(row.only_v)
+
+    def gradient() -> Tensor:
+        slope = d - total(row.fill(row.masked, 0.0, q * d))
+        g = form.teacher * gap + form.student * (q * slope)
+        g = torch.where(lost.unsqueeze(-1), math.nan, g) if lost.any() else g
+        return row.fill(row.no_z, 0.0, g)
+
+    return Term(limits.or_infinite(row, form, lost, value), gradient, too_few_digits(row, 1 / OF_SLOPES))
+
+
 def cross_entropy(row: Row, form: Form) -> Term:
     value, gradient, _ = kl(row, form)
     return Term(value + entropy(row, row.sums[1], row.v, row.top_v, row.no_v), gradient)
@@ -219,6 +237,7 @@ def tvd(row: Row, form: Form) -> Term:
 
 FAMILIES: dict[str, Callable[[Row, Form], Term]] = {
     "kl": kl,
+    "mixed_kl": mixed_kl,
     "cross_entropy": cross_entropy,
     "renyi": power,
     "alpha": power,

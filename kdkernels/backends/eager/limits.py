@@ -127,4 +127,4 @@ def slopes(form: Form) -> tuple[tuple[float, float] | None, tuple[float, float] 
         # of alpha below 1e-16, reversed
         mirrored = form.factor * form.order / (1 - form.order) if form.order != 1 else 1.0
         return (form.factor, form.factor), (mirrored, mirrored)
-    return None, (1, 1) if form.family == "mixture" else None  # reverse KL, alpha
+    return None, (1, 1) if form.family == "mixture" else None  # reverse KL, alpha, mixed KL
