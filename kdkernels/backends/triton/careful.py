@@ -31,6 +31,7 @@ from .close import alpha_gain, value_of_order
 from .double import (
     BOTH,
     ONLY_B,
+    ONLY_O,
     has,
     nan_if_broken,
     near_expm1,
@@ -47,7 +48,7 @@ from .hard import hard_of, with_hard
 from .kernels import NUMBERS, ROWS_DATA, is_lost, row_of
 from .limits import limit_gradient, limit_of
 from .matching import matching_row
-from .records import ALPHA, ENTROPY, MOMENTS, SKEWED, SUPPORT, TVD, Numbers, Scales
+from .records import ALPHA, ENTROPY, MIXED_KL, MOMENTS, SKEWED, SUPPORT, TVD, Numbers, Scales
 from .rows import row_at, store, sweep, write_zeros
 from .statistics import COLUMNS
 
@@ -138,6 +139,8 @@ def infinite_at(marks, numbers, spec: tl.constexpr):
         return tl.where(numbers.tilt < 0.0, only_b, disjoint)
     elif spec.mixes:
         return only_b & False
+    elif spec.family == MIXED_KL:
+        return only_b | has(marks, ONLY_O)
     else:
         return disjoint if spec.family == SUPPORT else only_b
 
@@ -183,7 +186,11 @@ def class_terms(p_b, p_o, x, wr, both, numbers, spec: tl.constexpr):
         return term, mixture_slope(m1, u, psi_u, x - u, mix, base, other, spec.student_base, SHARES)
     else:
         _, term = kl_terms(p_b, p_o, x, psi_series, magnitude, select)
-        return tl.where(both, term, p_o), tl.where(both, -x, 0.0)
+        term = tl.where(both, term, p_o)
+        if spec.family == MIXED_KL:
+            _, back = kl_terms(p_o, p_b, -x, psi_series, magnitude, select)
+            term = tl.where(both, numbers.base_share * term + numbers.other_share * back, 0.0)
+        return term, tl.where(both, -x, 0.0)
 
 
 @triton.jit
@@ -237,7 +244,11 @@ def class_gradient(p_b, p_o, x, w, both, closed, numbers, spec: tl.constexpr):
     """T dD/dz of a tile: q (xi - its mean), or q - w, from log(w / p_b) where that is small."""
     if spec.mixes or spec.reverse_kl:
         _, xi = class_terms(p_b, p_o, x, w, both, numbers, spec)
-        return (p_b if spec.student_base else p_o) * (xi - closed.moved)
+        g = (p_b if spec.student_base else p_o) * (xi - closed.moved)
+        if spec.family == MIXED_KL:
+            gap = tl.where(both & (tl.abs(x) < 0.5), near_expm1(p_b, x), p_o - p_b)
+            g = tl.where(both, numbers.base_share * g - numbers.other_share * gap, 0.0)
+        return g
     elif spec.power and spec.student_base:
         a = numbers.tilt * x - closed.log_r
         # of a large x little is left in a

@@ -25,20 +25,21 @@ from .arithmetic import (
     select,
     wide,
 )
-from .records import ALPHA, ENTROPY, Reference
+from .records import ALPHA, ENTROPY, MIXED_KL, Reference
 from .sums import reference_at
 
 
 class Plain(NamedTuple):
     """n_b, n_o: integers near the log-sum-exps in base 2; the second sweep's exponents are relative to them.
 
-    A tile's gradient is C (A x - y), x and y as `gradient.plain_gradient` says.
+    A tile's gradient is C (A x - y), x and y as `gradient.plain_gradient` says; the mixed KL has B besides.
     """
 
     n_b: tl.tensor
     n_o: tl.tensor
     A: tl.tensor
     C: tl.tensor
+    B: tl.tensor
 
 
 class Exact(NamedTuple):
@@ -62,6 +63,8 @@ def settled(sums, log_r, numbers, spec: tl.constexpr):
     ok = finite(sums.f) & finite(sums.others + sums.exponents) & (sums.s > 0.0) & (sums.so > 0.0)
     ok = ok & finite(sums.s) & finite(sums.so)
     ok = ok & (tl.abs(sums.top_b * numbers.c) < MOST) & (tl.abs(sums.top_o * numbers.c) < MOST)
+    if spec.family == MIXED_KL:
+        ok = ok & finite(sums.p)
     if spec.power:
         ok = ok & ((sums.u if spec.exact else sums.f) > 0.0) & (tl.abs(log_r) < 40.0)
     return ok
@@ -111,14 +114,23 @@ def alpha_gain(log_r, numbers, spec: tl.constexpr):
 
 
 @triton.jit
+def of_base(sums):
+    """KL(b, o), plain."""
+    return tl.maximum((sums.f / sums.s - log2_64(sums.s) + log2_64(sums.so)) * LN2, 0.0)
+
+
+@triton.jit
 def plain_value(sums, numbers, spec: tl.constexpr):
     """D of a row; mixtures sum it later."""
     if spec.power:
         return signed(of_order(log2_ratio(sums, numbers)[0] * LN2, numbers, spec), numbers, spec)
     elif spec.family == ENTROPY:
         return (sums.f / sums.s + log2_64(sums.so)) * LN2
+    elif spec.family == MIXED_KL:
+        back = tl.maximum((sums.p / sums.so - log2_64(sums.so) + log2_64(sums.s)) * LN2, 0.0)
+        return numbers.base_share * of_base(sums) + numbers.other_share * back
     else:
-        return tl.maximum((sums.f / sums.s - log2_64(sums.s) + log2_64(sums.so)) * LN2, 0.0)
+        return of_base(sums)
 
 
 @triton.jit
@@ -132,6 +144,7 @@ def plain_close(sums, value, scale, numbers, spec: tl.constexpr):
     n_b, n_o = tl.floor(log_b + 0.5), tl.floor(log_o + 0.5)
     b_unit, o_unit = exp2_64(n_b - log_b), exp2_64(n_o - log_o)
     A, C = o_unit / b_unit, scale * b_unit
+    B = A
     if spec.power:
         log_r, log_w = log2_ratio(sums, numbers)
         if spec.family == ALPHA:
@@ -139,8 +152,9 @@ def plain_close(sums, value, scale, numbers, spec: tl.constexpr):
         q_unit = b_unit if spec.student_base else o_unit
         A, C = exp2_64(n_b + numbers.tilt * (n_o - n_b) - log_w) / q_unit, -scale * q_unit
     elif spec.reverse_kl:
-        A, C = value / LN2 - ((n_b - log_b) - (n_o - log_o)), C * LN2
-    return Plain(n_b.to(tl.float32), n_o.to(tl.float32), A.to(tl.float32), C.to(tl.float32))
+        mean = of_base(sums) if spec.family == MIXED_KL else value
+        A, C = mean / LN2 - ((n_b - log_b) - (n_o - log_o)), C * LN2
+    return Plain(n_b.to(tl.float32), n_o.to(tl.float32), A.to(tl.float32), C.to(tl.float32), B.to(tl.float32))
 
 
 # ---------------------------------------------------------------- the exact form
@@ -227,6 +241,8 @@ def exact_close(sums, reference, h, log_r, scale, numbers, spec: tl.constexpr):
         mean = sums.p / sums.s + (wide(reference.K) - after.K) + (wide(reference.K_low) - after.K_low)
         unit = tl.where(finite(mean), unit, float("nan"))  # where D is infinite
         P, C = -unit, unit * mean
+        if spec.family == MIXED_KL:
+            A, P, C = -numbers.other_share * unit, numbers.base_share * P, numbers.base_share * C
     M_b = tl.ceil(sums.top_b * numbers.c)
     return Exact(after, M_b, A.to(tl.float32), P.to(tl.float32), C.to(tl.float32), direct)
 

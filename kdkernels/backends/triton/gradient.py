@@ -3,6 +3,7 @@
 With p the teacher's softmax and q the student's:
 
     KL, cross entropy   q - p                 reverse KL   q (log(q / p) - D)
+    mixed KL            both, each with its weight
     orders              q - w, w proportional to p^a q^{1 - a}
 
 times a scale. Plain, each of q, p, w is 2^{exponent relative to an integer} times a factor of the row
@@ -15,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import BIG, INF, wide
+from .arithmetic import BIG, INF, LOG2E, wide
 from .hard import with_hard
-from .records import ENTROPY
+from .records import ENTROPY, MIXED_KL
 from .rows import pair, store, student_of, sweep
 from .sums import exact_terms
 
@@ -40,6 +41,9 @@ def plain_gradient(b, o, closed, numbers, spec: tl.constexpr):
         return tl.fma(w, closed.A, -q) * closed.C
     elif spec.reverse_kl:
         y = tl.where(e > 0.0, a - a_o, 0.0)
+        if spec.family == MIXED_KL:
+            gap = tl.fma(tl.math.exp2(a_o), -closed.B, e) * (numbers.other_share * LOG2E)
+            return closed.C * (numbers.base_share * (e * (y - closed.A)) + gap)
         return e * closed.C * (y - closed.A)
     else:
         return tl.fma(tl.math.exp2(a_o), closed.A, -e) * closed.C
@@ -64,7 +68,10 @@ def exact_gradient(b, o, e, em, et, eu, closed, spec: tl.constexpr):
             g = tl.where(o == -INF, 0.0, g + closed.A * em)
         return g
     elif spec.reverse_kl:
-        return tl.where(b == -INF, 0.0, closed.P * et + closed.C * e)
+        g = closed.P * et + closed.C * e
+        if spec.family == MIXED_KL:
+            g += closed.A * em
+        return tl.where(b == -INF, 0.0, g)
     else:
         return tl.where(o == -INF, 0.0, closed.A * em)
 

@@ -46,7 +46,7 @@ class Numbers(NamedTuple):
     k: float = 1.0  # 1 / T
     tilt: float = 0.0  # the power family's, a mixture's l; at T = inf, whether there is a limit but 0
     inverse_tilt: float = 1.0
-    base_share: float = 0.0  # a mixture's weights of KL(b, m) and KL(o, m)
+    base_share: float = 0.0  # a mixture's weights of KL(b, m) and KL(o, m); of KL(b, o) and KL(o, b)
     other_share: float = 0.0
     value: float = 1.0  # factors of the loss and of its gradient
     grad: float = 1.0
@@ -87,6 +87,8 @@ def numbers(divergence: math_of.Divergence, temperature: float) -> Numbers:
         return call("TVD", TEACHER)
     if form.family == "mixture":
         return _mixture(form.sides, simple)
+    if form.family == "mixed_kl":
+        return simple("MIXED_KL", STUDENT, base_share=single(form.student), other_share=single(form.teacher))
     if form.family in ("renyi", "alpha") and form.order != 1:
         side = TEACHER if form.order > 0.5 else STUDENT if form.order >= -1 else STEEP
         exact = max(-LARGEST, min(form.order if side else 1 - form.order, LARGEST))

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import spec as names
 
-KL, ENTROPY, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (
+KL, ENTROPY, MIXED_KL, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXTREME = (
     tl.constexpr(i) for i in range(len(names.FAMILIES))
 )
 STUDENT = tl.constexpr(names.STUDENT)

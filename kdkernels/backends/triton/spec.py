@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-# of a Form (form.py), as the kernels tell them apart. KL is KL(b, o): reverse KL with the student for b
+# of a Form (form.py), as the kernels tell them apart. KL is KL(b, o): reverse KL with the student for b.
+# MIXED_KL has KL(o, b) besides, and the student for b
 FAMILIES = (
-    "KL", "ENTROPY", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME"
+    "KL", "ENTROPY", "MIXED_KL", "MOMENTS", "MIXTURE", "SKEWED", "TVD", "POWER", "ALPHA", "SUPPORT", "EXTREME"
 )  # fmt: skip
 MIXTURES = ("MIXTURE", "SKEWED", "TVD")  # their gradient takes a sum more: three sweeps
 # Spec.base; STEEP: the student, where the tilt is below -1
@@ -73,8 +74,8 @@ class Spec:
 
     @property
     def reverse_kl(self) -> bool:
-        """Whose gradient is in the base's logits, and asks for D."""
-        return FAMILIES[self.family] == "KL" and self.student_base
+        """Whether KL(b, o) is, or is a part of D, whose gradient is in the base's logits and asks for it."""
+        return FAMILIES[self.family] in ("KL", "MIXED_KL") and self.student_base
 
     @property
     def splits(self) -> bool:
@@ -86,7 +87,10 @@ class Spec:
         """fp64 numbers of a first sweep that programs exchange; between launches also what is read once."""
         if self.phase != ALL:
             return KEPT + 2
-        return KEPT if self.stats or self.hard == SMOOTHED else 8 if self.exact else 6 if self.hard else 5
+        if self.stats or self.hard == SMOOTHED:
+            return KEPT
+        more = FAMILIES[self.family] == "MIXED_KL"
+        return 8 if self.exact or more else 6 if self.hard else 5
 
     @property
     def second(self) -> int:

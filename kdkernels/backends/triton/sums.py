@@ -6,6 +6,7 @@ multiply-add, so that an offset of the logits costs no digits:
 
     s = sum 2^{a_b}    so = sum 2^{a_o}
     KL          f = sum 2^{a_b} (a_b - a_o)          log2(b / o) under b, up to what s and so say
+    mixed KL    the same, and p = sum 2^{a_o} (a_o - a_b)
     ENTROPY     f = -sum 2^{a_b} a_o                 the cross entropy: -log2 o under b
     orders      f = sum 2^{a_b + tilt (a_o - a_b)}   b^{1 - tilt} o^tilt
     mixtures    nothing: their terms are no sums of these
@@ -13,7 +14,8 @@ multiply-add, so that an offset of the logits costs no digits:
 That is the plain form, for gradients of 16 bits. The exact form (`Spec.exact`) compares o with b at once,
 with e = 2^{a_b} and y = (o - b) k - K, K a reference near log sum o - log sum b:
 
-    f = sum e (e^y - 1)    p = sum e y (reverse KL), sum e (e^{tilt y} - 1) (orders)    u = sum e e^{tilt y}
+    f = sum e (e^y - 1)    p = sum e y (reverse and mixed KL), sum e (e^{tilt y} - 1) (orders)
+    u = sum e e^{tilt y}
 
 each difference to its own digits (terms.py).
 """
@@ -37,7 +39,7 @@ from .arithmetic import (
     select,
     wide,
 )
-from .records import ENTROPY, SMOOTHED, STUDENT, Reference, Sums
+from .records import ENTROPY, MIXED_KL, SMOOTHED, STUDENT, Reference, Sums
 from .rows import columns, pair, student_of, sweep, transformed
 
 NOWHERE = tl.constexpr(1 << 30)  # a class or a tile beyond all
@@ -106,6 +108,12 @@ def exact_terms(b, o, a, e, eo, reference, numbers, spec: tl.constexpr):
         return em, et, eu, term
     else:
         em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
+        if spec.family == MIXED_KL:
+            # eo psi(-y); where |y| is small, of what is e psi(y) already
+            back = tl.where(tl.abs(y) < 0.5, em * y - term, eo * y - em)
+            term = numbers.base_share * term + numbers.other_share * back
+            # a class that the base masks has no number for y
+            return em, tl.where((y >= BIG) & (eo > 0.0), INF, e * y), e, term
         return em, e * y if spec.reverse_kl else em, e, term
 
 
@@ -161,6 +169,9 @@ def first_tile(at, lanes, row, numbers, reference, spec: tl.constexpr):
             u = u * unit_b + tl.sum(eu, 1)
     elif not spec.mixes:
         f += tl.sum(plain_term(e, a, a_o, numbers, spec), 1)
+        if spec.family == MIXED_KL:
+            p = rebased(p, sums.so, fall_o, fall_b, unit_o, numbers, spec)
+            p += tl.sum(plain_term(eo, a_o, a, numbers, spec), 1)
     others, exponents, classes = sums.others, sums.exponents, sums.classes
     M_h = M_h0
     if spec.hard:
@@ -238,6 +249,8 @@ def merged(x, place_b, place_o, numbers, spec: tl.constexpr):
     others, exponents, classes, moved_b, moved_o = p, p, p, p, p
     if spec.exact and (spec.power or spec.reverse_kl):
         p = tl.sum(x.p * unit_b, 0)
+    elif spec.family == MIXED_KL:
+        p = tl.sum(rebased(x.p.to(tl.float64), so, fall_o, fall_b, unit_o, numbers, spec), 0)
     if spec.exact and spec.power:
         u = tl.sum(x.u * unit_b, 0)
     if spec.hard:
