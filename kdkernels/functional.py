@@ -167,9 +167,10 @@ def fused_kd_loss(
         labels: (...) int64, already shifted. Rows whose label is ignore_index count for nothing, whatever
             hard_weight is. Another label that is no class is an error whatever hard_weight is, on a GPU a row
             of nan.
-        divergence: a `Divergence` or its text form: "kl", "reverse_kl", "cross_entropy", "renyi(0.5)",
-            "reverse_renyi(0.5)", "alpha(2)", "jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)", "tvd" or
-            another of docs/divergences.md. "forward_kl" is "kl", "js" is "jsd(0.5)".
+        divergence: a `Divergence` or its text form: "kl", "reverse_kl", "mixed_kl(0.5)", "cross_entropy",
+            "renyi(0.5)", "reverse_renyi(0.5)", "alpha(2)", "jsd(0.5)", "skew_kl(0.1)",
+            "skew_reverse_kl(0.1)", "tvd" or another of docs/divergences.md. "forward_kl"
+            is "kl", "js" is "jsd(0.5)".
         temperature: T in [1e-4, 1e12], or inf, the limit of T^2 D, (k/2) Var(student - teacher), which needs
             t_squared=True.
         t_squared: multiply the soft term by T^2, so that its gradient does not vanish at high temperature.

@@ -16,6 +16,7 @@ from .form import KL_FORM, REVERSE_KL_FORM, Divergence, Form
 __all__ = [
     "KL",
     "ReverseKL",
+    "MixedKL",
     "CrossEntropy",
     "JSD",
     "SkewKL",
@@ -58,6 +59,32 @@ class ReverseKL(Divergence):
 
     def _make_form(self) -> Form:
         return REVERSE_KL_FORM
+
+
+@dataclass(frozen=True)
+class MixedKL(Divergence):
+    """Both Kullback-Leibler divergences in one, w KL(p, q) + (1 - w) KL(q, p), w in [0, 1].
+
+    T dD/dz = w (q - p) + (1 - w) q (d - sum q d). w = 1 is KL, 0 reverse KL, and 1/2 half of Jeffreys'
+    divergence. +inf where either of the two has a class that the other masks. Jeffreys (1946); Kullback and
+    Leibler (1951), eq. 2.6.
+
+    Raises ValueError for w outside [0, 1].
+    """
+
+    w: float = 0.5
+    name: ClassVar[str] = "mixed_kl"
+    domain: ClassVar[tuple[float, float, str]] = (0.0, 1.0, "[0, 1]")
+    usual: ClassVar[tuple[float, ...]] = (0.2, 0.5)
+
+    @property
+    def reversed(self) -> Divergence:
+        return MixedKL(1 - self.w)
+
+    def _make_form(self) -> Form:
+        if self.w in (0, 1):
+            return KL_FORM if self.w else REVERSE_KL_FORM
+        return Form("mixed_kl", teacher=self.w, student=1 - self.w)
 
 
 @dataclass(frozen=True)

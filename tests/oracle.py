@@ -58,9 +58,9 @@ def member(name: str, number=float):
         if order not in (0, 1):
             return kind, a, Power(order, scale_of(number(a)))
         kind = "kl" if order == 1 else "reverse_kl"
-    elif (kind, a) in (("renyi", 1), ("jsd", 0), ("skew_kl", 0)):
+    elif (kind, a) in (("renyi", 1), ("jsd", 0), ("skew_kl", 0), ("mixed_kl", 1)):
         kind = "kl"
-    elif (kind, a) in (("reverse_renyi", 1), ("jsd", 1), ("skew_reverse_kl", 0)):
+    elif (kind, a) in (("reverse_renyi", 1), ("jsd", 1), ("skew_reverse_kl", 0), ("mixed_kl", 0)):
         kind = "reverse_kl"
     return kind, a, None
 
@@ -68,8 +68,8 @@ def member(name: str, number=float):
 def reverse(name: str) -> str:
     """Of the divergence with p and q exchanged."""
     kind, a = parse(name)
-    if kind == "jsd":
-        return f"jsd({1 - a!r})"
+    if kind in ("jsd", "mixed_kl"):
+        return f"{kind}({1 - a!r})"
     if kind == "tvd":
         return name
     if kind.startswith("skew"):
@@ -97,6 +97,8 @@ def _infinite(kind, a, power, no_z, no_v) -> bool:
     lone_p, lone_q, common = (no_z & ~no_v).any(), (no_v & ~no_z).any(), (~no_z & ~no_v).any()
     if kind in ("kl", "cross_entropy"):
         return lone_p
+    if kind == "mixed_kl":
+        return lone_p or lone_q
     if kind == "renyi":
         return lone_p if a >= 1 else not common
     if kind == "reverse_renyi":
@@ -165,6 +167,7 @@ def _limit(z, v, kind, a, power):
     k = {
         "kl": 1,
         "reverse_kl": 1,
+        "mixed_kl": 1,
         "renyi": a,
         "reverse_renyi": a,
         "jsd": a * (1 - a),
@@ -237,6 +240,9 @@ def _digits(z, v, name, T):
             g = [y - x for x, y in zip(p, q, strict=True)]
         elif kind == "reverse_kl":
             value, g = kl(lq, lp), moment([y * t for y, t in zip(q, d, strict=True)])
+        elif kind == "mixed_kl":
+            value = a * kl(lp, lq) + (1 - a) * kl(lq, lp)
+            g = moment([(1 - a) * y * t - a * x for x, y, t in zip(p, q, d, strict=True)])
         elif kind == "jsd":
             m = mixed(1 - a)
             value = a * kl(lp, m) + (1 - a) * kl(lq, m)
@@ -378,6 +384,11 @@ def _long_double(z, v, name, T):
         order, scale = member_of
         log_r, more, g = power(order)
         return scale * more, -scale * (1 - order) * np.exp(log_r) * g
+    if kind == "mixed_kl":  # a class that one alone has makes D infinite
+        of_p, of_q = np.where(both, p * psi(d), 0), np.where(both, q * psi(-d), 0)
+        near = both & (np.abs(d) < 1)
+        gap = np.where(near, p * np.expm1(np.where(near, d, 0)), q - p)
+        return a * of_p.sum() + (1 - a) * of_q.sum(), a * gap + (1 - a) * moment(np.where(both, q * d, 0))
     if kind == "tvd":
         near = both & (np.abs(d) < 0.5)
         gap = np.where(near, p * np.expm1(np.where(near, d, 0)), q - p)

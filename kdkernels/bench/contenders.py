@@ -52,6 +52,9 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
             F.log_softmax(v / T, -1), F.log_softmax(z / T, -1), reduction="batchmean", log_target=True
         )
 
+    def mixed_kl(z, v):
+        return form.teacher * kl_of_logs(z, v) + form.student * reverse_kl(z, v)
+
     def cross_entropy(z, v):
         return scale * F.cross_entropy(z / T, F.softmax(v / T, -1))
 
@@ -88,6 +91,7 @@ def spellings(divergence: Divergence, T: float) -> dict[str, Loss]:
     if form.family == "mixture" and form.mix == 0:
         return {"kl_div(log_target=True)": reverse_kl}
     names = {
+        "mixed_kl": ("kl_div both ways", mixed_kl),
         "cross_entropy": ("cross_entropy(z, softmax)", cross_entropy),
         "renyi": ("logsumexp of log_softmaxes", renyi),
         "alpha": ("logsumexp of log_softmaxes", alpha),

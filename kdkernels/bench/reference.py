@@ -16,7 +16,7 @@ from ..divergence import Divergence
 Extended = np.longdouble
 
 
-FAMILIES = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd")
+FAMILIES = ("kl", "cross_entropy", "renyi", "alpha", "mixture", "tvd", "mixed_kl")
 
 
 def check(divergence: Divergence) -> None:
@@ -52,6 +52,9 @@ def reference(z: Tensor, v: Tensor, divergence: Divergence, T: float) -> tuple[n
         if form.family == "cross_entropy":
             D = D - (p * (v - np.log(sum_p))).sum(-1)
         return T * T * D, T * p * np.expm1(d)
+    if form.family == "mixed_kl":
+        D = form.teacher * (p * psi(d)).sum(-1) + form.student * (q * psi(-d)).sum(-1)
+        return T * T * D, T * form.teacher * p * np.expm1(d) + form.student * moment(d)
     if form.family == "tvd":
         return T * T * np.abs(p * np.expm1(d)).sum(-1) / 2, moment(np.sign(d) / 2)
     if form.family == "mixture":
