@@ -45,6 +45,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "results" / "triton_aot.md"
 LIMITS = {
     "kl": (34, 64),
     "reverse_kl": (34, 64),
+    "mixed_kl": (43, 72),
     "cross_entropy": (34, 64),
     "renyi": (38, 64),
     "alpha": (38, 64),
@@ -52,6 +53,7 @@ LIMITS = {
     "jsd": (60, 64),
     "skew_kl": (64, 64),
     "exact kl": (61, 128),
+    "exact mixed_kl": (82, 148),
 }
 PROGRAMS = 3  # to a multiprocessor at least, which the registers must leave room for
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -159,6 +161,9 @@ def covering() -> list[Case]:
         Case(vocab=32768, grad=False),
         Case(temperature=math.inf, vocab=32768, student="float16", teacher="float32"),
         Case("reverse_kl"),
+        Case("mixed_kl(0.5)"),
+        Case("mixed_kl(0.5)", temperature=16.0),
+        Case("mixed_kl(0.5)", student="float32", teacher="float32", vocab=50257, hard=True),
         Case("alpha(-2.0)", vocab=4096),
         Case("jsd(0.5)"),
         Case("jsd(0.5)", temperature=16.0),
@@ -196,6 +201,7 @@ def everything() -> list[Case]:
     names = (
         "kl",
         "reverse_kl",
+        "mixed_kl(0.5)",
         "cross_entropy",
         "renyi(0.5)",
         "renyi(2.0)",
