@@ -752,3 +752,15 @@ def test_a_loss_is_never_negative(name):
         z[:, seed] += 0.01
         loss = fused_kd_loss(z, v, divergence=name, reduction="none", backend="triton")
         assert (loss >= (1 if name == "cross_entropy" else 0)).all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_class_of_one_side_that_is_too_small_for_a_float(side):
+    """KL both ways is +inf there, although the other's probability is 0 in fp32."""
+    logits = make_rows("plain", 1, 10)
+    logits[side][:, 3:7] = -math.inf
+    z, v = logits
+    loss = fused_kd_loss(
+        z.requires_grad_(), v, divergence="mixed_kl(0.5)", temperature=0.01, backend="triton"
+    )
+    assert float(loss.detach()) == math.inf

@@ -113,7 +113,7 @@ def exact_terms(b, o, a, e, eo, reference, numbers, spec: tl.constexpr):
             back = tl.where(tl.abs(y) < 0.5, em * y - term, eo * y - em)
             term = numbers.base_share * term + numbers.other_share * back
             # a class that the base masks has no number for y
-            return em, tl.where((y >= BIG) & (eo > 0.0), INF, e * y), e, term
+            return em, tl.where((y >= BIG) & (o > -INF), INF, e * y), e, term
         return em, e * y if spec.reverse_kl else em, e, term
 
 
