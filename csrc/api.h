@@ -30,10 +30,10 @@ struct kd_call {
   int32_t family;   // of the divergence: index into kd_families()
   int32_t reverse;  // support, extreme: p and q exchanged
   int32_t threads;  // of the CPU
-  int32_t fresh;    // the gradient's pages have not been touched yet
+  int32_t fresh;    // the gradient is contiguous and lies in no other tensor: its tail may hold the workspace
   int32_t device;   // of CUDA
   int32_t grad_dtype;
-  // the numbers of the family's member, as Form has them (kdkernels/divergence.py)
+  // the numbers of the family's member, as Form has them (kdkernels/form.py)
   double order, factor;
   double mix, teacher_part, student_part;
   double limit;            // k in the limit of high temperature

@@ -8,10 +8,10 @@
 //     emit    the gradient as a function of what was kept, written past the caches
 // Logits with a transform are transformed as a block is fetched; what a softcap and label smoothing do to a
 // gradient class by class comes between close and emit. Rows of the mixture family are swept twice, from the
-// second-level cache, and the second sweep is what is kept. The workspace is the tail of the gradient itself,
-// whose rows are written last: no memory is asked for beyond the gradient. Blocks that find no room are swept
-// again before they are emitted, with the same bits. Threads take rows, or, where there are fewer rows than
-// threads, blocks of one row.
+// second-level cache, and the second sweep is what is kept. The workspace is the tail of the gradient, whose
+// rows are written last, or, where something else lies in that memory, allocated (cpu/run.h). Blocks that
+// find no room are swept again before they are emitted, with the same bits. Threads take rows, or, where
+// there are fewer rows than threads, blocks of one row.
 #include "api.h"
 
 #if defined(KD_ISA)

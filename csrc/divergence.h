@@ -1,4 +1,4 @@
-// The divergences by name, in the order of kd_call::family: kdkernels/divergence.py has the same list.
+// The divergences by name, in the order of kd_call::family: kdkernels/form.py has the same list.
 #pragma once
 #include "api.h"
 

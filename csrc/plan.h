@@ -1,10 +1,11 @@
 // What a call asks for: the divergences by name, and a Plan, with every number that does not depend on the
-// data computed once, in fp64. kdkernels/divergence.py is the twin of this file and of math/.
+// data computed once, in fp64. kdkernels/form.py is the twin of this file,
+// kdkernels/terms.py that of math/.
 //
-// A divergence is a member of one of two families (math/power.h, math/mixture.h), seen from one of the two
-// distributions, its *base* b; the other one is o, and x = log(o / b). All terms are of psi(x) = e^x - 1 - x
-// and like it >= 0, so D keeps its digits however close the two are. Orders 0 and inf have no sum of terms,
-// and at T = inf two moments of z - v are all there is: careful/ has them.
+// A divergence is made of the terms of math/power.h (KL is its order 1) or of math/mixture.h, seen from one
+// of the two distributions, its *base* b; the other one is o, and x = log(o / b). All terms are of psi(x) =
+// e^x - 1 - x and like it >= 0, so D keeps its digits however close the two are. Orders 0 and inf have no sum
+// of terms, and at T = inf two moments of z - v are all there is: careful/ has them.
 #pragma once
 #include "divergence.h"
 #include "math/mixture.h"
@@ -27,7 +28,8 @@ struct Plan {
   bool entropy = false;  // the cross entropy: KL, and the teacher's entropy
   bool alpha = false;    // D is F itself
   bool reverse = false;  // orders 0 and inf: p and q exchanged
-  bool exact = false;    // T is so high that D is a small multiple of squares of rounding errors' size
+  bool exact =
+      false;  // T >= 64: D is so small that the rounding of 1/T shows; kExact then carries it (c_low)
   bool centered = true;  // T = inf compares z and v less their means; logit matching z and v themselves
   double order = 1, tilt = 0, factor = 1;
   Mixed<double> mixture{};
@@ -40,7 +42,7 @@ struct Plan {
   // One of two things, of which the first is the student's.
   template <class T> KD_HD T base(T student, T teacher) const { return student_base ? student : teacher; }
   template <class T> KD_HD T other(T student, T teacher) const { return student_base ? teacher : student; }
-  // One of two things, of which the first is the base's.
+  // One of two things, of which the first is the base's: exchanging is its own inverse.
   template <class T> KD_HD T student(T of_base, T of_other) const { return base(of_base, of_other); }
   template <class T> KD_HD T teacher(T of_base, T of_other) const { return other(of_base, of_other); }
 };

@@ -17,7 +17,10 @@ y takes the log-sum-exps of both rows, which are known only when the rows have b
     gradient    pass 2: the same terms with the right y are the gradient; their sum is D
 
 Logits and terms are fp32, a row's few numbers are fp64. In the kernels the stages have these names too: see
-kdkernels/backends/triton/sums.py, close.py and gradient.py (the exact form), and csrc/row/row.h.
+kdkernels/backends/triton/sums.py, close.py and gradient.py (the exact form), and csrc/row/row.h. The C++
+library keeps e and em = e (e^y - 1) of pass 1, and sums e psi(y) there too; what K lacks is corrected
+afterwards: q - p = A em + C e, with A = e^-h / s and C = expm1(-h) / s, and D likewise (csrc/row/plain.h).
+Each of its blocks of classes has a K, and so an h, of its own.
 """
 
 import numpy as np

@@ -39,12 +39,12 @@ def _loss(
         o.check_exchangeable()
     vocab = check_tensors(student, teacher, labels, token_weight, o)
     num_items = checked_items(num_items, o)
-    if (autograd or o.reduction == "none") and not compiling:  # which save what they are given
+    if (autograd or o.reduction == "none") and not compiling:  # they save the tensors that they are given
         student, teacher, labels, token_weight = map(
             inputs.saveable, (student, teacher, labels, token_weight)
         )
     weight, denominator = weights(student, labels, vocab, o, token_weight, num_items)
-    # without a hard term only looked at: a wrong one is an error
+    # on a CPU labels go down without a hard term too: the library raises for a wrong one
     hard = labels if o.hard_weight or student.is_cpu else None
     others = teacher if o.teacher_grad or not teacher.requires_grad else teacher.detach()
     run = _fused
@@ -73,7 +73,7 @@ def _fused(
         if o.reduction != "none" and steepest > MOST_STEEP:
             # no factor keeps such a gradient within fp16: it is fp32's until autograd casts it, with the loss
             # scale in it
-            # nobody else has the copy, which a second derivative would start from
+            # the copy is ours alone: the gradient may overwrite it, unless a second derivative starts from it
             inplace = inplace or halves[0] and not (torch.compiler.is_compiling() or o.is_autograd)
             student, teacher = (
                 x.float() if half else x for x, half in zip((student, teacher), halves, strict=True)

@@ -2,7 +2,7 @@
 
 `loss_into` gives the loss of each row and fills a gradient and statistics in the same pass; `loss`
 makes their buffers itself, which is what a compiler that plans memory takes. Arguments are those of `Call`
-(call.py), laid out flat. The autograd.Functions live in functional.py, outside the operator, which is cheaper
+(call.py), laid out flat. The autograd.Functions live in autograd.py, outside the operator, which is cheaper
 than registering a backward for it.
 """
 

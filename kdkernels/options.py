@@ -101,6 +101,7 @@ class Options:
         inputs.check_finite("soft_weight times T^2", scale)
         hard = float(self.hard_weight)
         mixed = self.student_transform, self.teacher_transform, self.label_smoothing, self.z_loss
+        # of the value, and of T dD/dz, which the gradient is 1/T of
         scales = scale, scale / T if T != math.inf else scale, hard, hard
         object.__setattr__(self, "numbers", Numbers(float(T), *scales, Modifiers.of(*mixed)))
 

@@ -20,9 +20,9 @@ Reference<Real> reference_at(const Plan &plan, double top, double at, bool carry
           plan.base(false, true)};
 }
 
-// The difference at class `first`, which has the top, moved towards the mean difference under b, so that what
-// is summed is as small as what is wanted. The mean is estimated from 64 classes spread over the block and
-// the top one, which alone decides where it dominates.
+// at_top, the difference o - b at the class with the largest base logit, moved towards the mean difference
+// under b, so that what is summed is as small as what is wanted. The mean is estimated from 64 classes spread
+// over the block and the top one, which alone decides where it dominates.
 template <class Real, class S> double mean_difference(const Logits<S> &x, double k, Real top, double at_top) {
   using F = typename Vec<Real>::F;
   constexpr int W = Vec<Real>::W, kVectors = 64 / W;

@@ -52,10 +52,11 @@ struct Workspace {
   char *start = nullptr;  // of the tail
 };
 
-// The workspace is the gradient's last rows, which are written last and have none themselves, or else at most
-// 1 % of the gradient's size. A workspace for all blocks that takes a share a of the rows saves 1 - a of the
-// second exponentials; for a fraction f of the blocks it saves f - a f^2, most at f = 1 / (2 a). So it never
-// takes more than half of the rows.
+// The workspace is the gradient's last rows where it is `fresh` and rows are not split: these are written
+// last, without a workspace. Else it is allocated, for all threads the larger of 0.9 % of the gradient and
+// 512 KiB. A workspace for all blocks that takes a share a of the rows saves 1 - a of the second
+// exponentials; for a fraction f of the blocks it saves f - a f^2, most at f = 1 / (2 a). So it never takes
+// more than half of the rows.
 inline Workspace plan_workspace(const kd_call &c, const Threads &threads, int64_t blocks,
                                 int64_t slot_bytes) {
   const int64_t row_bytes = c.grad_width * element_size(c.grad_dtype), all = c.rows * row_bytes;

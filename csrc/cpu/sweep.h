@@ -102,7 +102,9 @@ bool rounding_shows(const Logits<S> &x, const Real *e, double k, double s, doubl
 }
 
 // Whether a block that kFast has swept asks for kExact. The rounding of o - b, 2^-24 of the offset, must stay
-// under 1e-6 of the differences that remain; 16-bit logits seldom have any.
+// under 1e-6 of the differences that remain; 16-bit logits seldom have any. `own` is the block's D, for each
+// of its s, at the reference that suits it best, about half the mean square of y there: off > 16 |y| is asked
+// for.
 template <class Family, class Real, class S>
 bool needs_exact(const Logits<S> &x, const Plan &plan, const Block<Family, Real> &to) {
   const Part &p = *to.part;

@@ -3,9 +3,9 @@
 //
 // Each block holds its slice of both rows in their dtypes. Bulk copies fill a ring of slices some rows ahead,
 // so that memory never waits for arithmetic; the blocks send each other their tile's sums through distributed
-// shared memory, once per row, with one cluster barrier; em and et are retained in registers, so a row's
-// exponentials are taken once. (Twice in the mixture family, from the slices as they lie, with a second
-// exchange; what is retained is xi.) Two blocks to a multiprocessor: the sums of one row are exchanged while
+// shared memory, once per row, with one cluster barrier; em and et are retained in registers, so they are
+// computed once. (Twice in the mixture family, from the slices as they lie, with a second exchange; what is
+// retained is xi.) Two blocks to a multiprocessor: the sums of one row are exchanged while
 // the other row is computed.
 #pragma once
 #include "close.h"

@@ -1,10 +1,10 @@
 // Which kernel runs a call, and with what geometry: every choice in one place, with its reason. Knows no
 // device but its figures.
 //
-// A row's exponentials are taken once where its tiles are in registers until it is closed: a tile is 32
-// classes to a thread, whose em and et then take 32 or 64 of the 128 registers that two blocks of 256 threads
-// leave to each. So a row takes as many blocks as it has tiles, up to a point. Two blocks to a
-// multiprocessor, because one exchanges its sums while the other computes.
+// What a row keeps of its exponentials (em, et) is computed once where its tiles are in registers until it is
+// closed: a tile is 32 classes to a thread, whose em and et then take 32 or 64 of the 128 registers that two
+// blocks of 256 threads leave to each. So a row takes as many blocks as it has tiles, up to a point. Two
+// blocks to a multiprocessor, because one exchanges its sums while the other computes.
 #pragma once
 #include "cluster.h"
 #include "rows.h"

@@ -175,7 +175,7 @@ template <class G_, class Family_, int kB_, int kO_> struct Tile {
             job.c,
             kCarry ? job.c_low : 0,
             job.tilt,
-            0,
+            0,  // the floor: that of the hardware
             job.reach,
             job.plan.base(false, true)};
   }

@@ -52,7 +52,7 @@ template <class T, int N> KD_DEVICE void warp_sum(T (&x)[N]) {
   KD_UNROLL for (int step = 16; step; step /= 2) KD_UNROLL for (int i = 0; i < N; i++) x[i] +=
       __shfl_xor_sync(~0u, x[i], step);
 }
-template <class T> KD_DEVICE T warp_largest(T x) {  // b where a is nan
+template <class T> KD_DEVICE T warp_largest(T x) {  // a nan gives way to the other lane's number
   KD_UNROLL for (int step = 16; step; step /= 2) {
     const T y = __shfl_xor_sync(~0u, x, step);
     x = x > y ? x : y;

@@ -15,7 +15,7 @@ struct SecondPart { double terms = 0, lacks = 0, excess = 0, G = 0; };
 // What the sweeps leave of a block.
 struct Part {
   double top = -INFINITY, ref = 0;
-  double offset = 0;  // ref as the sweep took it, in natural units
+  double offset = 0;  // ref / T, of the ref that the sweep had after rounding
   double s = 0;       // sum of e; 0 where the base has no class
   double d = 0;       // sum of em
   union {             // the second takes the place of the first: CUDA's blocks send parts to each other
@@ -40,13 +40,15 @@ struct StatPart {
 // A row whose sums are closed.
 struct Closed {
   double top = -INFINITY, total = 0;  // the largest base logit, sum of e^{(b - top)/T}
-  double shift = 0;                   // log sum b e^{(o - b)/T}: o's log-sum-exp less b's
+  double shift = 0;                   // o's log-sum-exp less b's
+  // F: the sum of terms, KL itself for KL; R: of an order, sum of its weights t; value: D
   double F = 0, R = 1, log_r = 0, value = 0;
   double gain = 1;        // T dD/dz = gain (q - w)
   double M = 0;           // of the mixture family: sum of G
   double one_plus_M = 0;  // of TVD, to its own digits; else nan
   bool lost = false;      // outside of the range of the sweep: a row for careful/
-  bool refine = false;  // the references were far from shift: the row is swept again with shift as everyone's
+  // F's terms cancel, as the references were far from shift: the row is swept once more, with shift for all
+  bool refine = false;
 };
 
 // A block's gradient is A em + B et + C e, or in the mixture family q (A xi + C). end: of TVD C - A to its

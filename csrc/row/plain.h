@@ -17,8 +17,8 @@ template <class F> struct Lone {
   F o_weight;
 };
 
-// F of a block in units of its row, in three terms: from its own psi, from h, and from both, of which only
-// the last may be negative; and its sum of the weights t.
+// F of a block in units of its row, in three terms: its own sum of e psi(y); s psi(-h), which is left when
+// only the reference was off; and d expm1(-h), which alone may be negative. And its sum of the weights t.
 struct BlockF { double own, still, cross, weights; };
 
 struct Plain {

@@ -17,8 +17,8 @@ template <class Real> struct Reference {
 };
 
 // How a block is swept. kFast: finite logits whose differences need no more than their own precision. kExact:
-// (o - b) / T without its rounding errors. kMasked: as kExact, and with -inf logits. kLost: it is not, and
-// its row is one for careful/.
+// (o - b) / T without its rounding errors. kMasked: as kExact, and with -inf logits. kLost: it met
+// what it has no formula for; after kFast kMasked is tried, and what is lost then is a row for careful/.
 enum Care { kFast, kExact, kMasked, kLost };
 
 // What the rounding of o - b has lost, exactly.

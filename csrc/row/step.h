@@ -43,6 +43,7 @@ KD_HD typename Family::template Kept<F> step(F b, F o, const Reference<RealOf<F>
   constexpr Real kInf = Real(INFINITY);
   const F zero{}, a = b - r.top, t = difference<kCarry>(o, b, r);
   const F e = exp2_of_product(a, r.c, r.floor);
+  // in base 2 from here on, ((o - b) - ref) log2(e) / T, as math/exp.h takes it
   F y = kCarry ? t * r.c + t * r.c_low : t * r.c, o_at = a + t;
   Int no_b{}, no_o{};
   if (kMask) {

@@ -32,7 +32,9 @@ from .sums import reference_at
 class Plain(NamedTuple):
     """n_b, n_o: integers near the log-sum-exps in base 2; the second sweep's exponents are relative to them.
 
-    A tile's gradient is C (A x - y), x and y as `gradient.plain_gradient` says; the mixed KL has B besides.
+    With a and a_o a class's exponents relative to them, a tile's gradient is C (A 2^{a_o} - 2^a) for KL and
+    the cross entropy, C (A w - q) for orders, C 2^a ((a - a_o) - A) for reverse KL, A being a mean; mixed KL
+    has both, and KL's A for B.
     """
 
     n_b: tl.tensor

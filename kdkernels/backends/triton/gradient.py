@@ -31,7 +31,7 @@ def exponents(b, o, closed, numbers):
 
 @triton.jit
 def plain_gradient(b, o, closed, numbers, spec: tl.constexpr):
-    """A tile's T dD/dz, scaled."""
+    """A tile's T dD/dz, scaled: `close.Plain` has the formulas."""
     a, a_o = exponents(b, o, closed, numbers)
     e = tl.math.exp2(a)
     if spec.power:

@@ -1,6 +1,6 @@
 """The kernel of the loss: a row, or a part of one, from its logits to its loss and gradient.
 
-    plain      first_sweep -> plain_value, plain_close -> write_plain
+    plain      first_sweep (row_sums adds up the parts) -> plain_value, plain_close -> write_plain
     exact      first_sweep -> h (first_sweep again where h is poor) -> write_exact -> exact_value
     mixtures   first_sweep -> (h) -> middle_sweep -> mixed_value, mixed_close -> write_mixed
 

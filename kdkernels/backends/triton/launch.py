@@ -40,7 +40,7 @@ from .spec import (
     Spec,
 )
 
-CAREFUL_ROWS = 16  # rows whose losses a program of the second kernel looks at
+CAREFUL_ROWS = 16  # rows whose losses a program of `careful_rows` looks at
 CAREFUL_LANES, CAREFUL_WARPS = 256, 8  # classes of a tile, in fp64: one to a thread
 # Of a thread: of careful rows, the exact form, statistics and transforms; and of labels alone, where four
 # programs fit a multiprocessor. The compiler's own choice spills.
@@ -229,7 +229,7 @@ def _numbers(kind: Kind, inner: int, strides: list[int]) -> dict:
 
 def _careful(spec: Spec, arguments: dict, every: bool, registers: int | None) -> Launch:
     """The kernel for every row, or for those that others have lost."""
-    # of what is compiled, what it does not know: the same for all calls, so that they share a kernel
+    # fields of Spec that careful_rows does not look at, set alike so that calls share a compiled kernel
     same = dict(exact=True, carry=False, fast_log2=False, access=SCALAR, alone=True, phase=ALL)
     rows, several = arguments["rows"], 1 if every else CAREFUL_ROWS
     same = dataclasses.replace(spec, lanes=CAREFUL_LANES, run=1, **same)
@@ -238,7 +238,7 @@ def _careful(spec: Spec, arguments: dict, every: bool, registers: int | None) ->
 
 
 def _matching(spec: Spec, arguments: dict, warps: int, registers: int | None) -> Launch:
-    """T = inf: the same kernel, which reads a row as the fast ones do."""
+    """T = inf: `careful_rows` too, with the tiles and accesses of `loss_rows`."""
     lanes = spec.lanes
     if spec.hard or spec.stats:  # whose sums are in fp64
         lanes, registers = lanes // 2, registers and 255

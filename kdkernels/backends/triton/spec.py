@@ -36,7 +36,7 @@ class Spec:
 
     family: int
     base: int
-    exact: bool  # whether small differences keep their digits: `launch.is_exact`
+    exact: bool  # whether small differences keep their digits: `numbers.is_exact`
     hard: int
     grad: bool
     weighted: bool

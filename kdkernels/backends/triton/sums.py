@@ -47,8 +47,8 @@ NOWHERE = tl.constexpr(1 << 30)  # a class or a tile beyond all
 
 @triton.jit
 def exponent_shift(K, K_low, numbers):
-    """(N, w): K + K_low in base 2 as an integer, and e^K 2^-N. The scale of logits is c, so that is what K
-    is brought to."""
+    """(N, w): the integer nearest to K + K_low in base 2, and w = 2^N e^{-(K + K_low)}. The scale of logits
+    is c, so that is what K is brought to."""
     x = (wide(K) + K_low) / numbers.k * numbers.c
     N = tl.floor(x + 0.5)
     return N.to(tl.float32), tl.exp((N - x) / LOG2E).to(tl.float32)
