@@ -75,6 +75,7 @@ def test_names(name, file):
     assert name in (ROOT / file).read_text()
 
 
+@pytest.mark.slow
 def test_tests_are_there():
     """pytest finds each by its id."""
     ids = [x for command in COMMANDS for x in re.findall(r'pytest -q "?([^"]+)"?$', command)]
@@ -85,11 +86,11 @@ def test_tests_are_there():
 
 
 RUN = [x for x in COMMANDS if not any(y in x for y in ("pytest", "golden.py", "--write"))]
-# tools that have tests of their own
-TOOLS = [pytest.param(x, marks=pytest.mark.slow) for x in RUN if "raw.check" not in x]
+# of tools that have tests of their own
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in RUN if "raw.check('cpu'" not in x]
 
 
-@pytest.mark.parametrize("command", [*(x for x in RUN if "raw.check" in x), *TOOLS])
+@pytest.mark.parametrize("command", [*(x for x in RUN if "raw.check('cpu'" in x), *SLOW])
 def test_commands(command):
     """Those that are neither a test nor write a file that is committed."""
     if "triton" in command or "TRITON" in command:
