@@ -27,7 +27,7 @@ regress: .venv/installed
 
 # a process for each of two cores, each with one thread: more would wait for each other
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/integrations
 
 # the real trainers that the integrations are for, in their newest releases, beside what .venv has
 TRAINERS = .venv-trainers

@@ -1,6 +1,7 @@
 """The recipes run, and give what they say."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -187,5 +188,6 @@ def test_a_script_prints_lines(name, says, tmp_path):
     if name == "tensorboard_log":
         pytest.importorskip("tensorboard")
     script = str(RECIPES / f"{name}.py")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    env = os.environ | dict(PYTHONPATH=str(RECIPES.parents[1]))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and says in done.stdout and "\r" not in done.stdout, done.stderr

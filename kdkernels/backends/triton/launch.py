@@ -42,6 +42,7 @@ from .spec import (
 
 CAREFUL_ROWS = 16  # rows whose losses a program of `careful_rows` looks at
 CAREFUL_LANES, CAREFUL_WARPS = 256, 8  # classes of a tile, in fp64: one to a thread
+IN_TURN_LANES = 2048  # of the interpreter, whose time goes by tiles
 # Of a thread: of careful rows, the exact form, statistics and transforms; and of labels alone, where four
 # programs fit a multiprocessor. The compiler's own choice spills.
 MOST_REGISTERS, LABEL_REGISTERS = 168, 128
@@ -227,12 +228,13 @@ def _numbers(kind: Kind, inner: int, strides: list[int]) -> dict:
     )
 
 
-def _careful(spec: Spec, arguments: dict, every: bool, registers: int | None) -> Launch:
+def _careful(kind: Kind, spec: Spec, arguments: dict, every: bool, registers: int | None) -> Launch:
     """The kernel for every row, or for those that others have lost."""
     # fields of Spec that careful_rows does not look at, set alike so that calls share a compiled kernel
     same = dict(exact=True, carry=False, fast_log2=False, access=SCALAR, alone=True, phase=ALL)
     rows, several = arguments["rows"], 1 if every else CAREFUL_ROWS
-    same = dataclasses.replace(spec, lanes=CAREFUL_LANES, run=1, **same)
+    lanes = IN_TURN_LANES if kind.device.in_turn else CAREFUL_LANES
+    same = dataclasses.replace(spec, lanes=lanes, run=1, **same)
     more = dict(SPEC=same, EVERY=every, ROWS=several)
     return Launch("careful_rows", -(-rows // several), arguments | more, CAREFUL_WARPS, registers)
 
@@ -262,7 +264,7 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
     if FAMILIES[spec.family] == "MOMENTS":
         return 0, [_matching(spec, arguments, 2 * geometry.warps, most)]
     if spec.is_limit:  # no sums of terms: all in fp64
-        return 0, [_careful(spec, arguments, True, most)]
+        return 0, [_careful(kind, spec, arguments, True, most)]
     phases, state = (ALL,), 0
     if not spec.alone:
         again, middle = ([AGAIN] if spec.exact else []), ([MIDDLE] if spec.mixes else [])
@@ -279,7 +281,7 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
         )
         for x in phases
     ]  # fmt: skip
-    return state, [*fast, _careful(spec, arguments, False, most)]
+    return state, [*fast, _careful(kind, spec, arguments, False, most)]
 
 
 def launches(call: Call, out: Tensor, device: Device) -> tuple[list[Launch], dict[str, Tensor]]:
