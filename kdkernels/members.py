@@ -79,6 +79,8 @@ class MixedKL(Divergence):
 
     @property
     def reversed(self) -> Divergence:
+        if 0 < self.w < 1 == 1 - self.w:
+            raise ValueError(f"mixed_kl: the other way round w = 1 - {self.w!r}, which rounds to 1, is KL")
         return MixedKL(1 - self.w)
 
     def _make_form(self) -> Form:

@@ -754,13 +754,15 @@ def test_a_loss_is_never_negative(name):
         assert (loss >= (1 if name == "cross_entropy" else 0)).all()
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_a_class_of_one_side_that_is_too_small_for_a_float(side):
-    """KL both ways is +inf there, although the other's probability is 0 in fp32."""
-    logits = make_rows("plain", 1, 10)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("kl", 0), ("cross_entropy", 0), ("reverse_kl", 1), ("mixed_kl(0.5)", 0), ("mixed_kl(0.5)", 1)],
+)
+def test_a_class_of_one_side_that_is_too_small_for_a_float(name, side, dtype):
+    """D is +inf there in either form, although the other's probability is 0 in fp32."""
+    logits = make_rows("plain", 1, 10, dtype)
     logits[side][:, 3:7] = -math.inf
     z, v = logits
-    loss = fused_kd_loss(
-        z.requires_grad_(), v, divergence="mixed_kl(0.5)", temperature=0.01, backend="triton"
-    )
+    loss = fused_kd_loss(z.requires_grad_(), v, divergence=name, temperature=0.01, backend="triton")
     assert float(loss.detach()) == math.inf

@@ -25,44 +25,31 @@ class Hard(NamedTuple):
 
 
 @triton.jit
-def joined(
-    value, own, others, depths, classes, reference, label_logit, scale, smoothing, z_loss, HARD: tl.constexpr
-):
-    """(1 - smoothing) CE + smoothing (lse - mean z) + z_loss lse^2 from CE, e^{z - reference} of the label
-    and of all others together, and the sum of z - reference over so many classes; and its gradient, times
-    `scale`: (factor of e^{z - reference}, that at the label, less so much at each class). What the label
-    lacks to 1 comes from the others alone.
-    """
-    log_sum = tl.log(own + others)
-    each = scale * 0.0
-    if HARD == SMOOTHED:
-        value = (1.0 - smoothing) * value + smoothing * (log_sum - depths / classes)
-        each = scale * smoothing / classes
-    log_sum += reference
-    gain, unit = 2.0 * z_loss * log_sum, scale / (own + others)
-    at_label = unit * (own * (smoothing + gain) - others * (1.0 - smoothing)) - tl.where(
-        label_logit == -INF, 0.0, each
-    )
-    return value + z_loss * log_sum * log_sum, unit * (1.0 + gain), at_label, each
-
-
-@triton.jit
 def hard_of(sums, label_logit, scales, spec: tl.constexpr):
-    """`Hard` of a row; the first sweep has summed what the classes but the label have."""
+    """`Hard` of a row; the first sweep has summed what the classes but the label have: e^{z - reference}, and
+    for smoothing z - reference and how many they are. What the label lacks to 1 comes from the others alone.
+    """
     if spec.hard:
         M = tl.ceil((sums.top_b if spec.student_base else sums.top_o) * LOG2E_SINGLE)
-        depth = (wide(label_logit) * LOG2E_SINGLE - M) / LOG2E
+        others, reference, depth = sums.others, wide(M) / LOG2E_SINGLE, wide(label_logit) * LOG2E_SINGLE - M
+        depth /= LOG2E
         own = tl.exp(depth)
         there = own > 1e-200
-        nearly = log1p64(sums.others / tl.where(there, own, 1.0))
-        entropy = tl.where(there, nearly, tl.log(sums.others) - depth)
+        nearly = log1p64(others / tl.where(there, own, 1.0))
+        entropy = tl.where(there, nearly, tl.log(others) - depth)
         entropy = tl.where(own == own, entropy, own)
-        value, factor, at_label, each = joined(
-            entropy, own, sums.others, sums.exponents / LOG2E, sums.classes, wide(M) / LOG2E_SINGLE,
-            label_logit, scales.hard_grad, scales.smoothing, scales.z_loss, spec.hard,
-        )  # fmt: skip
+        value, log_sum, smoothing = entropy, tl.log(own + others), scales.smoothing
+        each = scales.hard_grad * 0.0
+        if spec.hard == SMOOTHED:
+            value = (1.0 - smoothing) * value + smoothing * (log_sum - sums.exponents / LOG2E / sums.classes)
+            each = scales.hard_grad * smoothing / sums.classes
+        log_sum += reference
+        gain, unit = 2.0 * scales.z_loss * log_sum, scales.hard_grad / (own + others)
+        at_label = unit * (own * (smoothing + gain) - others * (1.0 - smoothing))
+        at_label -= tl.where(label_logit == -INF, 0.0, each)
         return Hard(
-            value, entropy, M, factor.to(tl.float32), at_label.to(tl.float32), each.to(tl.float32)
+            value + scales.z_loss * log_sum * log_sum, entropy, M, (unit * (1.0 + gain)).to(tl.float32),
+            at_label.to(tl.float32), each.to(tl.float32),
         )  # fmt: skip
     else:
         return Hard(sums.s, sums.s, 0.0, 0.0, 0.0, 0.0)

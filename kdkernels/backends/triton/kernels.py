@@ -32,7 +32,7 @@ from .exchange import Exchange, row_sums, second_of_parts, second_sums
 from .gradient import write_exact, write_plain
 from .hard import hard_of
 from .mixture import MixedSums, middle_sweep, mixed_close, mixed_value, write_mixed
-from .records import AGAIN, ALL, ENTROPY, FIRST, LAST, MIDDLE, Numbers, Row, Scales, Side
+from .records import AGAIN, ALL, ENTROPY, FIRST, LAST, MIDDLE, Ending, Numbers, Row, Scales, Side
 from .rows import label_of, row_at, transformed, write_zeros
 from .statistics import COLUMNS, tell_sides, tell_terms
 from .sums import reference_at, sample
@@ -69,12 +69,12 @@ def weighted(value, hard_value, scales, hard: tl.constexpr):
 
 
 @triton.jit
-def tell(LOSS, STATS, value, sums, hard, numbers, scales, spec: tl.constexpr):
-    """Writes a row's loss and statistics."""
-    tl.store(LOSS, weighted(value, hard.value, scales, spec.hard))
+def tell(end, value, sums, numbers, spec: tl.constexpr):
+    """Writes a row's loss and statistics; value: D."""
+    tl.store(end.LOSS, weighted(value, end.hard.value, end.scales, spec.hard))
     if spec.stats:
-        tell_sides(STATS, sums, numbers, spec)
-        tell_terms(STATS, value, hard.cross_entropy, scales.factor, spec.hard)
+        tell_sides(end.STATS, sums, numbers, spec)
+        tell_terms(end.STATS, value, end.hard.cross_entropy, end.scales.factor, spec.hard)
 
 
 @triton.jit
@@ -91,32 +91,34 @@ def once(x, read, slot: tl.constexpr, spec: tl.constexpr):
 
 
 @triton.jit
-def plain_row(row, x, label_logit, LOSS, STATS, numbers, scales, spec: tl.constexpr):
+def plain_row(row, x, label_logit, to, numbers, scales, spec: tl.constexpr):
+    LOSS, STATS = to
     sums = row_sums(row, x, numbers, reference_at(0.0, 0.0, numbers), LOW, LOW, 0, spec)
     if spec.phase > AGAIN:
         log_r = wide(0.0)
         if spec.power:
             log_r = log2_ratio(sums, numbers)[0] * LN2
         if settled(sums, log_r, numbers, spec):
-            hard = hard_of(sums, label_logit, scales, spec)
+            end = Ending(LOSS, STATS, hard_of(sums, label_logit, scales, spec), scales)
             value = sums.s
             if not spec.mixes:
                 value = plain_value(sums, numbers, spec)
             closed = plain_close(sums, value, scales.grad, numbers, spec)
             if spec.mixes:
                 s = exp2_64(log2_sums(sums, numbers)[0] - closed.n_b)
-                mixed_row(row, x, s, closed, sums, hard, LOSS, STATS, numbers, scales, spec)
+                mixed_row(row, x, s, closed, sums, end, numbers, spec)
             else:
                 if spec.grad:
-                    write_plain(row, closed, hard, numbers, spec)
+                    write_plain(row, closed, end.hard, numbers, spec)
                 if x.part == 0:
-                    tell(LOSS, STATS, value, sums, hard, numbers, scales, spec)
+                    tell(end, value, sums, numbers, spec)
         else:
             tl.store(LOSS, lost_row())
 
 
 @triton.jit
-def exact_row(row, x, label_logit, LOSS, STATS, numbers, scales, spec: tl.constexpr):
+def exact_row(row, x, label_logit, to, numbers, scales, spec: tl.constexpr):
+    LOSS, STATS = to
     top_b, top_o, K = sample(row, numbers, spec)
     K = once(x, K, 15, spec) if not spec.alone else K
     reference = reference_at(K, K * 0.0, numbers)
@@ -134,32 +136,31 @@ def exact_row(row, x, label_logit, LOSS, STATS, numbers, scales, spec: tl.conste
                 ok = settled(sums, log_r, numbers, spec)
         if spec.phase > AGAIN:
             if ok:
-                exact_rest(row, x, sums, reference, h, log_r, label_logit, LOSS, STATS, numbers, scales, spec)
+                end = Ending(LOSS, STATS, hard_of(sums, label_logit, scales, spec), scales)
+                closed = exact_close(sums, reference, h, log_r, scales.grad, numbers, spec)
+                exact_rest(row, x, sums, closed, log_r, end, numbers, spec)
             else:
                 tl.store(LOSS, lost_row())
 
 
 @triton.jit
-def exact_rest(
-    row, x, sums, reference, h, log_r, label_logit, LOSS, STATS, numbers, scales, spec: tl.constexpr
-):  # fmt: skip
-    hard = hard_of(sums, label_logit, scales, spec)
-    closed = exact_close(sums, reference, h, log_r, scales.grad, numbers, spec)
+def exact_rest(row, x, sums, closed, log_r, end, numbers, spec: tl.constexpr):
+    """The sweeps after the first, of a row that is closed."""
     if spec.mixes:
-        mixed_row(row, x, sums.s, closed, sums, hard, LOSS, STATS, numbers, scales, spec)
+        mixed_row(row, x, sums.s, closed, sums, end, numbers, spec)
     elif spec.phase != MIDDLE:
-        mine = write_exact(row, closed, hard, sums.top_b, numbers, spec)
+        mine = write_exact(row, closed, end.hard, sums.top_b, numbers, spec)
         found, last = second_sums(mine, x, False, spec)
         if last:
             f, d, others, ties, own, _ = found
             value = exact_value(sums, f, d, log_r, numbers, spec)
             if spec.family == ENTROPY:
                 value += entropy(others, ties, own, sums.top_b, numbers)
-            tell(LOSS, STATS, value, sums, hard, numbers, scales, spec)
+            tell(end, value, sums, numbers, spec)
 
 
 @triton.jit
-def mixed_row(row, x, s, closed, sums, hard, LOSS, STATS, numbers, scales, spec: tl.constexpr):
+def mixed_row(row, x, s, closed, sums, end, numbers, spec: tl.constexpr):
     """The other two sweeps of a mixture; s: what b's softmax is over."""
     if spec.phase == LAST and not spec.alone:
         middle, last = second_of_parts(x, spec), x.part == 0
@@ -170,9 +171,9 @@ def mixed_row(row, x, s, closed, sums, hard, LOSS, STATS, numbers, scales, spec:
     if spec.phase != MIDDLE:
         middle = MixedSums(middle[0], middle[1], middle[2], middle[3], middle[4], middle[5])
         if spec.grad:
-            write_mixed(row, mixed_close(s, middle, closed, scales.grad, spec), hard, numbers, spec)
+            write_mixed(row, mixed_close(s, middle, closed, end.scales.grad, spec), end.hard, numbers, spec)
         if last:
-            tell(LOSS, STATS, mixed_value(s, middle, spec), sums, hard, numbers, scales, spec)
+            tell(end, mixed_value(s, middle, spec), sums, numbers, spec)
 
 
 @triton.jit
@@ -234,7 +235,8 @@ def loss_rows(
             weight, value_scale, value_unit, weight * grad_scale, hard_scale, weight * hard_grad_scale,
             smoothing, z_loss, factor,
         )  # fmt: skip
+        to = LOSS + row, STATS + row * COLUMNS
         if spec.exact:
-            exact_row(here, x, label_logit, LOSS + row, STATS + row * COLUMNS, numbers, scales, spec)
+            exact_row(here, x, label_logit, to, numbers, scales, spec)
         else:
-            plain_row(here, x, label_logit, LOSS + row, STATS + row * COLUMNS, numbers, scales, spec)
+            plain_row(here, x, label_logit, to, numbers, scales, spec)

@@ -75,6 +75,15 @@ class Scales(NamedTuple):
     factor: tl.tensor  # of D alone, for statistics
 
 
+class Ending(NamedTuple):
+    """What a row's loss and statistics are made of besides D, and where they go."""
+
+    LOSS: tl.tensor
+    STATS: tl.tensor
+    hard: tl.tuple
+    scales: tl.tuple
+
+
 class Reference(NamedTuple):
     """What y = (o - b) k - K - K_low is relative to, in the exact form: an estimate of log sum o - log sum b.
 

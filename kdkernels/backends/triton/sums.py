@@ -120,15 +120,15 @@ def exact_terms(b, o, a, e, eo, reference, numbers, spec: tl.constexpr):
 @triton.jit
 def plain_term(e, a, a_o, numbers, spec: tl.constexpr):
     """The term of f, plain. A class that the base has not adds nothing; one that only the base has makes KL
-    infinite."""
+    infinite, or nan where its e is 0 in fp32, and then `careful_rows` finds it."""
     if spec.power:
         # a difference of infinities becomes finite, and 2^{-inf} is 0 all the same
         y = tl.minimum(tl.maximum(a_o - a, -BIG), BIG)
         return tl.math.exp2(tl.fma(y, numbers.tilt, a))
     elif spec.family == ENTROPY:
-        return e * tl.where(e > 0.0, -a_o, 0.0)
+        return e * tl.where(a > -INF, -a_o, 0.0)
     else:
-        return e * tl.where(e > 0.0, a - a_o, 0.0)
+        return e * tl.where(a > -INF, a - a_o, 0.0)
 
 
 @triton.jit
