@@ -95,6 +95,7 @@ class Case:
     grad: bool = True
     modifiers: Modifiers | None = None
     stats: bool = False
+    own: bool = False  # temperatures of the rows
 
     @property
     def text(self) -> str:
@@ -107,6 +108,7 @@ class Case:
         ]
         flags += [
             ("stats", self.stats),
+            ("own T", self.own),
             ("capped", m.student_softcap),
             ("scaled", not m.student_softcap and m.student_scale != 1),
         ]
@@ -132,6 +134,7 @@ class Case:
             numbers=Numbers(self.temperature, 1.0, 1.0, hard, hard, self.modifiers or Modifiers()),
             grad=torch.empty_like(z) if self.grad else None,
             stats=torch.empty(self.rows, COLUMNS, dtype=torch.float64, device="meta") if self.stats else None,
+            temperature=per_row[torch.float64] if self.own else None,
         )
         found, tensors = backend.launches(call, losses, device)
         return [replace(x, arguments=x.arguments | tensors) for x in found]
@@ -178,6 +181,8 @@ def covering() -> list[Case]:
         Case("renyi(0.5)", vocab=2048, hard=True, modifiers=ALL, stats=True),
         Case("renyi(inf)", hard=True, modifiers=ALL, stats=True),
         Case(temperature=math.inf, vocab=50257, hard=True, modifiers=ALL, stats=True),
+        Case(temperature=1.0, own=True),
+        Case("jsd(0.5)", temperature=1.0, vocab=50257, hard=True, weighted=True, own=True),
     ]
 
 

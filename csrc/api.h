@@ -22,6 +22,7 @@ struct kd_call {
   const int64_t *labels;  // null without hard labels
   // per row, null: all 1. A row of weight 0 is not read; its gradient is zeroed
   const double *weight;
+  const double *temperatures;  // per row, in place of `temperature`; null: that of all
   double *loss;                // per row: weight * (value_scale * D + hard_scale * CE)
   int64_t rows, inner, vocab;  // vocab: the classes that count
   int64_t grad_width;          // classes of a gradient row; those past vocab are zeroed
@@ -33,13 +34,15 @@ struct kd_call {
   int32_t fresh;    // the gradient is contiguous and lies in no other tensor: its tail may hold the workspace
   int32_t device;   // of CUDA
   int32_t grad_dtype;
+  int32_t squared, reserved;  // with `temperatures`: a row's D is to be multiplied with T^2
   // the numbers of the family's member, as Form has them (kdkernels/form.py)
   double order, factor;
   double mix, teacher_part, student_part;
   double limit;            // k in the limit of high temperature
   double temperature;      // inf: the limit of T^2 D
-  double value_scale;      // factor of D
-  double grad_scale;       // factor of T dD/dz (of the limit's gradient at T = inf)
+  double value_scale;      // factor of D; with `temperatures` and `squared`, of T^2 D
+  double grad_scale;       // factor of T dD/dz (of the limit's gradient at T = inf); with `temperatures` of
+                           // dD/dz; with `squared` too, of T^2 dD/dz
   double hard_scale;       // factor of CE in the value
   double hard_grad_scale;  // factor of dCE/dz
   // of logits: softcap tanh(scale x / softcap), or scale x where it is 0

@@ -82,6 +82,7 @@ Job make_job(const kd_call &c) {
   Job job{};
   job.call = c;
   job.plan = make_plan(c, false);
+  if (c.temperatures) job.plan.only_careful = true;  // the sweeps have one temperature for all rows
   with_family(job.plan, [&](auto family) {
     if (!decltype(family)::kTwice) return;
     job.mix = narrowed(job.plan.mixture, float());
@@ -151,7 +152,8 @@ int run(Job &job) {
     }
     if (const int error = launch_loss(g, job, c.stream)) return error == KD_BAD_CALL ? error : cuda(error);
   }
-  const gpu::Shape rest{over(c.rows, job.all ? 1 : kLook), CarefulRows::kThreads, 1, CarefulRows::kWarps * 8};
+  const gpu::Shape rest{over(c.rows, job.all ? 1 : kLook), CarefulRows::kThreads, 1,
+                        sizeof(CarefulMemory<CarefulRows>)};
   return cuda(gpu::launch(careful_rows<CarefulRows>, rest, c.stream, job));
 }
 

@@ -47,14 +47,24 @@ struct Plan {
   template <class T> KD_HD T teacher(T of_base, T of_other) const { return other(of_base, of_other); }
 };
 
-inline void plan_temperature(Plan &p, double temperature, bool wide) {
+KD_HD void plan_temperature(Plan &p, double temperature, bool wide) {
   p.exact = temperature >= 64;
-  p.c = kLog2e / temperature;
-  if (!wide) {
-    p.c_low = p.c - float(p.c);
-    p.c = float(p.c);
-  }
+  const double c = kLog2e / temperature;
+  p.c = wide ? c : float(c);
+  p.c_low = c - p.c;
   p.k = (p.exact ? p.c + p.c_low : p.c) * kLn2;
+}
+
+// A row of a call whose rows have temperatures of their own, as a call of one temperature; nan in all of it
+// for a temperature of nan.
+KD_HD kd_call at_own_temperature(const kd_call &call, int64_t row) {
+  kd_call c = call;
+  c.temperature = call.temperatures[row];
+  c.temperatures = nullptr;
+  const double square = call.squared ? c.temperature * c.temperature : c.temperature / c.temperature;
+  c.value_scale *= square;
+  c.grad_scale *= square / c.temperature;
+  return c;
 }
 
 inline void plan_mixture(Plan &p, const kd_call &c) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .call import SCHEMA, Asked, Call, Numbers, exchanged
+from .call import SCHEMA, Asked, Call, Numbers, Rows, exchanged
 from .folding import value_dtype
 from .gradients import gradient_for, once, times_upstream
 from .options import Options
@@ -17,19 +17,22 @@ from .options import Options
 
 class Pass(NamedTuple):
     """What the operator is asked for of the rows, and, where the teacher has a gradient, of them with the two
-    exchanged."""
+    exchanged; and what autograd wants of it."""
 
     own: Asked
     turned: Asked | None
     stats: bool
+    wanted: tuple[bool, bool]  # gradients, of student and teacher
+    inplace: bool
+    boost: float  # what they have been multiplied with besides
 
     @staticmethod
-    def of(o: Options, numbers: Numbers, vocab: int, of_teacher: bool) -> Pass:
+    def of(o: Options, numbers: Numbers, vocab: int, wanted=(False, False), inplace=False, boost=1.0) -> Pass:
         own = Asked.of(o.divergence, numbers, vocab, o.backend)
         turned = None
-        if of_teacher:
+        if wanted[1]:
             turned = Asked.of(*exchanged(o.divergence, numbers), vocab, o.backend)
-        return Pass(own, turned, o.return_stats)
+        return Pass(own, turned, o.return_stats, wanted, inplace, boost)
 
 
 class Total(torch.autograd.Function):
@@ -37,57 +40,58 @@ class Total(torch.autograd.Function):
     them by the upstream one."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, asked: Pass, boost: float, inplace: bool, wanted):
-        rows, grads, columns = rows_and_gradients(student, teacher, labels, weight, asked, inplace, wanted)
-        ctx.wanted, ctx.boost, ctx.asked = wanted, boost, asked.own
+    def forward(ctx, student, teacher, labels, weight, temperature, asked: Pass):
+        rows = Rows(labels, weight, temperature)
+        losses, grads, columns = rows_and_gradients(student, teacher, rows, asked)
+        ctx.asked, ctx.saved = asked, len(grads)
         # of eager, whose gradient can be differentiated again, what it is made from as well
-        again = (student, teacher, labels, weight) if asked.own.backend == "eager" and not inplace else ()
+        again = (student, teacher, *rows) if asked.own.backend == "eager" and not asked.inplace else ()
         ctx.save_for_backward(*grads, *again)
-        ctx.saved = len(grads)
         if asked.stats:
             ctx.mark_non_differentiable(columns)
-        return rows.sum().to(value_dtype(student)), columns
+        return losses.sum().to(value_dtype(student)), columns
 
     @staticmethod
     def backward(ctx, upstream, _):
-        saved = ctx.saved_tensors  # which a checkpoint computes once
+        saved, asked = ctx.saved_tensors, ctx.asked  # which a checkpoint computes once
         grads, again = saved[: ctx.saved], saved[ctx.saved :]
         if again and _needs_a_graph(upstream):
-            grads = _through_a_graph(again, ctx.asked, upstream, ctx.wanted)
+            grads = _through_a_graph(again, asked, upstream)
         else:
             inputs.check_upstream("fused_kd_loss", upstream)
-            grads = times_upstream(grads, upstream / ctx.boost if ctx.boost != 1.0 else upstream)
+            grads = times_upstream(grads, upstream / asked.boost if asked.boost != 1.0 else upstream)
         grads = iter(grads)
-        return *(next(grads) if wanted else None for wanted in ctx.wanted), *[None] * 6
+        return *(next(grads) if wanted else None for wanted in asked.wanted), *[None] * 4
 
 
 class PerRow(torch.autograd.Function):
     """Row losses; the backward runs the operator again with the upstream gradient in the rows' weights."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, asked: Pass, inplace: bool):
-        rows, columns = rows_alone(student, teacher, labels, weight, asked)
-        ctx.save_for_backward(student, teacher, labels, weight)
-        ctx.asked, ctx.inplace = asked._replace(stats=False), inplace
+    def forward(ctx, student, teacher, labels, weight, temperature, asked: Pass):
+        losses, columns = rows_alone(student, teacher, Rows(labels, weight, temperature), asked)
+        ctx.save_for_backward(student, teacher, labels, weight, temperature)
+        ctx.asked = asked._replace(stats=False)
         if asked.stats:
             ctx.mark_non_differentiable(columns)
-        return rows.view(student.shape[:-1]), columns
+        return losses.view(student.shape[:-1]), columns
 
     @staticmethod
     def backward(ctx, upstream, _):
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        if ctx.asked.own.backend == "eager" and not ctx.inplace and _needs_a_graph(upstream):
-            grads = iter(_through_a_graph(saved, ctx.asked.own, upstream, wanted))
-            return *(next(grads) if x else None for x in wanted), *[None] * 4
-        inputs.check_upstream("fused_kd_loss", upstream)
-        student, teacher, labels, weight = saved
-        with torch.no_grad():
-            weight = _times_weight(upstream, weight)
-            _, grads, _ = rows_and_gradients(student, teacher, labels, weight, ctx.asked, ctx.inplace, wanted)
-        if torch.is_grad_enabled():
-            grads = [once(grad) for grad in grads]
+        saved, asked = ctx.saved_tensors, ctx.asked._replace(wanted=ctx.needs_input_grad[:2])
+        if asked.own.backend == "eager" and not asked.inplace and _needs_a_graph(upstream):
+            grads = _through_a_graph(saved, asked, upstream)
+        else:
+            inputs.check_upstream("fused_kd_loss", upstream)
+            student, teacher, *rows = saved
+            rows = Rows(*rows)
+            with torch.no_grad():
+                rows = rows._replace(weight=_times_weight(upstream, rows.weight))
+                _, grads, _ = rows_and_gradients(student, teacher, rows, asked)
+            if torch.is_grad_enabled():
+                grads = [once(grad) for grad in grads]
         grads = iter(grads)
-        return *(next(grads) if x else None for x in wanted), *[None] * 4
+        return *(next(grads) if x else None for x in asked.wanted), *[None] * 4
 
 
 def _needs_a_graph(upstream: Tensor) -> bool:
@@ -95,17 +99,17 @@ def _needs_a_graph(upstream: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or inputs.is_batched(upstream))
 
 
-def _through_a_graph(tensors, asked: Asked, upstream: Tensor, wanted) -> tuple[Tensor, ...]:
+def _through_a_graph(tensors, asked: Pass, upstream: Tensor) -> tuple[Tensor, ...]:
     """The gradients that are wanted of student and teacher, by autograd, so that they can be differentiated
     again."""
     from .backends import eager
 
-    student, teacher, labels, weight = tensors
-    divergence, numbers = asked.record()
+    student, teacher, labels, weight, temperature = tensors
+    of_rows = labels, weight, *asked.own.record()
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        rows = eager.rows(Call(student, teacher, asked.vocab, labels, weight, divergence, numbers))
-        leaves = [x for x, has in zip((student, teacher), wanted, strict=True) if has]
+        rows = eager.rows(Call(student, teacher, asked.own.vocab, *of_rows, temperature=temperature))
+        leaves = [x for x, has in zip((student, teacher), asked.wanted, strict=True) if has]
         upstream = upstream.to(rows.dtype)
         upstream = upstream.expand_as(rows) if upstream.dim() == 0 else upstream.reshape(rows.shape)
         return torch.autograd.grad(rows, leaves, upstream, create_graph=again)
@@ -118,9 +122,7 @@ def _times_weight(upstream: Tensor, weight: Tensor | None) -> Tensor:
 
 # torch.export keeps operators, and nothing of an autograd.Function: what is to be trained through its graph
 # is one with a derivative
-ops.library.define(
-    f"trainable_loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, {SCHEMA}) -> Tensor"
-)
+ops.library.define(f"trainable_loss({ops.ROWS}, {SCHEMA}) -> Tensor")
 
 
 @torch.library.impl(ops.library, "trainable_loss", "CompositeExplicitAutograd")
@@ -134,21 +136,21 @@ def _(student, *rest):
 
 
 def _save_trainable(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.asked = Asked(*inputs[4:])
+    ctx.save_for_backward(*inputs[:5])
+    ctx.asked = Asked(*inputs[5:])
 
 
 def _trainable_backward(ctx, upstream):
-    student, teacher, labels, weight = ctx.saved_tensors
+    student, teacher, labels, weight, temperature = ctx.saved_tensors
     weight = _times_weight(upstream.view(student.shape[:-1]), weight)
     own, others = ctx.needs_input_grad[:2]
     asked, grad, other = ctx.asked, None, None
     if others:
         turned = Asked.of(*exchanged(*asked.record()), asked.vocab, asked.backend)
-        _, other, _ = ops.loss(teacher, student, None, weight, *turned, True, False)
+        _, other, _ = ops.loss(teacher, student, None, weight, temperature, *turned, True, False)
     if own:
-        _, grad, _ = ops.loss(student, teacher, labels, weight, *asked, True, False)
-    return grad, other, *[None] * (2 + len(asked))
+        _, grad, _ = ops.loss(student, teacher, labels, weight, temperature, *asked, True, False)
+    return grad, other, *[None] * (3 + len(asked))
 
 
 torch.library.register_autograd(
@@ -156,18 +158,18 @@ torch.library.register_autograd(
 )
 
 
-def rows_alone(student, teacher, labels, weight, asked: Pass) -> tuple[Tensor, Tensor | None]:
+def rows_alone(student, teacher, of_rows: Rows, asked: Pass) -> tuple[Tensor, Tensor | None]:
     """The rows' losses and statistics, without a gradient."""
     z, v = student.detach(), teacher.detach()
     if torch.compiler.is_compiling():
-        rows, _, columns = ops.loss(z, v, labels, weight, *asked.own, False, asked.stats)
+        rows, _, columns = ops.loss(z, v, *of_rows, *asked.own, False, asked.stats)
         return rows, columns if asked.stats else None
     columns = ops.new_columns(z) if asked.stats else None
-    return ops.loss_into(z, v, labels, weight, *asked.own, None, columns), columns
+    return ops.loss_into(z, v, *of_rows, *asked.own, None, columns), columns
 
 
 def rows_and_gradients(
-    student, teacher, labels, weight, asked: Pass, inplace: bool, wanted: tuple[bool, bool]
+    student, teacher, of_rows: Rows, asked: Pass
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """The rows' losses, the gradients that are wanted of student and teacher, and statistics.
 
@@ -175,22 +177,24 @@ def rows_and_gradients(
     comes first: in place, the student's takes the logits that it is made from.
     """
     z, v, compiling = student.detach(), teacher.detach(), torch.compiler.is_compiling()
-    own, others = wanted
+    own, others = asked.wanted
     grads: tuple[Tensor, ...] = ()
-    if others and compiling:
-        grads = (ops.loss(v, z, None, weight, *asked.turned, True, False)[1],)
-    elif others:
-        grads = (gradient_for(teacher),)
-        ops.loss_into(v, z, None, weight, *asked.turned, grads[0], None)
+    if others:
+        turned = v, z, *of_rows._replace(labels=None), *asked.turned
+        if compiling:
+            grads = (ops.loss(*turned, True, False)[1],)
+        else:
+            grads = (gradient_for(teacher),)
+            ops.loss_into(*turned, grads[0], None)
     if not own:
-        rows, columns = rows_alone(student, teacher, labels, weight, asked)
+        rows, columns = rows_alone(student, teacher, of_rows, asked)
         return rows, grads, columns
-    if compiling and not inplace:
-        rows, grad, columns = ops.loss(z, v, labels, weight, *asked.own, True, asked.stats)
+    if compiling and not asked.inplace:
+        rows, grad, columns = ops.loss(z, v, *of_rows, *asked.own, True, asked.stats)
         return rows, (grad, *grads), columns if asked.stats else None
-    grad = z if inplace else gradient_for(student)
+    grad = z if asked.inplace else gradient_for(student)
     columns = ops.new_columns(z) if asked.stats else None
-    rows = ops.loss_into(z, v, labels, weight, *asked.own, grad, columns)
-    if inplace and not compiling:  # autograd is told, so that whoever saved the logits finds out
+    rows = ops.loss_into(z, v, *of_rows, *asked.own, grad, columns)
+    if asked.inplace and not compiling:  # autograd is told, so that whoever saved the logits finds out
         torch.autograd.graph.increment_version(student)
     return rows, (grad, *grads), columns

@@ -16,10 +16,22 @@ from torch import Tensor
 from .divergence import Divergence, of
 from .transforms import PLAIN, Modifiers
 
+# Of a finite temperature: where every backend is right. fp32 holds 1/T there, and the squares of (z - v) / T.
+TEMPERATURES = (1e-4, 1e12)
+
 
 def row_dtype(device: torch.device) -> torch.dtype:
     """Of what belongs to a row (losses, weights, statistics): float64, float32 where a device has none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Rows(NamedTuple):
+    """What belongs to the rows, each (...) or None: labels; their weights, of `row_dtype`; their own
+    temperatures, of `row_dtype`, in place of `Numbers.temperature`."""
+
+    labels: Tensor | None = None
+    weight: Tensor | None = None
+    temperature: Tensor | None = None
 
 
 class Numbers(NamedTuple):
@@ -27,6 +39,9 @@ class Numbers(NamedTuple):
 
     loss = value_scale D + hard_scale CE, and its gradient grad_scale T dD/dz + hard_grad_scale dCE/dz, each
     times the row's weight. At T = inf D is the limit of T^2 D, and grad_scale multiplies its gradient.
+
+    Where rows have temperatures of their own the scales are without them: a row's value_scale is to be
+    multiplied with S, and its grad_scale with S / T, S = T^2 if `squared` else 1.
     """
 
     temperature: float = 1.0
@@ -35,6 +50,7 @@ class Numbers(NamedTuple):
     hard_scale: float = 0.0
     hard_grad_scale: float = 0.0
     modifiers: Modifiers = PLAIN
+    squared: bool = False
 
 
 class Call(NamedTuple):
@@ -43,6 +59,8 @@ class Call(NamedTuple):
     student, teacher: (..., V) logits, their rows as `addressable` has them. The first `vocab` classes count.
     labels: (...) int64; on the CPU checked where weight is not 0.
     weight: (...) of `row_dtype`, None for 1 everywhere; a row of weight 0 is not read.
+    temperature: (...) of `row_dtype`, the rows' own; None: `numbers` has one for all. On a GPU nan for one
+        outside of TEMPERATURES, which makes that row nan.
     grad: None, or the buffer of the gradient, in the student's shape. Its dtype is the student's, and it may
         be the student's own storage, or one up to float32. Classes beyond `vocab` and rows of weight 0 get 0.
     stats: None, or (rows, COLUMNS) of `row_dtype` (stats.py), nan for a row of weight 0.
@@ -59,18 +77,20 @@ class Call(NamedTuple):
     numbers: Numbers = Numbers()
     grad: Tensor | None = None
     stats: Tensor | None = None
+    temperature: Tensor | None = None
 
     def flat(self, backend: str) -> tuple:
         """The arguments of `ops.loss_into`."""
         asked = Asked.of(self.divergence, self.numbers, self.vocab, backend)
-        return (*self[:2], *self[3:5], *asked, self.grad, self.stats)
+        rows = Rows(self.labels, self.weight, self.temperature)
+        return self.student, self.teacher, *rows, *asked, self.grad, self.stats
 
 
 class Asked(NamedTuple):
     """The arguments of an operator between its logits and its buffers: SCHEMA."""
 
     divergence: str  # its name
-    # `Numbers` in their order, the divergence's parameter before the modifiers, which may be left out
+    # the scales of `Numbers`, `squared`, the divergence's parameter, the modifiers, which may be left out
     numbers: list[float]
     varying: Tensor | None  # the numbers, (n,) float64 on the CPU, where some are known at run time alone
     vocab: int
@@ -78,19 +98,20 @@ class Asked(NamedTuple):
 
     @staticmethod
     def of(divergence: Divergence, numbers: Numbers, vocab: int, backend: str) -> Asked:
-        *scales, modifiers = numbers
+        *scales, modifiers, squared = numbers
         if torch.compiler.is_compiling():
-            flat = told(*scales, divergence.parameter, *modifiers)
+            flat = told(*scales, float(squared), divergence.parameter, *modifiers)
             return Asked(divergence.name, *flat, vocab, backend)
         # most calls have no modifiers: a list half as long. Dynamo does not know `is` of two of them
         more = () if modifiers is PLAIN else modifiers
-        return Asked(divergence.name, [*scales, divergence.parameter, *more], None, vocab, backend)
+        flat = [*scales, float(squared), divergence.parameter, *more]
+        return Asked(divergence.name, flat, None, vocab, backend)
 
     def record(self) -> tuple[Divergence, Numbers]:
         """What `of` was given."""
-        *scales, parameter = (flat := heard(self.numbers, self.varying))[:6]
-        modifiers = Modifiers(*flat[6:]) if len(flat) > 6 else PLAIN
-        return of(self.divergence, parameter), Numbers(*scales, modifiers)
+        *scales, squared, parameter = (flat := heard(self.numbers, self.varying))[:7]
+        modifiers = Modifiers(*flat[7:]) if len(flat) > 7 else PLAIN
+        return of(self.divergence, parameter), Numbers(*scales, modifiers, squared != 0)
 
 
 def any_symbol(*numbers: float) -> bool:
@@ -121,8 +142,7 @@ def exchanged(divergence: Divergence, numbers: Numbers) -> tuple[Divergence, Num
     student's."""
     m = numbers.modifiers
     modifiers = Modifiers(m.teacher_scale, m.teacher_softcap, m.student_scale, m.student_softcap)
-    scales = numbers.temperature, numbers.value_scale, numbers.grad_scale
-    return divergence.reversed, Numbers(*scales, 0.0, 0.0, modifiers)
+    return divergence.reversed, numbers._replace(hard_scale=0.0, hard_grad_scale=0.0, modifiers=modifiers)
 
 
 def regular(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .call import Asked, addressable, exchanged, row_dtype
+from .call import Asked, Rows, addressable, exchanged, row_dtype
 from .options import DTYPES
 from .products import ROUND, product, project, shaped, sum_rows
 from .stats import COLUMNS
@@ -37,15 +37,6 @@ class Model(NamedTuple):
     bias: Tensor | None
 
 
-class Rows(NamedTuple):
-    """What belongs to the tokens: labels (...), and of `row_dtype` their weights and one more factor of the
-    rows."""
-
-    labels: Tensor | None
-    weight: Tensor | None
-    upstream: Tensor | None = None
-
-
 class Given(NamedTuple):
     """The tensors of a loss from hidden states; `logits` stand in place of the teacher's three."""
 
@@ -53,11 +44,13 @@ class Given(NamedTuple):
     teacher: Model
     logits: TeacherLogits | None
     rows: Rows
+    upstream: Tensor | None  # of `row_dtype`: one more factor of the rows
 
     @staticmethod
-    def of(tensors: tuple, *rows) -> Given:
+    def of(tensors: tuple, rows: tuple, upstream: Tensor | None = None) -> Given:
         """Of both models' tensors and the teacher's logits, laid out flat, and those of the rows."""
-        return Given(Model(*tensors[:3]), Model(*tensors[3:6]), tensors[6], Rows(*rows))
+        models = Model(*tensors[:3]), Model(*tensors[3:6])
+        return Given(*models, tensors[6], Rows(*rows), upstream)
 
 
 class Setup(NamedTuple):
@@ -161,10 +154,14 @@ def over_chunks(given: Given, setup: Setup, asked: Asked) -> tuple[Tensor, ...]:
     asked for."""
     hidden, vocab, device = given.student.hidden, asked.vocab, given.student.hidden.device
     tokens = math.prod(hidden.shape[:-1])
-    of_tokens = Rows(*(x if x is None else x.reshape(tokens) for x in given.rows))
+    *of_tokens, upstream = (x if x is None else x.reshape(tokens) for x in (*given.rows, given.upstream))
+    of_tokens = Rows(*of_tokens)
     if of_tokens.labels is not None and inputs.readable(of_tokens.labels):
         ops.check_labels(of_tokens.labels, of_tokens.weight, vocab)
-    index, row_weight = counted(of_tokens, setup.num_counted, device, in_place=callable(given.logits))
+    if of_tokens.temperature is not None and inputs.readable(of_tokens.temperature):
+        ops.checked_temperatures(of_tokens.temperature, of_tokens.weight)
+    index, weight = counted(of_tokens.weight, upstream, setup.num_counted, device, callable(given.logits))
+    of_tokens = of_tokens._replace(weight=weight)
     count = tokens if index is None else len(index)
     teacher = Teacher(given, setup, vocab, gathered=index is not None)
     buffers = Buffers(setup, teacher, count, vocab)
@@ -185,13 +182,13 @@ def over_chunks(given: Given, setup: Setup, asked: Asked) -> tuple[Tensor, ...]:
             x = h[at].to(setup.dtype)
             z = project(x, *head, buffers.logits(stop - start, vocab))
             v = teacher.logits(at, buffers.second)
-            y, w = (a if a is None else a[at] for a in (of_tokens.labels, row_weight))
+            mine_of = Rows(*(a if a is None else a[at] for a in of_tokens))
             if theirs.wanted:  # first: the student's gradient takes its logits' place
                 dv = buffers.turned(v)
-                ops.loss_into(v, z, None, w, *turned, dv, None)
+                ops.loss_into(v, z, *mine_of._replace(labels=None), *turned, dv, None)
             found = ops.new_columns(z) if setup.stats else None
             dz = buffers.own(z) if mine.wanted else None
-            rows[at] = ops.loss_into(z, v, y, w, *asked, dz, found)
+            rows[at] = ops.loss_into(z, v, *mine_of, *asked, dz, found)
             if setup.stats:
                 columns[at] = found
             if mine.wanted:
@@ -282,14 +279,17 @@ class Accumulator:
 
 
 def counted(
-    rows: Rows, num_counted: int | None, device: torch.device, in_place: bool
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    num_counted: int | None,
+    device: torch.device,
+    in_place: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(indices of the tokens that count where their number is known without waiting for a device, else None;
     weights with upstream)."""
-    weight, total = rows.weight, rows.weight
-    index = None
-    if rows.upstream is not None:
-        total = rows.upstream if weight is None else torch.where(weight != 0, rows.upstream * weight, 0.0)
+    index, total = None, weight
+    if upstream is not None:
+        total = upstream if weight is None else torch.where(weight != 0, upstream * weight, 0.0)
     if weight is None:
         return None, total
     if device.type == "cpu" and inputs.readable(weight):

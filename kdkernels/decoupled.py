@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import functional, inputs
-from .folding import weights
+from .call import Rows
+from .folding import counted_rows
 from .options import checked_items, options
 from .transforms import wide
 
@@ -81,7 +82,8 @@ def decoupled_kd_loss(
     )
     vocab = o.vocab_size or teacher_logits.shape[-1]
     num_items = checked_items(num_items, o)
-    weight, denominator = weights(student_logits, labels, vocab, o, token_weight, num_items)
+    rows, denominator = counted_rows(Rows(labels, token_weight), student_logits, vocab, o, num_items)
+    weight = rows.weight
     # ignore_index is a class of no vocabulary; a wrong label beside it has had its error, or on a device has
     # a row that is nan
     at = torch.where((labels >= 0) & (labels < vocab), labels, 0).unsqueeze(-1)

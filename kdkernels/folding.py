@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Numbers, any_symbol, row_dtype
+from .call import Numbers, Rows, any_symbol, row_dtype
 from .options import Options
 
 # of an fp16 gradient; beyond, what keeps its largest elements below fp16's range would take the smallest
@@ -21,17 +21,14 @@ MOST_STEEP = 32.0
 LARGEST_HALF = 65504.0
 
 
-def weights(
-    student, labels, vocab: int, o: Options, token_weight, num_items
-) -> tuple[Tensor | None, float | Tensor]:
-    """(weights of the rows, of `row_dtype`, None where all count alike; what reduction="mean" divides by, on
-    the rows' device).
+def counted_rows(rows: Rows, student, vocab: int, o: Options, num_items) -> tuple[Rows, float | Tensor]:
+    """(what belongs to the rows as the operators take it, a weight of None where all count alike; what
+    reduction="mean" divides by, on the rows' device).
 
     num_items: as `options.checked_items` returns it.
     """
-    weight, dtype = None, row_dtype(student.device)
-    if token_weight is not None:
-        weight = token_weight.to(dtype)
+    dtype = row_dtype(student.device)
+    labels, weight, temperature = rows.labels, *(x if x is None else x.to(dtype) for x in rows[1:])
     if labels is not None:
         counted = labels != o.ignore_index
         weight = counted.to(dtype) if weight is None else torch.where(counted, weight, 0.0)
@@ -44,7 +41,8 @@ def weights(
             denominator = torch.where(denominator == 0, 1.0, denominator.detach().to(student.device, dtype))
     if labels is not None and not o.hard_weight and not student.is_cpu:
         weight = nan_at_wrong(labels, weight, vocab)
-    return weight, denominator
+    # on a CPU labels go down without a hard term too: the library raises for a wrong one
+    return Rows(labels if o.hard_weight or student.is_cpu else None, weight, temperature), denominator
 
 
 def at_least_one(student: Tensor) -> int:
@@ -71,13 +69,14 @@ class Folded(NamedTuple):
 
 def steepness(o: Options, vocab: int, of_teacher: bool) -> float:
     """A bound on the elements of a row's gradients, in units of the factors that they are multiplied with;
-    inf where there is none, or where a mixture's weight is a symbol, whose logarithm is not known.
+    inf where there is none, where rows have their own temperatures, or where a mixture's weight is a symbol,
+    whose logarithm is not known.
 
     T |dD/dz_i| <= `Form.steepest`; |dCE/dz_i| <= 1; the z-loss adds 2 z_loss lse q_i, and fp16 logits bound
     lse.
     """
     form = o.divergence.form
-    if o.temperature == math.inf or form.family == "mixture" and any_symbol(form.mix):
+    if o.temperature in (None, math.inf) or form.family == "mixture" and any_symbol(form.mix):
         return math.inf
     student, teacher = o.student_transform, o.teacher_transform
     soft = form.steepest if o.soft_weight else 0.0
@@ -114,9 +113,9 @@ def fold(o: Options, leading, weight: Tensor | None, denominator, steepest: floa
         return Folded(numbers, weight)
     if denominator == 1:
         return Folded(numbers, weight)
-    T, value, grad, hard, hard_grad, modifiers = numbers
+    T, value, grad, hard, hard_grad, *rest = numbers
     d = denominator
-    return Folded(Numbers(T, value / d, grad / d, hard / d, hard_grad / d, modifiers), weight)
+    return Folded(Numbers(T, value / d, grad / d, hard / d, hard_grad / d, *rest), weight)
 
 
 def largest(x: Tensor) -> Tensor:

@@ -15,21 +15,16 @@ from torch.autograd.function import once_differentiable
 
 from . import inputs, ops
 from .autograd import Pass, PerRow, Total, rows_alone
-from .call import Asked, Call, Numbers, addressable, told
+from .call import Call, Numbers, Rows, addressable, told
 from .divergence import KL, Divergence, LogitMatching
-from .folding import MOST_STEEP, fold, reduced, steepness, value_dtype, weights
-from .options import AS_THEY_ARE, DTYPES, Options, check_tensors, checked_items, options
+from .folding import MOST_STEEP, counted_rows, fold, reduced, steepness, value_dtype
+from .options import AS_THEY_ARE, DTYPES, Options, check_tensors, checked_items, options, own_temperature
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform
 
 
 def _loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    o: Options,
-    token_weight: Tensor | None,
-    num_items: int | Tensor | None,
+    student: Tensor, teacher: Tensor, rows: Rows, o: Options, num_items: int | Tensor | None
 ) -> Tensor | tuple[Tensor, KDStats]:
     compiling = torch.compiler.is_compiling()
     autograd = o.is_autograd and not compiling
@@ -37,33 +32,31 @@ def _loss(
         inputs.check_mode("fused_kd_loss", (student, teacher if o.teacher_grad else None), autograd)
     if not autograd:
         o.check_exchangeable()
-    vocab = check_tensors(student, teacher, labels, token_weight, o)
+    vocab = check_tensors(student, teacher, rows, o, autograd)
     num_items = checked_items(num_items, o)
     if (autograd or o.reduction == "none") and not compiling:  # they save the tensors that they are given
-        student, teacher, labels, token_weight = map(
-            inputs.saveable, (student, teacher, labels, token_weight)
-        )
-    weight, denominator = weights(student, labels, vocab, o, token_weight, num_items)
-    # on a CPU labels go down without a hard term too: the library raises for a wrong one
-    hard = labels if o.hard_weight or student.is_cpu else None
+        student, teacher, *rows = map(inputs.saveable, (student, teacher, *rows))
+        rows = Rows(*rows)
+    labels = rows.labels
+    rows, denominator = counted_rows(rows, student, vocab, o, num_items)
     others = teacher if o.teacher_grad or not teacher.requires_grad else teacher.detach()
     run = _fused
-    if autograd and (inputs.is_transformed(student, others) or not o.is_exchangeable):
-        run = _differentiable
-    loss, columns = run(student, others, hard, weight, o, vocab, denominator)
+    if autograd:
+        learned = rows.temperature is not None and inputs.differentiated(rows.temperature)
+        if learned or inputs.is_transformed(student, others) or not o.is_exchangeable:
+            run = _differentiable
+    loss, columns = run(student, others, rows, o, vocab, denominator)
     if not o.return_stats:
         return loss
     return loss, from_columns(
-        columns.detach(), student.shape[:-1], labels, bool(o.hard_weight), weight, value_dtype(student)
+        columns.detach(), student.shape[:-1], labels, bool(o.hard_weight), rows.weight, value_dtype(student)
     )
 
 
-def _fused(
-    student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
-) -> tuple[Tensor, Tensor | None]:
+def _fused(student, teacher, rows: Rows, o: Options, vocab: int, denominator) -> tuple[Tensor, Tensor | None]:
     """The loss by the operator, into which every factor goes that is known, and its statistics."""
     if torch.compiler.is_exporting():
-        return _exported(student, teacher, labels, weight, o, vocab, denominator)
+        return _exported(student, teacher, rows, o, vocab, denominator)
     enabled = torch.is_grad_enabled()
     wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
     inplace, steepest = o.inplace, None
@@ -79,48 +72,53 @@ def _fused(
                 x.float() if half else x for x, half in zip((student, teacher), halves, strict=True)
             )
             steepest = None
-    folded = fold(o, student.shape[:-1], weight, denominator, steepest)
-    asked = Pass.of(o, folded.numbers, vocab, wanted[1])
-    rows = addressable(student), addressable(teacher), labels, folded.weight, asked
+    folded = fold(o, student.shape[:-1], rows.weight, denominator, steepest)
+    asked = Pass.of(o, folded.numbers, vocab, wanted, inplace, folded.boost)
+    logits = addressable(student), addressable(teacher)
+    rows = rows._replace(weight=folded.weight)
     if o.reduction == "none":
-        losses, columns = PerRow.apply(*rows, o.inplace)
+        losses, columns = PerRow.apply(*logits, *rows, asked)
         return losses.to(value_dtype(student)), columns
     if any(wanted):
-        total, columns = Total.apply(*rows, folded.boost, inplace, wanted)
+        total, columns = Total.apply(*logits, *rows, asked)
     else:
-        total, columns = rows_alone(*rows)
+        total, columns = rows_alone(*logits, rows, asked)
         total = total.sum().to(value_dtype(student))
     return total if folded.post is None else (total * folded.post).to(total.dtype), columns
 
 
 def _exported(
-    student, teacher, labels: Tensor | None, weight: Tensor | None, o: Options, vocab: int, denominator
+    student, teacher, rows: Rows, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
     """`_fused` for torch.export: an operator that has a derivative, whatever requires one at the time."""
-    asked = Pass.of(o, o.numbers, vocab, False)
+    asked = Pass.of(o, o.numbers, vocab)
     x, y = addressable(student), addressable(teacher)
-    rows = torch.ops.kdkernels.trainable_loss.default(x, y, labels, weight, *asked.own)
-    columns = rows_alone(x, y, labels, weight, asked)[1] if o.return_stats else None
-    return reduced(rows, student, o, denominator), columns
+    losses = torch.ops.kdkernels.trainable_loss.default(x, y, *rows, *asked.own)
+    columns = rows_alone(x, y, rows, asked)[1] if o.return_stats else None
+    return reduced(losses, student, o, denominator), columns
 
 
 def _differentiable(
-    student, teacher, labels, weight, o: Options, vocab: int, denominator
+    student, teacher, rows: Rows, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
     """The eager backend past the operator, in plain autograd, all rows at once: for forward-mode derivatives,
-    torch.func, and the teacher's gradient of a divergence that is no other one reversed."""
+    torch.func, the gradient in the rows' temperatures, and the teacher's gradient of a divergence that is no
+    other one reversed."""
     from .backends import eager
 
     columns = None
     if o.return_stats:
-        own = Asked.of(
-            o.divergence, Numbers(o.numbers.temperature, modifiers=o.numbers.modifiers), vocab, o.backend
-        )
-        _, columns = rows_alone(student, teacher, labels, weight, Pass(own, None, True))
+        numbers = Numbers(o.numbers.temperature, modifiers=o.numbers.modifiers)
+        with torch.no_grad():
+            _, columns = rows_alone(student, teacher, rows, Pass.of(o, numbers, vocab))
+    labels, weight, temperature = rows
     if labels is not None and inputs.readable(labels):
         ops.check_labels(labels, weight, vocab)
-    rows = eager.rows(Call(student, teacher, vocab, labels, weight, o.divergence, o.numbers))
-    return reduced(rows, student, o, denominator), columns
+    if temperature is not None:
+        temperature = ops.checked_temperatures(temperature, weight)
+    of_rows = labels, weight, o.divergence, o.numbers
+    losses = eager.rows(Call(student, teacher, vocab, *of_rows, temperature=temperature))
+    return reduced(losses, student, o, denominator), columns
 
 
 @inputs.names_checked
@@ -130,7 +128,7 @@ def fused_kd_loss(
     labels: Tensor | None = None,
     *,
     divergence: Divergence | str = "kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     t_squared: bool = False,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
@@ -172,7 +170,9 @@ def fused_kd_loss(
             "skew_reverse_kl(0.1)", "tvd" or another of docs/divergences.md. "forward_kl"
             is "kl", "js" is "jsd(0.5)".
         temperature: T in [1e-4, 1e12], or inf, the limit of T^2 D, (k/2) Var(student - teacher), which needs
-            t_squared=True.
+            t_squared=True. Or (...) floating point, a temperature for each row, finite: one out of
+            range is an error, on a GPU a row of nan. It receives a gradient from backend="eager" alone, so
+            that temperatures can be learned (Li et al., 2023, CTKD).
         t_squared: multiply the soft term by T^2, so that its gradient does not vanish at high temperature.
         soft_weight, hard_weight: weights of the two terms. A term of weight 0 is not there, whatever its
             logits are. These and other numbers may be numpy's, or 0-d tensors, which the host waits for and
@@ -225,10 +225,9 @@ def fused_kd_loss(
     """
     mixing = soft_weight, hard_weight, ignore_index, reduction
     more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
-    o = options(
-        divergence, temperature, t_squared, *mixing, vocab_size, inplace, teacher_grad, *more, backend
-    )
-    return _loss(student_logits, teacher_logits, labels, o, token_weight, num_items)
+    number, own = own_temperature(temperature, student_logits)
+    o = options(divergence, number, t_squared, *mixing, vocab_size, inplace, teacher_grad, *more, backend)
+    return _loss(student_logits, teacher_logits, Rows(labels, token_weight, own), o, num_items)
 
 
 @inputs.names_checked
@@ -259,7 +258,7 @@ def logit_matching_loss(
     divergence = KL() if center else LogitMatching()
     mixing = soft_weight, hard_weight, ignore_index, reduction
     o = options(divergence, math.inf, True, *mixing, vocab_size, inplace, teacher_grad, backend=backend)
-    return _loss(student_logits, teacher_logits, labels, o, token_weight, num_items)
+    return _loss(student_logits, teacher_logits, Rows(labels, token_weight), o, num_items)
 
 
 class _TemperedLogSoftmax(torch.autograd.Function):

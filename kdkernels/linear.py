@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 from . import inputs
+from .call import Rows
 from .chunks import Setup, TeacherLogits
 from .divergence import Divergence
-from .folding import weights
+from .folding import counted_rows
 from .linear_ops import TENSORS, loss_of
-from .options import AS_THEY_ARE, DTYPES, Options, check_rows, checked_items, common_vocab, options
+from .options import (
+    AS_THEY_ARE,
+    DTYPES,
+    Options,
+    check_rows,
+    checked_items,
+    common_vocab,
+    options,
+    own_temperature,
+)
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform
 
@@ -59,7 +69,7 @@ def _check_model(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         raise ValueError(f"{name}_bias: must be ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int:
+def _check(tensors: tuple, rows: Rows, num_counted: int | None, o: Options) -> int:
     """Raise for tensors that do not fit together or with the options; the number of classes that count."""
     hidden, weight, bias, *teacher, logits = tensors
     _check_model("student", hidden, weight, bias)
@@ -111,14 +121,14 @@ def _check(tensors: tuple, labels, token_weight, num_counted, o: Options) -> int
         len(teacher[1]) if logits is None else len(weight) if callable(logits) else logits.shape[-1]
     )
     vocab = common_vocab(len(weight), teacher_vocab, o)
-    check_rows(labels, token_weight, hidden, o, "hidden states")
+    check_rows(rows, hidden, o, "hidden states")
     if num_counted is not None:
         tokens = math.prod(leading)
         if not 0 <= num_counted <= tokens:
             raise ValueError(
                 f"num_counted: must be between 0 and the number of tokens, {tokens}, got {num_counted}"
             )
-        if labels is None and token_weight is None and num_counted != tokens:
+        if rows.labels is None and rows.weight is None and num_counted != tokens:
             raise ValueError(
                 f"num_counted: all {tokens} tokens count where there are neither labels nor "
                 f"token_weight; got {num_counted}"
@@ -157,7 +167,7 @@ def fused_linear_kd_loss(
     teacher_bias: Tensor | None = None,
     teacher_logits: TeacherLogits | None = None,
     divergence: Divergence | str = "kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     t_squared: bool = False,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
@@ -256,7 +266,8 @@ def fused_linear_kd_loss(
     """
     mixing = soft_weight, hard_weight, ignore_index, reduction
     more = student_transform, teacher_transform, label_smoothing, z_loss, return_stats
-    o = options(divergence, temperature, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend)
+    number, temperature = own_temperature(temperature, student_hidden)
+    o = options(divergence, number, t_squared, *mixing, vocab_size, False, teacher_grad, *more, backend)
     o.check_exchangeable()
     memory_budget = check_chunking(logits_dtype, memory_budget)
     num_counted = _integer("num_counted", num_counted, "an integer")
@@ -277,23 +288,22 @@ def fused_linear_kd_loss(
         inputs.check_mode(
             "fused_linear_kd_loss", differentiable, False, 'logits, and fused_kd_loss(backend="eager")'
         )
-    vocab = _check(tensors, labels, token_weight, num_counted, o)
+    rows = Rows(labels, token_weight, temperature)
+    vocab = _check(tensors, rows, num_counted, o)
     num_items = checked_items(num_items, o)
     if not compiling and reduction == "none":  # which saves what it is given
-        *tensors, labels, token_weight = map(inputs.saveable, (*tensors, labels, token_weight))
+        tensors, rows = tuple(map(inputs.saveable, tensors)), Rows(*map(inputs.saveable, rows))
     if memory_budget is None:
         memory_budget = CPU_BUDGET if student_hidden.device.type == "cpu" else GPU_BUDGET
     student_dtype = _product_dtype("student", *tensors[:3])
     teacher_dtype = student_dtype if teacher_hidden is None else _product_dtype("teacher", *tensors[3:6])
-    row_weight, denominator = weights(student_hidden, labels, vocab, o, token_weight, num_items)
-    # as in functional.py's `_loss`
-    hard = labels if o.hard_weight or student_hidden.device.type == "cpu" else None
+    rows, denominator = counted_rows(rows, student_hidden, vocab, o, num_items)
 
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:6])
     setup = Setup(needs, student_dtype, teacher_dtype, logits_dtype, memory_budget, num_counted, return_stats)
-    loss, columns = loss_of(tensors, hard, row_weight, denominator, o, vocab, setup)
+    loss, columns = loss_of(tensors, rows, denominator, o, vocab, setup)
     if not return_stats:
         return loss
     return loss, from_columns(
-        columns.detach(), student_hidden.shape[:-1], labels, bool(o.hard_weight), row_weight, loss.dtype
+        columns.detach(), student_hidden.shape[:-1], labels, bool(o.hard_weight), rows.weight, loss.dtype
     )

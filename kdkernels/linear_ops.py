@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .call import SCHEMA, Asked, row_dtype
+from .call import SCHEMA, Asked, Rows, row_dtype
 from .chunks import Given, Setup, over_chunks
 from .folding import MOST_STEEP, boost_of, fold, largest, reduced, steepness, value_dtype
 from .gradients import once, times_upstream
@@ -17,7 +17,7 @@ from .options import Options
 from .stats import COLUMNS
 
 TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits")
-_ROWS = ("labels", "row_weight", "upstream")
+_ROWS = tuple(f"row_{x}" for x in (*Rows._fields, "upstream"))
 _SETUP = (
     "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int "
     "memory_budget, SymInt? num_counted, "
@@ -33,7 +33,7 @@ _library.define(
 @torch.library.impl(_library, "linear_loss", "CompositeExplicitAutograd")
 def _linear_loss(*arguments):
     tensors, setup, asked = _parts(arguments, len(_ROWS))
-    return over_chunks(Given.of(tensors[:7], *tensors[7:]), setup, asked)
+    return over_chunks(Given.of(tensors[:7], tensors[7:-1], tensors[-1]), setup, asked)
 
 
 @torch.library.register_fake("kdkernels::linear_loss", lib=_library)
@@ -60,11 +60,11 @@ def _parts(arguments: tuple, rows: int) -> tuple[tuple, Setup, Asked]:
     return arguments[:tensors], Setup(*arguments[tensors:rest]), Asked(*arguments[rest:])
 
 
-def _pass(tensors: tuple, rows: tuple, setup: Setup, asked: Asked):
-    """`over_chunks`, or what a compiler takes for it. tensors: TENSORS; rows: of _ROWS."""
+def _pass(tensors: tuple, rows: Rows, upstream: Tensor | None, setup: Setup, asked: Asked):
+    """`over_chunks`, or what a compiler takes for it. tensors: TENSORS."""
     if torch.compiler.is_compiling():
-        return torch.ops.kdkernels.linear_loss.default(*tensors, *rows, *setup, *asked)
-    return over_chunks(Given.of(tensors, *rows), setup, asked)
+        return torch.ops.kdkernels.linear_loss.default(*tensors, *rows, upstream, *setup, *asked)
+    return over_chunks(Given.of(tensors, rows, upstream), setup, asked)
 
 
 def _underflows(setup: Setup) -> bool:
@@ -82,8 +82,9 @@ class _Total(torch.autograd.Function):
     gradient."""
 
     @staticmethod
-    def forward(ctx, labels, row_weight, setup: Setup, asked: Asked, boost: float, *tensors):
-        rows, *grads, columns = _pass(tensors, (labels, row_weight, None), setup, asked)
+    def forward(ctx, labels, weight, temperature, setup: Setup, asked: Asked, boost: float, *tensors):
+        of_rows = Rows(labels, weight, temperature)
+        rows, *grads, columns = _pass(tensors, of_rows, None, setup, asked)
         ctx.save_for_backward(*(g for g, need in zip(grads, setup.needs, strict=True) if need))
         ctx.needs, ctx.dtypes = setup.needs, [None if x is None else x.dtype for x in tensors[:6]]
         ctx.boost = boost
@@ -95,19 +96,19 @@ class _Total(torch.autograd.Function):
         inputs.check_upstream("fused_linear_kd_loss", upstream)
         factor = upstream / ctx.boost if ctx.boost != 1.0 else upstream
         grads = iter(times_upstream(ctx.saved_tensors, factor))
-        return *[None] * 5, *_cast(grads, ctx.needs, ctx.dtypes), None
+        return *[None] * 6, *_cast(grads, ctx.needs, ctx.dtypes), None
 
 
 class _PerRow(torch.autograd.Function):
     """Row losses; the backward goes over the chunks again with the upstream gradient in the rows' weights."""
 
     @staticmethod
-    def forward(ctx, labels, row_weight, setup: Setup, asked: Asked, boost: float, *tensors):
-        alone = setup._replace(needs=_NO_NEEDS)
-        rows, *_, columns = _pass(tensors, (labels, row_weight, None), alone, asked)
+    def forward(ctx, labels, weight, temperature, setup: Setup, asked: Asked, boost: float, *tensors):
+        alone, of_rows = setup._replace(needs=_NO_NEEDS), Rows(labels, weight, temperature)
+        rows, *_, columns = _pass(tensors, of_rows, None, alone, asked)
         *tensors_alone, logits = tensors
         ctx.called = logits if callable(logits) else None
-        ctx.save_for_backward(*tensors_alone, None if callable(logits) else logits, labels, row_weight)
+        ctx.save_for_backward(*tensors_alone, None if callable(logits) else logits, *of_rows)
         ctx.setup, ctx.asked, ctx.boost = setup._replace(stats=False), asked, boost
         ctx.mark_non_differentiable(columns)
         return rows.view(tensors[0].shape[:-1]).to(value_dtype(tensors[0])), columns
@@ -115,20 +116,21 @@ class _PerRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         inputs.check_upstream("fused_linear_kd_loss", upstream)
-        *tensors, logits, labels, row_weight = ctx.saved_tensors
+        *tensors, logits, labels, weight, temperature = ctx.saved_tensors
+        of_rows = Rows(labels, weight, temperature)
         with torch.no_grad():
             upstream, post = upstream.to(row_dtype(upstream.device)), None
             if _underflows(ctx.setup):  # near 1 until it is in fp32, whatever the loss scale
                 post = largest(upstream) / ctx.boost
                 upstream = upstream / post
             tensors = *tensors, ctx.called or logits
-            _, *grads, _ = _pass(tensors, (labels, row_weight, upstream), ctx.setup, ctx.asked)
+            _, *grads, _ = _pass(tensors, of_rows, upstream, ctx.setup, ctx.asked)
             grads = grads if post is None else [g * post for g in grads]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = [once(g) for g in grads]
         wanted = (g for g, need in zip(grads, ctx.setup.needs, strict=True) if need)
         return (
-            *[None] * 5,
+            *[None] * 6,
             *_cast(wanted, ctx.setup.needs, [None if x is None else x.dtype for x in tensors[:6]]),
             None,
         )
@@ -137,45 +139,46 @@ class _PerRow(torch.autograd.Function):
 # for torch.export, as functional's `trainable_loss`
 _library.define(
     "trainable_linear_loss(Tensor hidden, Tensor weight, "
-    f"{', '.join(f'Tensor? {x}' for x in (*TENSORS[2:], *_ROWS[:2]))}, "
+    f"{', '.join(f'Tensor? {x}' for x in (*TENSORS[2:], *_ROWS[:-1]))}, "
     f"{_SETUP}, {SCHEMA}) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.impl(_library, "trainable_linear_loss", "CompositeExplicitAutograd")
 def _trainable_linear_loss(*arguments):
-    tensors, setup, asked = _parts(arguments, 2)
-    given = Given.of(tensors[:7], *tensors[7:])
+    tensors, setup, asked = _parts(arguments, len(Rows._fields))
+    given = Given.of(tensors[:7], tensors[7:])
     rows, *_, columns = over_chunks(given, setup._replace(needs=_NO_NEEDS), asked)
     return rows, columns
 
 
 @torch.library.register_fake("kdkernels::trainable_linear_loss", lib=_library)
 def _(hidden, *arguments):
-    rows, setup = math.prod(hidden.shape[:-1]), _parts((hidden, *arguments), 2)[1]
+    rows, setup = math.prod(hidden.shape[:-1]), _parts((hidden, *arguments), len(Rows._fields))[1]
     dtype = row_dtype(hidden.device)
     columns = hidden.new_empty(rows if setup.stats else 0, COLUMNS, dtype=dtype)
     return hidden.new_empty(rows, dtype=dtype), columns
 
 
 def _save_trainable(ctx, inputs, output) -> None:
-    tensors, ctx.setup, ctx.asked = _parts(inputs, 2)
+    tensors, ctx.setup, ctx.asked = _parts(inputs, len(Rows._fields))
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _trainable_backward(ctx, upstream, _):
-    *tensors, labels, row_weight = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     setup = ctx.setup._replace(needs=tuple(ctx.needs_input_grad[:6]), stats=False)
     most = largest(upstream) if _underflows(setup) else upstream.new_ones(())
-    call = (*tensors, labels, row_weight, upstream / most, *setup, *ctx.asked)
+    call = (*tensors, upstream / most, *setup, *ctx.asked)
     grads = (
         g * most
         for g, need in zip(torch.ops.kdkernels.linear_loss.default(*call)[1:7], setup.needs, strict=True)
         if need
     )
     dtypes = [None if x is None else x.dtype for x in tensors[:6]]
-    return *_cast(grads, setup.needs, dtypes), *[None] * (3 + len(setup) + len(ctx.asked))
+    others = 1 + len(Rows._fields) + len(setup) + len(ctx.asked)
+    return *_cast(grads, setup.needs, dtypes), *[None] * others
 
 
 torch.library.register_autograd(
@@ -188,27 +191,27 @@ def _cast(grads, needs, dtypes) -> list[Tensor | None]:
     return [next(grads).to(dtype) if need else None for need, dtype in zip(needs, dtypes, strict=True)]
 
 
-def loss_of(tensors: tuple, labels, row_weight, denominator, o: Options, vocab: int, setup: Setup):
+def loss_of(tensors: tuple, rows: Rows, denominator, o: Options, vocab: int, setup: Setup):
     """(loss, statistics) of checked arguments; functional.py's `_fused` for hidden states."""
     hidden = tensors[0]
     if torch.compiler.is_exporting():
         asked = Asked.of(o.divergence, o.numbers, vocab, o.backend)
-        call = *tensors, labels, row_weight, *setup._replace(needs=_NO_NEEDS), *asked
-        rows, columns = torch.ops.kdkernels.trainable_linear_loss.default(*call)
-        return reduced(rows, hidden, o, denominator), columns
+        call = *tensors, *rows, *setup._replace(needs=_NO_NEEDS), *asked
+        losses, columns = torch.ops.kdkernels.trainable_linear_loss.default(*call)
+        return reduced(losses, hidden, o, denominator), columns
     steepest = steepness(o, vocab, of_teacher=any(setup.needs[3:])) if _underflows(setup) else None
     if steepest is not None and steepest > MOST_STEEP:
         setup, steepest = setup._replace(fitted=True, logits_dtype=torch.float32), 1.0
-    folded = fold(o, hidden.shape[:-1], row_weight, denominator, steepest)
+    folded = fold(o, hidden.shape[:-1], rows.weight, denominator, steepest)
     asked = Asked.of(o.divergence, folded.numbers, vocab, o.backend)
-    rows_of = labels, folded.weight, setup, asked
+    rows = rows._replace(weight=folded.weight)
     if o.reduction == "none":
         boost = 1.0 if steepest is None else boost_of(folded.numbers, steepest)
-        return _PerRow.apply(*rows_of, boost, *tensors)
+        return _PerRow.apply(*rows, setup, asked, boost, *tensors)
     if any(setup.needs):
-        total, columns = _Total.apply(*rows_of, folded.boost, *tensors)
+        total, columns = _Total.apply(*rows, setup, asked, folded.boost, *tensors)
     else:
         with torch.no_grad():
-            rows, *_, columns = _pass(tensors, (labels, folded.weight, None), setup, asked)
-            total = rows.sum().to(value_dtype(hidden))
+            losses, *_, columns = _pass(tensors, rows, None, setup, asked)
+            total = losses.sum().to(value_dtype(hidden))
     return total if folded.post is None else (total * folded.post).to(total.dtype), columns

@@ -20,7 +20,8 @@ LINEAR_OPTIONS = (
 
 
 class KDLoss(nn.Module):
-    """`fused_kd_loss` with its options fixed; token_weight and num_items are given with each call.
+    """`fused_kd_loss` with its options fixed; token_weight, num_items and temperatures of the rows are given
+    with each call.
 
     Args:
         **options: divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction,
@@ -50,25 +51,25 @@ class KDLoss(nn.Module):
         *,
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
+        temperature: Tensor | float | None = None,
     ) -> Tensor | tuple[Tensor, KDStats]:
         """(..., V) logits of both, (...) labels -> a scalar, or (...) for reduction="none"; with return_stats
-        a `KDStats` after it."""
-        return functional.fused_kd_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            token_weight=token_weight,
-            num_items=num_items,
-            **self._given,
-        )
+        a `KDStats` after it. temperature: that of this call, or (...) of its rows; None for the option's."""
+        given = self._with(temperature, token_weight=token_weight, num_items=num_items)
+        return functional.fused_kd_loss(student_logits, teacher_logits, labels, **given)
+
+    def _with(self, temperature: Tensor | float | None, **more) -> dict:
+        """The arguments of a call besides its logits."""
+        own = {} if temperature is None else dict(temperature=temperature)
+        return self._given | more | own
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._given.items())
 
 
 class LinearKDLoss(KDLoss):
-    """`fused_linear_kd_loss` with its options fixed; tensors, num_items and num_counted are given with each
-    call.
+    """`fused_linear_kd_loss` with its options fixed; tensors, num_items, num_counted and temperatures of the
+    rows are given with each call.
 
     Args:
         **options: those of `KDLoss` but inplace, and logits_dtype and memory_budget: the same errors, at
@@ -106,10 +107,11 @@ class LinearKDLoss(KDLoss):
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
         num_counted: int | None = None,
+        temperature: Tensor | float | None = None,
     ) -> Tensor | tuple[Tensor, KDStats]:
         """(..., H) and (V, H) of both, (...) labels -> a scalar, or (...) for reduction="none"; with
-        return_stats a `KDStats` after it."""
+        return_stats a `KDStats` after it. temperature: as in `KDLoss`."""
         models = student_hidden, student_weight, teacher_hidden, teacher_weight
         more = dict(student_bias=student_bias, teacher_bias=teacher_bias, teacher_logits=teacher_logits)
         more |= dict(token_weight=token_weight, num_items=num_items, num_counted=num_counted)
-        return linear.fused_linear_kd_loss(*models, labels, **more, **self._given)
+        return linear.fused_linear_kd_loss(*models, labels, **self._with(temperature, **more))

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .call import SCHEMA, Asked, Call, heard, row_dtype
+from .call import SCHEMA, TEMPERATURES, Asked, Call, Rows, heard, row_dtype
 from .stats import COLUMNS
 
 library = torch.library.Library("kdkernels", "DEF")
 
-_ROWS = "Tensor student, Tensor teacher, Tensor? labels, Tensor? weight"
-library.define(f"loss_into({_ROWS}, {SCHEMA}, Tensor(a!)? grad, Tensor(b!)? stats) -> Tensor")
+ROWS = "Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? temperature"
+library.define(f"loss_into({ROWS}, {SCHEMA}, Tensor(a!)? grad, Tensor(b!)? stats) -> Tensor")
 # (losses, gradient, statistics); those that are not asked for are empty
-library.define(f"loss({_ROWS}, {SCHEMA}, bool grad, bool stats) -> (Tensor, Tensor, Tensor)")
+library.define(f"loss({ROWS}, {SCHEMA}, bool grad, bool stats) -> (Tensor, Tensor, Tensor)")
 # log softmax(x / T) over the last dimension, or, given upstream, the gradient
 # (upstream - softmax * sum(upstream)) / T
 library.define(
@@ -31,25 +31,29 @@ library.define(
 
 
 @torch.library.impl(library, "loss_into", "CompositeExplicitAutograd")
-def _loss_into(student, teacher, labels, weight, *rest) -> Tensor:
+def _loss_into(student, teacher, labels, weight, temperature, *rest) -> Tensor:
     *asked, grad, stats = rest
-    return _run(student, teacher, labels, weight, Asked(*asked), grad, stats)
+    return _run(student, teacher, Rows(labels, weight, temperature), Asked(*asked), grad, stats)
 
 
 @torch.library.impl(library, "loss", "CompositeExplicitAutograd")
-def _loss(student, teacher, labels, weight, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(student, teacher, labels, weight, temperature, *rest) -> tuple[Tensor, Tensor, Tensor]:
     *asked, wants_grad, wants_stats = rest
+    rows = Rows(labels, weight, temperature)
     grad, stats = new_gradient(student, wants_grad), new_columns(student, wants_stats)
     buffers = grad if wants_grad else None, stats if wants_stats else None
-    return _run(student, teacher, labels, weight, Asked(*asked), *buffers), grad, stats
+    return _run(student, teacher, rows, Asked(*asked), *buffers), grad, stats
 
 
-def _run(student, teacher, labels, weight, asked: Asked, grad, stats) -> Tensor:
+def _run(student, teacher, rows: Rows, asked: Asked, grad, stats) -> Tensor:
     run = backends.resolve(asked.backend, student.device, student.dtype, teacher.dtype)
+    labels, weight, temperature = rows
     if run.name != "cpu" and labels is not None and student.is_cpu:
         check_labels(labels, weight, asked.vocab)
-    divergence, numbers = asked.record()
-    return run.loss(Call(student, teacher, asked.vocab, labels, weight, divergence, numbers, grad, stats))
+    if temperature is not None:
+        temperature = checked_temperatures(temperature, weight)
+    of_rows = labels, weight, *asked.record()
+    return run.loss(Call(student, teacher, asked.vocab, *of_rows, grad, stats, temperature))
 
 
 def new_gradient(logits: Tensor, wanted: bool = True) -> Tensor:
@@ -101,6 +105,23 @@ def check_labels(labels: Tensor, weight: Tensor | None, vocab: int) -> None:
             f"labels: row {row} has label {labels.reshape(-1)[row].item()}; labels are in [0, "
             f"{vocab}) or ignore_index"
         )
+
+
+def checked_temperatures(temperature: Tensor, weight: Tensor | None) -> Tensor:
+    """The rows' own temperatures: ValueError on the CPU for one of a row that counts outside of
+    TEMPERATURES; nan for it on a device, which nobody waits for."""
+    low, high = TEMPERATURES
+    good = (temperature >= low) & (temperature <= high)
+    if not temperature.is_cpu:
+        return torch.where(good, temperature, math.nan)
+    bad = ~good if weight is None else ~good & (weight != 0)
+    if bad.any():
+        row = int(bad.reshape(-1).nonzero()[0])
+        raise ValueError(
+            f"temperature: must be in [{low:g}, {high:g}]; that of row {row} is "
+            f"{temperature.reshape(-1)[row].item():g}"
+        )
+    return temperature
 
 
 loss = torch.ops.kdkernels.loss.default

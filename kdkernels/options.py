@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, inputs
-from .call import Numbers, regular
+from .call import TEMPERATURES, Numbers, Rows, regular
 from .divergence import CrossEntropy, Divergence, LogitMatching, parse
 from .transforms import LogitTransform, Modifiers
 
@@ -21,9 +21,17 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # of a token_weight, besides
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("mean", "sum", "none")
+# what belongs to the rows, in the order of `Rows`: the argument, and its dtypes
+ROW_NAMES = "labels", "token_weight", "temperature"
+ROW_KINDS = (
+    ("an int64 tensor", lambda dtype: dtype == torch.int64),
+    (
+        "a floating-point, integer or bool tensor",
+        lambda dtype: dtype.is_floating_point or dtype in MASK_DTYPES,
+    ),
+    ("a number or a floating-point tensor", lambda dtype: dtype.is_floating_point),
+)
 AS_THEY_ARE = LogitTransform()
-# Of a finite temperature: where every backend is right. fp32 holds 1/T there, and the squares of (z - v) / T.
-TEMPERATURES = (1e-4, 1e12)
 # options, of any make that `inputs.number` knows
 NUMBERS = ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss")
 
@@ -33,7 +41,7 @@ class Options:
     """The options of a loss that are not tensors, checked, and what the operator takes of them."""
 
     divergence: Divergence
-    temperature: float
+    temperature: float | None  # None: the rows have their own
     t_squared: bool
     soft_weight: float
     hard_weight: float
@@ -52,7 +60,8 @@ class Options:
 
     def __post_init__(self) -> None:
         # comparisons rather than math.isfinite: this is traced by torch.compile
-        T, (low, high) = self.temperature, TEMPERATURES
+        own, (low, high) = self.temperature is None, TEMPERATURES
+        T = 1.0 if own else self.temperature
         for name in NUMBERS[1:]:
             inputs.check_finite(name, getattr(self, name))
         if not (low <= T <= high or T == math.inf):
@@ -103,7 +112,8 @@ class Options:
         mixed = self.student_transform, self.teacher_transform, self.label_smoothing, self.z_loss
         # of the value, and of T dD/dz, which the gradient is 1/T of
         scales = scale, scale / T if T != math.inf else scale, hard, hard
-        object.__setattr__(self, "numbers", Numbers(float(T), *scales, Modifiers.of(*mixed)))
+        numbers = Numbers(float(T), *scales, Modifiers.of(*mixed), own and bool(self.t_squared))
+        object.__setattr__(self, "numbers", numbers)
 
     def check_exchangeable(self) -> None:
         """Raise for a teacher's gradient that is no student's of another divergence."""
@@ -134,7 +144,7 @@ class Options:
 
 def options(
     divergence: Divergence | str = "kl",
-    temperature: float = 1.0,
+    temperature: float | None = 1.0,
     t_squared: bool = False,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
@@ -160,7 +170,10 @@ def options(
         is type(z_loss)
         is float
     ):
-        temperature, soft_weight, hard_weight, label_smoothing, z_loss = map(inputs.number, NUMBERS, numbers)
+        if temperature is None:
+            numbers = 1.0, *numbers[1:]
+        found, soft_weight, hard_weight, label_smoothing, z_loss = map(inputs.number, NUMBERS, numbers)
+        temperature = temperature if temperature is None else found
     if type(ignore_index) is not int and (ignore_index := inputs.integer(given := ignore_index)) is None:
         raise TypeError(f"ignore_index: must be an integer, got {inputs.shown(given)}")
     if vocab_size is not None and (vocab_size := inputs.integer(given := vocab_size)) is None:
@@ -198,10 +211,21 @@ def _options(divergence, *rest) -> Options:
 _known_options = functools.lru_cache(maxsize=256, typed=True)(_options)  # True is not 1.0
 
 
-def check_tensors(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, token_weight: Tensor | None, o: Options
-) -> int:
-    """Raise for tensors that do not fit together or with the options; the number of classes that count."""
+def own_temperature(temperature: float | Tensor, like: Tensor) -> tuple[float | None, Tensor | None]:
+    """(the temperature as `options` takes it, those of the rows of `like`): one of the two is None."""
+    if isinstance(temperature, Tensor):
+        if temperature.dim():
+            return None, temperature
+        if temperature.requires_grad and isinstance(like, Tensor):  # one that is learned
+            return None, temperature.expand(like.shape[:-1])
+    return inputs.number("temperature", temperature), None
+
+
+def check_tensors(student: Tensor, teacher: Tensor, rows: Rows, o: Options, by_autograd: bool) -> int:
+    """Raise for tensors that do not fit together or with the options; the number of classes that count.
+
+    by_autograd: the rows' temperatures may have a gradient.
+    """
     for name, x in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: must be a tensor, got {type(x).__name__}")
@@ -219,16 +243,14 @@ def check_tensors(
             f"teacher_logits: must be on the student's device {student.device}, got {teacher.device}"
         )
     vocab = common_vocab(student.shape[-1], teacher.shape[-1], o)
-    check_rows(labels, token_weight, student, o)
+    check_rows(rows, student, o, "logits", by_autograd)
     if inputs.differentiated(teacher) and not o.teacher_grad:
         raise ValueError(
             "teacher_logits: receive a gradient only with teacher_grad=True; pass that, or "
             "teacher_logits.detach()"
         )
     if o.inplace:
-        check_in_place(
-            student, (("teacher_logits", teacher), ("labels", labels), ("token_weight", token_weight))
-        )
+        check_in_place(student, (("teacher_logits", teacher), *zip(ROW_NAMES, rows, strict=True)))
     return vocab
 
 
@@ -273,35 +295,25 @@ def common_vocab(student: int, teacher: int, o: Options) -> int:
     return o.vocab_size
 
 
-def check_rows(
-    labels: Tensor | None, token_weight: Tensor | None, student: Tensor, o: Options, of: str = "logits"
-) -> None:
+def check_rows(rows: Rows, student: Tensor, o: Options, of: str, by_autograd: bool = False) -> None:
     """What belongs to the rows of `student`, which the caller knows as `of`."""
-    if labels is not None:
-        _check_per_row(
-            "labels",
-            labels,
-            student,
-            "an int64 tensor",
-            isinstance(labels, Tensor) and labels.dtype == torch.int64,
-            of,
-        )
-    elif o.hard_weight:
+    if rows.labels is None and o.hard_weight:
         raise ValueError(f"hard_weight: {o.hard_weight} needs labels")
-    if token_weight is not None:
-        is_real = isinstance(token_weight, Tensor) and (
-            token_weight.dtype.is_floating_point or token_weight.dtype in MASK_DTYPES
+    for name, x, (kind, is_kind) in zip(ROW_NAMES, rows, ROW_KINDS, strict=True):
+        if x is not None:
+            if not isinstance(x, Tensor) or not is_kind(x.dtype):
+                raise TypeError(f"{name}: must be {kind}, got {getattr(x, 'dtype', type(x).__name__)}")
+            _check_per_row(name, x, student, of)
+    if rows.weight is not None and inputs.differentiated(rows.weight):
+        raise ValueError("token_weight: receives no gradient; pass token_weight.detach()")
+    if rows.temperature is not None and inputs.differentiated(rows.temperature) and not by_autograd:
+        raise ValueError(
+            'temperature: receives a gradient from fused_kd_loss with backend="eager" alone, not compiled '
+            "and not in place; take that, or pass temperature.detach()"
         )
-        _check_per_row(
-            "token_weight", token_weight, student, "a floating-point, integer or bool tensor", is_real, of
-        )
-        if inputs.differentiated(token_weight):
-            raise ValueError("token_weight: receives no gradient; pass token_weight.detach()")
 
 
-def _check_per_row(name: str, x: Tensor, student: Tensor, kind: str, is_kind: bool, of: str) -> None:
-    if not is_kind:
-        raise TypeError(f"{name}: must be {kind}, got {getattr(x, 'dtype', type(x).__name__)}")
+def _check_per_row(name: str, x: Tensor, student: Tensor, of: str) -> None:
     inputs.check_dense(name, x)
     if x.shape != student.shape[:-1]:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -62,9 +62,17 @@ class Case:
 
     @property
     def temperature(self) -> float:
-        return self.get(
+        """Of all rows; the least of their own."""
+        T = self.get(
             "temperature", {"logit_matching_loss": math.inf, "decoupled_kd_loss": 4.0}.get(self.call, 1.0)
         )
+        return T.min().item() if isinstance(T, torch.Tensor) else T
+
+    def at(self, row: int) -> Case:
+        """The case with the temperature of a row for all."""
+        if not isinstance(T := self.get("temperature"), torch.Tensor):
+            return self
+        return replace(self, options=self.options | dict(temperature=T[row].item()))
 
     @property
     def divergence(self) -> str:
@@ -148,6 +156,9 @@ def program(case: Case) -> str:
     z, v = (viewed(name, layout, (*case.shape, -1)) for name, layout in zip(names, case.layouts, strict=True))
     options = dict(case.options)
     given = {x: x for x, has in (("labels", case.labels), ("token_weight", case.weight)) if has is not None}
+    if isinstance(T := case.get("temperature"), torch.Tensor):
+        given["temperature"] = f"{literal(T)}.view({case.shape})"
+        options.pop("temperature")
     if "num_items" in options and case.module:
         given["num_items"] = literal(options.pop("num_items"))
     values = [z, v]

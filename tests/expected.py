@@ -185,10 +185,10 @@ def teacher_row(z, v, name: str, T: float, engine: str):
     return soft_row(v, z, oracle.reverse(name), T, engine)[1]
 
 
-def soft_bounds(case: Case, z, v, D, size: float, of_teacher: bool = False) -> tuple[float, float]:
+def soft_bounds(case: Case, row: int, z, v, D, size: float, of_teacher: bool = False) -> tuple[float, float]:
     """Of D, and of T dD/dz or T dD/dv of that norm. Logits are rounded at their size in fp64, whose square is
     in D."""
-    name, T = case.divergence, case.temperature
+    name, T = case.divergence, case.at(row).temperature
     if broken(z, v):
         return 0.0, 0.0
     D, (kind, a) = float(finite(D)), oracle.parse(name)
@@ -213,7 +213,9 @@ def soft_bounds(case: Case, z, v, D, size: float, of_teacher: bool = False) -> t
 
 def is_plain(case: Case) -> bool:
     """Whether Triton takes its plain form, which has bounds of its own; `test_which_form_a_call_takes`."""
-    return case.get("backend") == "triton" and "fp32" != case.dtypes[0] != "fp64" and case.temperature <= 8
+    own = isinstance(case.get("temperature"), torch.Tensor)
+    few = "fp32" != case.dtypes[0] != "fp64"
+    return case.get("backend") == "triton" and few and case.temperature <= 8 and not own
 
 
 def undecided(z, v, T: float) -> float:
@@ -270,14 +272,19 @@ def hard_row(case: Case, z, label: int):
 # ---------------------------------------------------------------- losses
 
 
+def soft_scales(case: Case) -> tuple[LD, LD]:
+    """Factors of D and of T dD/dz."""
+    T = case.temperature
+    scale = LD(case.get("soft_weight", 1.0))
+    if math.isinf(T):
+        return scale, scale
+    scale = scale * LD(T) ** 2 if case.get("t_squared") else scale
+    return scale, scale / T
+
+
 def of_loss(case: Case, found: dict, engine: str) -> Iterator[tuple]:
     """Value, statistics and gradients of fused_kd_loss, logit_matching_loss and fused_linear_kd_loss."""
-    T, name, w = case.temperature, case.divergence, weights(case)
-    at_infinity = math.isinf(T)
-    scale = LD(case.get("soft_weight", 1.0)) * (
-        LD(T) ** 2 if case.get("t_squared") and not at_infinity else 1
-    )
-    in_grad, hard = scale if at_infinity else scale / T, LD(case.get("hard_weight", 0.0))
+    name, w, hard = case.divergence, weights(case), LD(case.get("hard_weight", 0.0))
     (zs, slopes), (vs, slopes_v) = transformed(case, 0), transformed(case, 1)
     steep = [how.scale if (how := case.get(f"{who}_transform")) else 1.0 for who in SIDES]
     transforms = any(case.get(f"{who}_transform") for who in SIDES)
@@ -287,13 +294,15 @@ def of_loss(case: Case, found: dict, engine: str) -> Iterator[tuple]:
     values, room = np.zeros(case.rows, LD), np.zeros(case.rows, LD)
     grads, rooms, stats = np.zeros((2, *zs.shape), LD), np.zeros((2, case.rows), LD), [None] * case.rows
     for i in np.flatnonzero(w):
-        z, v, f = zs[i], vs[i], factor[i]
-        D, g = soft_row(z, v, name, T, engine)
+        z, v, f, at = zs[i], vs[i], factor[i], case.at(i)
+        scale, in_grad = soft_scales(at)
+        D, g = soft_row(z, v, name, T := at.temperature, engine)
         wanted = (case.get("teacher_grad") or transforms) and np.isfinite(D)
         gv = teacher_row(z, v, name, T, engine) if wanted else np.zeros_like(g)
-        room_D, *room_g = *soft_bounds(case, z, v, D, norm(g)), soft_bounds(case, z, v, D, norm(gv), True)[1]
+        room_D, room_z = soft_bounds(case, i, z, v, D, norm(g))
+        room_g = [room_z, soft_bounds(case, i, z, v, D, norm(gv), True)[1]]
         if transforms and np.isfinite(D):
-            more, in_g = transform_slack(case, z, v, g, gv, D)
+            more, in_g = transform_slack(at, z, v, g, gv, D)
             room_D, room_g = room_D + more, [x + in_g for x in room_g]
         elif np.array_equal(z, v) and not name.startswith("cross_entropy"):
             room_D, room_g = 0.0, [0.0, 0.0]  # a student that is the teacher has a loss and a gradient of 0
@@ -404,7 +413,7 @@ def of_products(case: Case, found: dict, grads, rooms) -> Iterator[tuple]:
 def of_stats(case: Case, stats, rows: list) -> Iterator[tuple]:
     """Divergence and cross entropy as in the value. A log-sum-exp or an entropy is
     a sum of logarithms as deep as the row. Of classes that a transform makes equal the top-1 may be any."""
-    T, counts = case.temperature, [x is not None for x in rows]
+    counts = [x is not None for x in rows]
     yield "stats.mask", stats.mask.float(), np.array(counts, LD), LD(0)
     yield "stats.counted", stats.counted.float(), LD(sum(counts)), LD(0)
     there = [stats.cross_entropy is not None, stats.correct is not None]
@@ -422,6 +431,7 @@ def of_stats(case: Case, stats, rows: list) -> Iterator[tuple]:
         if row is not None and not broken(*row[:2]):
             *sides, expected["divergence"], ce = row
             tops = [int(getattr(stats, f"{who}_top1").reshape(-1)[i]) for who in SIDES]
+            T = case.at(i).temperature
             for who, x, top in zip(SIDES, sides, tops, strict=True):
                 log_p = log_softmax(x, T)
                 sums = dict(
@@ -481,7 +491,7 @@ def of_decoupled(case: Case, found: dict, engine: str) -> Iterator[tuple]:
         grad[i] = f * (scale / T * (target * g + weight * n) + hard * gh)
         off = 16 * (1e-12 if case.dtypes[1] == "fp64" else 6e-8) * abs(target * outside)
         (room_D, room_d), (room_N, room_n) = (
-            soft_bounds(case, *x) for x in ((z, v, D, norm(g)), (z_rest, v_rest, N, norm(n)))
+            soft_bounds(case, i, *x) for x in ((z, v, D, norm(g)), (z_rest, v_rest, N, norm(n)))
         )
         room[i] = w[i] * (
             scale * (abs(target) * room_D + abs(weight) * room_N + off * finite(N)) + abs(hard) * room_ce

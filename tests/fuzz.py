@@ -198,6 +198,9 @@ def draw_options(dice: Dice, call: str, vocab: int, rows: int):
         o["temperature"] = T
     if call == "tempered_log_softmax":
         return o, labels, weight, pad
+    if fused and math.isfinite(T) and chance(0.1):
+        own = [pick(0.1, 0.5, 1.0, 2.0, 20.0, 1e4) for _ in range(rows)]
+        o["temperature"] = torch.tensor(own, dtype=torch.float64)
     if call != "logit_matching_loss" and (math.isinf(T) or chance(0.3)):
         o["t_squared"] = True
     if call == "logit_matching_loss" and chance(0.5):
@@ -317,8 +320,10 @@ def only_rows(case: Case, keep: list[int]) -> Case:
     tensors = {name: x if name in PER_CLASS else x[keep] for name, x in case.tensors.items()}
     layouts = tuple("plain" if x == "transposed" else x for x in case.layouts)
     upstream = tuple(some(case.upstream)) if case.per_row else case.upstream
+    own = {n: x[keep] for n, x in case.options.items() if n == "temperature" and isinstance(x, torch.Tensor)}
     return replace(
         case,
+        options=case.options | own,
         tensors=tensors,
         labels=some(case.labels),
         weight=some(case.weight),
@@ -354,8 +359,10 @@ def shrunk(case: Case, failure: str, excused: Callable, tries: int = 800) -> tup
 
 def valid(case: Case) -> bool:
     decoupled = case.call == "decoupled_kd_loss"
-    limit = math.isinf(case.get("temperature", 1.0)) and not (
-        case.get("t_squared") or case.call == "tempered_log_softmax"
+    limit = (
+        math.isinf(case.temperature)
+        and "temperature" in case.options
+        and not (case.get("t_squared") or case.call == "tempered_log_softmax")
     )
     padded = case.pad == (0, 0) or "vocab_size" in case.options
     return (

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kdkernels import KL, LinearKDLoss, LogitTransform, fused_kd_loss, fused_linear_kd_loss, ops
 from kdkernels.bench.measure import resident_peak
 from kdkernels.call import Asked, Numbers
-from kdkernels.chunks import Rows, chunk_tokens, counted
+from kdkernels.chunks import chunk_tokens, counted
 
 T16 = (torch.bfloat16, torch.float16)
 # every divergence, and orders with a kernel of their own
@@ -485,14 +485,14 @@ def test_ignored_tokens_are_dropped(reduction):
 def test_num_counted_beyond_the_cpu():
     """What a GPU does with it: the indices come without waiting, and a wrong number is nan."""
     weight, device = torch.tensor([0.0, 2.0, 0.0, 1.0]).double(), torch.device("cuda")
-    index, total = counted(Rows(None, weight), 2, device, in_place=False)
+    index, total = counted(weight, None, 2, device, in_place=False)
     assert index.tolist() == [1, 3] and total.tolist() == weight.tolist()
     upstream = torch.tensor([1.0, 0.0, 1.0, 3.0]).double()
-    index, total = counted(Rows(None, weight, upstream), 2, device, in_place=False)
+    index, total = counted(weight, upstream, 2, device, in_place=False)
     assert index.tolist() == [1, 3] and total.tolist() == [0, 0, 0, 3]
     for wrong in (1, 3):
-        assert counted(Rows(None, weight), wrong, device, in_place=False)[1].isnan().all()
-    assert counted(Rows(None, weight), None, device, in_place=False)[0] is None
+        assert counted(weight, None, wrong, device, in_place=False)[1].isnan().all()
+    assert counted(weight, None, None, device, in_place=False)[0] is None
 
 
 # ---------------------------------------------------------------- in a training step
@@ -541,7 +541,7 @@ def test_operator():
     for needs in ([True] * 3 + [False] * 3, [False, True, False] * 2):
         setup = (needs, torch.float32, torch.float32, None, 8000, None, True, False)
         tensors = [x.detach() for x in (*student, *teacher)]
-        arguments = (*tensors, None, labels, weight, None, *setup, *asked)
+        arguments = (*tensors, None, labels, weight, weight + 1, None, *setup, *asked)
         torch.library.opcheck(torch.ops.kdkernels.linear_loss.default, arguments)
 
 

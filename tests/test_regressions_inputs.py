@@ -205,9 +205,11 @@ def test_numbers_that_are_none_or_too_large_meet_a_foreign_error(loss, name):
         torch.tensor(1.0, device="meta"),
         [2.0],
     ):
+        if name == "temperature" and loss in (fused_kd_loss, linear) and getattr(wrong, "shape", ()):
+            continue  # temperatures of the rows: test_row_temperature.py
         with pytest.raises(TypeError, match=f"{name}: must be a number"):
             loss(Z, V, Y, **{name: wrong})
-    with pytest.raises(ValueError, match=f"{name}: receives no gradient"):
+    with pytest.raises(ValueError, match=f"{name}: receives (no|a) gradient"):
         loss(Z, V, Y, **{name: torch.tensor(1.0, requires_grad=True)})
 
 

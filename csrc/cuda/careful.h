@@ -139,16 +139,29 @@ KD_DEVICE void careful_row(const Job &job, int64_t row, const BlockCrew<G> &crew
 
 // A block looks at the losses of `look` rows, and computes those that were left.
 constexpr int kLook = 16;
+template <class G> struct CarefulMemory {
+  double crew[G::kWarps];
+  Job own;  // of a row with a temperature of its own
+};
 template <class G> KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) careful_rows(const KD_PARAM Job job) {
-  const BlockCrew<G> crew{(double *)gpu::shared()};
+  CarefulMemory<G> &memory = *(CarefulMemory<G> *)gpu::shared();
+  const BlockCrew<G> crew{memory.crew};
+  const bool own = job.call.temperatures;
+  const Job &used = own ? memory.own : job;
   const int look = job.all ? 1 : kLook;
   KD_ROLLED for (int64_t i = 0; i < look; i++) {
     const int64_t row = gpu::block() * look + i;
     if (row >= job.call.rows) return;
     const bool mine = job.all || bits(job.call.loss[row]) == kLostMark;
     gpu::sync_block();  // everyone has read the loss before anyone writes it
+    if (own && gpu::thread() == 0) {
+      memory.own = job;
+      memory.own.call = at_own_temperature(job.call, row);
+      plan_temperature(memory.own.plan, memory.own.call.temperature, true);
+    }
+    if (own) gpu::sync_block();
     if (mine)
-      with_careful<double>(job.plan, crew, [&](auto &careful) { careful_row(job, row, crew, careful); });
+      with_careful<double>(used.plan, crew, [&](auto &careful) { careful_row(used, row, crew, careful); });
   }
 }
 

@@ -29,7 +29,7 @@ class Loss(ctypes.Structure):
     """kd_call."""
 
     _fields_ = [
-        *((x, c_void_p) for x in ("student", "teacher", "grad", "labels", "weight", "loss")),
+        *((x, c_void_p) for x in ("student", "teacher", "grad", "labels", "weight", "temperatures", "loss")),
         *((x, c_int64) for x in ("rows", "inner", "vocab", "grad_width")),
         # an array as a field takes ten times as long to set
         *((f"{x}_{y}_stride", c_int64) for x in ("student", "teacher", "grad") for y in ("outer", "inner")),
@@ -44,6 +44,8 @@ class Loss(ctypes.Structure):
                 "fresh",
                 "device",
                 "grad_dtype",
+                "squared",
+                "reserved",
             )
         ),
         *((x, c_double) for x in ("order", "factor", "mix", "teacher_part", "student_part", "limit")),
@@ -183,6 +185,7 @@ def _without_tensors(
             teacher_part=form.teacher,
             student_part=form.student,
             limit=form.limit or 0.0,
+            squared=numbers.squared,
             temperature=numbers.temperature,
             value_scale=numbers.value_scale,
             grad_scale=numbers.grad_scale,
@@ -210,8 +213,9 @@ def loss_call(call: Call, threads: int = 1, device: int = 0, stream=None) -> tup
     """(the library's call, the rows' losses to be written, what the call points to and must live as long)."""
     student, inner, (student_outer, student_inner) = _layout(call.student)
     teacher, _, (teacher_outer, teacher_inner) = _layout(call.teacher)
-    labels = call.labels if call.labels is None else call.labels.contiguous()
-    weight = call.weight if call.weight is None else call.weight.contiguous()
+    labels, weight, temperatures = (
+        x if x is None else x.contiguous() for x in (call.labels, call.weight, call.temperature)
+    )
     width = student.shape[-1]
     rows = student.numel() // width
     out = student.new_empty(rows, dtype=torch.float64)
@@ -231,9 +235,11 @@ def loss_call(call: Call, threads: int = 1, device: int = 0, stream=None) -> tup
         c.labels = labels.data_ptr()
     if weight is not None:
         c.weight = weight.data_ptr()
+    if temperatures is not None:
+        c.temperatures = temperatures.data_ptr()
     if call.stats is not None:
         c.stats = call.stats.data_ptr()
-    return c, out, (student, teacher, labels, weight)
+    return c, out, (student, teacher, labels, weight, temperatures)
 
 
 def log_softmax_call(

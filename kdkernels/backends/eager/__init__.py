@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...call import Call, row_dtype
+from ...call import Call, Rows, row_dtype
 from ...transforms import LogitTransform
 from . import hard as hard_term
 from .families import entropy, soft_term
@@ -62,7 +62,13 @@ class _Batch:
         else:
             x, self.broken_z = _clean(z, self.counts & (self.soft or self.hard or self.told), of_z)
             y, self.broken_v = _clean(v, self.counts & (self.soft or self.told), of_v)
-        self.row, self.slope = Row(x, y, n.temperature, plain), of_z.slope
+        # factors of D, (rows, 1), and of T dD/dz, besides the call's own scales
+        T, self.unit, self.gradient_unit = n.temperature, 1.0, 1.0
+        if call.temperature is not None:
+            T = _temperatures(call).unsqueeze(-1)
+            self.unit = T * T if n.squared else T / T
+            self.gradient_unit, T = self.unit / T, T.to(dtype)
+        self.row, self.slope = Row(x, y, T, plain), of_z.slope
         self.transformed = of_z != LogitTransform()
         self.labels = None
         if call.labels is not None:
@@ -82,7 +88,8 @@ class _Batch:
         n, dtype = self.call.numbers, row_dtype(self.call.student.device)
         out = self.counts.squeeze(-1).to(dtype) * 0.0
         if self.soft:
-            out = out + n.value_scale * self.term.value.to(dtype)
+            value = self.unit * self.term.value.to(dtype).unsqueeze(-1)
+            out = out + n.value_scale * value.squeeze(-1)
         if self.hard:
             out = out + n.hard_scale * hard_term.hard(self.row, self.labels, n.modifiers).to(dtype)
         return out
@@ -92,7 +99,8 @@ class _Batch:
         n = self.call.numbers
         g = torch.zeros_like(self.row.z)
         if self.soft:
-            g = n.grad_scale * self.term.gradient()
+            unit = n.grad_scale * self.gradient_unit
+            g = (unit.to(g.dtype) if isinstance(unit, Tensor) else unit) * self.term.gradient()
         if self.hard:
             g = g + n.hard_grad_scale * hard_term.hard_gradient(self.row, self.labels, n.modifiers)
         if self.transformed:
@@ -116,6 +124,12 @@ class _Batch:
         broken = (self.broken_z | self.broken_v).repeat(1, columns.shape[-1])
         broken[:, 1:2] = self.broken_z  # the cross entropy, which is the student's alone
         return torch.where(broken | ~self.counts, math.nan, columns).to(row_dtype(D.device))
+
+
+def _temperatures(call: Call) -> Tensor:
+    """The rows' own, 1 where a row does not count, whose own may be anything."""
+    T = call.temperature
+    return T if call.weight is None else torch.where(call.weight != 0, T, 1.0)
 
 
 def _all_finite(x: Tensor) -> bool:
@@ -151,8 +165,8 @@ def rows(call: Call) -> Tensor:
     """Per-row loss, (rows,), in plain autograd; rows of weight 0, and the logits of a term of weight 0, are
     not looked at."""
     z, v = (x[..., : call.vocab].reshape(-1, call.vocab) for x in (call.student, call.teacher))
-    labels, weight = (x if x is None else x.reshape(-1) for x in (call.labels, call.weight))
-    call = call._replace(student=z, teacher=v, labels=labels, weight=weight, stats=None)
+    of_rows = {x: None if (y := getattr(call, x)) is None else y.reshape(-1) for x in Rows._fields}
+    call = call._replace(student=z, teacher=v, stats=None, **of_rows)
     batch = _Batch(call, row_dtype(z.device), graph=True)
     loss = batch.losses()
     # nan in the value of the rows that are broken, and in the gradient of all the logits that are read; 0
@@ -198,7 +212,7 @@ def loss(call: Call) -> Tensor:
 
 def _each(call: Call, change) -> Call:
     """The call with its tensors that have rows changed, those to be filled in apart."""
-    names = [name for name in ("student", "teacher", "labels", "weight") if getattr(call, name) is not None]
+    names = [x for x in ("student", "teacher", *Rows._fields) if getattr(call, x) is not None]
     return call._replace(**{name: change(getattr(call, name)) for name in names})
 
 
@@ -234,8 +248,9 @@ def _in_double(call: Call) -> _Found:
 def _fits_single(call: Call) -> bool:
     if torch.float64 in (call.student.dtype, call.teacher.dtype):
         return False
-    form, T = call.divergence.form, call.numbers.temperature
-    return form.family in SUMS and T <= HOTTEST
+    own = call.temperature is not None and call.temperature.numel()
+    hottest = float(_temperatures(call).max()) if own else call.numbers.temperature
+    return call.divergence.form.family in SUMS and hottest <= HOTTEST
 
 
 def _computed(call: Call, dtype: torch.dtype) -> tuple[_Found, Tensor]:

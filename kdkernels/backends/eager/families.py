@@ -249,4 +249,5 @@ FAMILIES: dict[str, Callable[[Row, Form], Term]] = {
 
 
 def soft_term(row: Row, form: Form) -> Term:
-    return limits.flat(row, form) if math.isinf(row.temperature) else FAMILIES[form.family](row, form)
+    flat = not isinstance(row.temperature, Tensor) and math.isinf(row.temperature)
+    return limits.flat(row, form) if flat else FAMILIES[form.family](row, form)

@@ -109,7 +109,7 @@ def nothing_but_gradient(factors, row: Row, x, absent, of_all, other, rows) -> T
     if factors is None:
         u = torch.where(rows.unsqueeze(-1) & ~absent, x - x.detach(), 1.0).sqrt()
         return summed(u - u * 1.0)
-    pull = summed(other.detach() * x) / row.temperature
+    pull = summed(other.detach() * x / row.temperature)
     term = factors[0] * of_all.log().squeeze(-1) - factors[1] * pull
     return term - term.detach()
 

@@ -38,10 +38,10 @@ class Soft(NamedTuple):
 class Row:
     """(rows, vocab) logits without nan and +inf.
 
-    plain: no class is masked, and no graph is made.
+    temperature: of all rows, or (rows, 1). plain: no class is masked, and no graph is made.
     """
 
-    def __init__(self, z: Tensor, v: Tensor, temperature: float, plain: bool):
+    def __init__(self, z: Tensor, v: Tensor, temperature: float | Tensor, plain: bool):
         self.temperature, self.plain = temperature, plain
         self.given_z = self.z = z
         self.v = v
@@ -70,7 +70,7 @@ class Row:
         found = self.abs(x) < bound
         return found if self.masked is None else found & ~self.masked
 
-    def scaled_exp(self, x: Tensor, top: Tensor, masked: Tensor | None, temperature: float) -> Tensor:
+    def scaled_exp(self, x: Tensor, top: Tensor, masked: Tensor | None, temperature) -> Tensor:
         return self.fill(masked, 0.0, ((x - top) / temperature).exp())
 
     @functools.cached_property

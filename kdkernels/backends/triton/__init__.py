@@ -76,7 +76,8 @@ def _without_a_teacher(call: Call) -> Call:
     n, m = call.numbers, call.numbers.modifiers
     m = m._replace(teacher_scale=m.student_scale, teacher_softcap=m.student_softcap)
     same = n._replace(temperature=1.0, modifiers=m)
-    return call._replace(teacher=call.student, divergence=of("kl", 0.0), numbers=same, stats=None)
+    alone = call._replace(teacher=call.student, divergence=of("kl", 0.0), numbers=same)
+    return alone._replace(stats=None, temperature=None)
 
 
 def _losses(call: Call) -> Tensor:

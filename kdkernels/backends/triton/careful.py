@@ -45,10 +45,10 @@ from .double import (
 )
 from .gradient import total
 from .hard import hard_of, with_hard
-from .kernels import NUMBERS, ROWS_DATA, is_lost, row_of
+from .kernels import NUMBERS, ROWS_DATA, is_lost, row_of, scales_of
 from .limits import limit_gradient, limit_of
 from .matching import matching_row
-from .records import ALPHA, ENTROPY, MIXED_KL, MOMENTS, SKEWED, SUPPORT, TVD, Numbers, Scales
+from .records import ALPHA, ENTROPY, MIXED_KL, MOMENTS, SKEWED, SUPPORT, TVD, Numbers
 from .rows import row_at, store, sweep, write_zeros
 from .statistics import COLUMNS
 
@@ -67,7 +67,7 @@ class Closed(NamedTuple):
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def careful_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS, STATS,
+    Z, V, G, LABELS, WEIGHTS, TEMPERATURES, LOSS, STATS,
     rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
     k, tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
@@ -98,13 +98,14 @@ def careful_rows(
                     (Z, V, G, LABELS), row, (inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner),
                     (z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness), vocab, spec,
                 )  # fmt: skip
-                numbers = Numbers(
-                    0.0, wide(k), wide(tilt), 1.0 / wide(tilt), wide(base_share), wide(other_share)
-                )
-                scales = Scales(
-                    weight, value_scale, value_unit, weight * grad_scale, hard_scale,
-                    weight * hard_grad_scale, wide(smoothing), wide(z_loss), factor,
+                given = (
+                    value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, wide(smoothing),
+                    wide(z_loss), factor,
                 )  # fmt: skip
+                own_c, own_k, scales = scales_of(row, weight, TEMPERATURES, 0.0, k, given, spec)
+                numbers = Numbers(
+                    own_c, wide(own_k), wide(tilt), 1.0 / wide(tilt), wide(base_share), wide(other_share)
+                )
                 to = LOSS + row, STATS + row * COLUMNS
                 if spec.family == MOMENTS:
                     matching_row(here, label_logit, to, numbers, scales, spec)

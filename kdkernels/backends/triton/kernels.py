@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import LN2, LOW, exp2_64, long, psi_short, wide
+from .arithmetic import LN2, LOG2E, LOW, exp2_64, long, psi_short, wide
 from .close import (
     entropy,
     exact_close,
@@ -32,7 +32,21 @@ from .exchange import Exchange, row_sums, second_of_parts, second_sums
 from .gradient import write_exact, write_plain
 from .hard import hard_of
 from .mixture import MixedSums, middle_sweep, mixed_close, mixed_value, write_mixed
-from .records import AGAIN, ALL, ENTROPY, FIRST, LAST, MIDDLE, Ending, Numbers, Row, Scales, Side
+from .records import (
+    AGAIN,
+    ALL,
+    ENTROPY,
+    FIRST,
+    LAST,
+    MIDDLE,
+    SQUARED,
+    TVD,
+    Ending,
+    Numbers,
+    Row,
+    Scales,
+    Side,
+)
 from .rows import label_of, row_at, transformed, write_zeros
 from .statistics import COLUMNS, tell_sides, tell_terms
 from .sums import reference_at, sample
@@ -44,7 +58,7 @@ NUMBERS = [
     "parts", "size",
 ]  # fmt: skip
 # a number of each: where they begin, as of labels[1:], makes no other kernel
-ROWS_DATA = ["LABELS", "WEIGHTS", "LOSS", "STATS"]
+ROWS_DATA = ["LABELS", "WEIGHTS", "TEMPERATURES", "LOSS", "STATS"]
 
 
 @triton.jit
@@ -197,9 +211,29 @@ def row_of(tensors, row, layout, transforms, vocab, spec: tl.constexpr):
     return Row(base, other, G + g_at, edge, 0, edge + vocab, vocab, label), label_logit
 
 
+@triton.jit
+def scales_of(row, weight, TEMPERATURES, c, k, given, spec: tl.constexpr):
+    """(log2(e) / T, 1 / T, `Scales`) of a row; given: those of the call, where c and k are not the row's
+    own."""
+    value, unit, grad, hard, hard_grad, smoothing, z_loss, factor = given
+    grad = weight * grad
+    if spec.own:
+        T = tl.load(TEMPERATURES + row).to(tl.float64)  # nan for one out of range
+        square = T * T if spec.own == SQUARED else T / T
+        k = (1.0 / T).to(tl.float32)
+        c = (wide(k) * LOG2E).to(tl.float32)
+        lacks = wide(1.0)  # as `numbers.numbers` has it
+        if not spec.is_limit and spec.family != TVD:
+            lacks = tl.where(T >= 64.0, 1.0 / (wide(k) * T), 1.0)
+        unit = unit * (square * lacks * lacks)
+        grad *= square / T * lacks
+        factor = factor * (lacks * lacks)
+    return c, k, Scales(weight, value, unit, grad, hard, weight * hard_grad, smoothing, z_loss, factor)
+
+
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def loss_rows(
-    Z, V, G, LABELS, WEIGHTS, LOSS, STATS, STATE, COUNT,
+    Z, V, G, LABELS, WEIGHTS, TEMPERATURES, LOSS, STATS, STATE, COUNT,
     inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width, parts, size,
     c, k, tilt, inverse_tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale,
     hard_grad_scale, smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness,
@@ -230,11 +264,9 @@ def loss_rows(
         x = Exchange(STATE + row * parts * spec.state, COUNT + 2 * row, part, parts)
         if spec.hard and not spec.alone:
             label_logit = wide(once(x, label_logit.to(tl.float32), 14, spec))
-        numbers = Numbers(c, k, tilt, inverse_tilt, base_share, other_share)
-        scales = Scales(
-            weight, value_scale, value_unit, weight * grad_scale, hard_scale, weight * hard_grad_scale,
-            smoothing, z_loss, factor,
-        )  # fmt: skip
+        given = value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss, factor
+        own_c, own_k, scales = scales_of(row, weight, TEMPERATURES, c, k, given, spec)
+        numbers = Numbers(own_c, own_k, tilt, inverse_tilt, base_share, other_share)
         to = LOSS + row, STATS + row * COLUMNS
         if spec.exact:
             exact_row(here, x, label_logit, to, numbers, scales, spec)

@@ -33,9 +33,11 @@ from .spec import (
     FIRST,
     LAST,
     MIDDLE,
+    OWN,
     SCALAR,
     SCALED,
     SMOOTHED,
+    SQUARED,
     WINDOW,
     Spec,
 )
@@ -77,6 +79,7 @@ class Kind(NamedTuple):
     grad: Lie | None
     hard: bool
     weighted: bool
+    own: bool  # rows have temperatures of their own
     stats: bool
     device: Device
 
@@ -174,10 +177,11 @@ def _spec(kind: Kind, access: int, geometry: Plan) -> Spec:
     return Spec(
         family=FAMILIES.index(n.family),
         base=n.base,
-        exact=is_exact(kind.divergence.form, kind.numbers.temperature, gradient),
+        exact=kind.own or is_exact(kind.divergence.form, kind.numbers.temperature, gradient),
         hard=(SMOOTHED if m.label_smoothing else CROSS_ENTROPY) if kind.hard else 0,
         grad=kind.grad is not None,
         weighted=kind.weighted,
+        own=0 if not kind.own else SQUARED if kind.numbers.squared else OWN,
         transform=CAPPED if capped else SCALED if scaled else 0,
         stats=kind.stats,
         carry=bool(capped or scaled) or torch.float32 in (kind.student.dtype, kind.teacher.dtype),
@@ -287,10 +291,10 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
 def launches(call: Call, out: Tensor, device: Device) -> tuple[list[Launch], dict[str, Tensor]]:
     """What `loss` launches, in its order, on a device of such figures, and the tensors that all of it takes;
     out: the losses to be written."""
-    z, v, vocab, labels, weight, divergence, n, grad, stats = call
+    z, v, vocab, labels, weight, divergence, n, grad, stats, own = call
     hard = labels is not None and (n.hard_scale != 0 or n.hard_grad_scale != 0 or stats is not None)
     lies = lie(z), lie(v), None if grad is None else lie(grad)
-    flags = hard, weight is not None, stats is not None
+    flags = hard, weight is not None, own is not None, stats is not None
     state, found = _launches(divergence, n, vocab, *lies, *flags, device)
     tensors = dict(
         Z=z,
@@ -298,6 +302,7 @@ def launches(call: Call, out: Tensor, device: Device) -> tuple[list[Launch], dic
         G=z if grad is None else grad,
         LABELS=labels.contiguous() if hard else out,
         WEIGHTS=out if weight is None else weight.contiguous(),
+        TEMPERATURES=out if own is None else own.contiguous(),
         LOSS=out,
         STATS=out if stats is None else stats,
         STATE=torch.empty(state, dtype=torch.float64, device=out.device) if state else out,

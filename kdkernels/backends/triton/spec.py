@@ -23,6 +23,8 @@ EVEN, WINDOW, SCALAR = range(3)
 # Spec.hard: without and with label smoothing. Spec.transform: scales alone, or a softcap too
 CROSS_ENTROPY, SMOOTHED = 1, 2
 SCALED, CAPPED = 1, 2
+# Spec.own: rows have temperatures of their own; with t_squared
+OWN, SQUARED = 1, 2
 # Spec.phase: under the interpreter, whose programs run one after another, those of a row cannot wait for each
 # other, and what lies between two exchanges is a launch of its own. ALL: everything, which is what a GPU runs
 FIRST, AGAIN, MIDDLE, LAST, ALL = range(5)
@@ -40,6 +42,7 @@ class Spec:
     hard: int
     grad: bool
     weighted: bool
+    own: int
     transform: int
     stats: bool
     carry: bool  # whether o - b is more than a float: for fp32 logits and transformed ones
