@@ -19,6 +19,8 @@ The mixture family (`mixture_term`): c_p KL(p, m) + c_q KL(q, m) with m = (1 - m
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 
 def psi_series(x):
     """psi(x) = e^x - 1 - x for |x| <= 1/2, to the last digit of fp64."""
@@ -63,12 +65,14 @@ def kl_terms(p, q, d, psi, abs, where):
     return gap, where(near, p * s, gap - p * d)
 
 
-def power_terms(p, q, t, d, tilt, inverse_tilt, psi, abs, where, small_tilt):
-    """(q - p, t - p, (1 - tilt) p f(d)) for q = p e^d and t = p e^{tilt d}; powers are only subtracted where
-    they differ.
+def power_terms(powers, tilts, psi, abs, where, small_tilt):
+    """(q - p, t - p, (1 - tilt) p f(d)) for powers (p, q = p e^d, t = p e^{tilt d}, d) and tilts (tilt, 1 /
+    tilt); powers are only subtracted where they differ.
 
     small_tilt says that |tilt| <= 1: the third then asks for nothing that is only the first's.
     """
+    p, q, t, d = powers
+    tilt, inverse_tilt = tilts
     x = tilt * d
     near = abs(d) < 0.5
     close = abs(x) < 0.5
@@ -94,13 +98,21 @@ def log_short(f):
     return f * f * (0.5 + f * (-0.33333328 + f * (0.25000563 + f * (-0.2000136 + f * s))))
 
 
-def mixture_term(b, o, x, m1, s, u, psi_u, w, mix, base, other, abs, where, shares):
-    """The term of D of a mixture (`Sides`) for o = b e^x, from m1 = e^x - 1, s = psi(x), u = log1p(mix m1) =
-    log(m / b), psi(u), and w = x - u = log(o / m).
+class MixtureLogs(NamedTuple):
+    """Of a class with o = b e^x in a mixture m, all to their own digits."""
 
-    All to their own digits; shares as for `mixture_slope`. s is used where |x| < 1/2. x may be cut off where
-    e^x is beyond reach: b and o say what x then does not.
-    """
+    x: Any  # may be cut off where e^x is beyond reach: b and o say what x then does not
+    m1: Any  # e^x - 1
+    s: Any  # psi(x), where |x| < 1/2
+    u: Any  # log1p(mix m1) = log(m / b)
+    psi_u: Any
+    w: Any  # x - u = log(o / m)
+
+
+def mixture_term(b, o, logs, weights, abs, where, shares):
+    """The term of D of a mixture (`Sides`), of weights (mix, base, other); shares as for `mixture_slope`."""
+    x, m1, s, u, psi_u, w = logs
+    mix, base, other = weights
     keep = 1 - mix
     if shares:
         gap = o - b
@@ -113,12 +125,14 @@ def mixture_term(b, o, x, m1, s, u, psi_u, w, mix, base, other, abs, where, shar
         return where(abs(x) < 0.5, near, other * o * w - base * b * u)
 
 
-def mixture_slope(m1, u, psi_u, w, mix, base, other, student_base, shares):
+def mixture_slope(logs, weights, student_base, shares):
     """xi of a mixture: T dD/dz = q (xi - sum q xi). Arguments are those of `mixture_term`.
 
     shares: whether base mix and other (1 - mix) differ, as they do not for JSD; (o - b) / m then counts. The
         gradient in the teacher's logits is the student's of the mixture with p and q exchanged.
     """
+    _, m1, _, u, psi_u, w = logs
+    mix, base, other = weights
     keep = 1 - mix
     if student_base:
         if shares:

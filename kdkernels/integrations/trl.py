@@ -399,12 +399,11 @@ def _of_hidden_states(
     def theirs(student_logits, teacher_logits, *args, **kwargs):
         return original(student.logits(student_logits), teacher.logits(teacher_logits), *args, **kwargs)
 
-    return functools.partial(_hidden_loss, student, teacher), theirs
+    return functools.partial(_hidden_loss, (student, teacher)), theirs
 
 
 def _hidden_loss(
-    student: _Model,
-    teacher: _Model,
+    models: tuple[_Model, _Model],
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
@@ -414,6 +413,7 @@ def _hidden_loss(
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
     """`generalized_jsd_loss` of hidden states, (..., H) and (..., H'), in the place of logits."""
+    student, teacher = models
     counts = None if labels is None else labels != IGNORED
     shape = torch.Size((*student_logits.shape[:-1], student.head.out_features))
     loss = loss_of_heads(

@@ -297,7 +297,7 @@ def test_reductions(beta, reduction, masked, num_items):
     models = [ours._Model(None, None, head, ours.LogitTransform()) for head in heads]
     for found in (
         generalized_jsd_loss(z, v, labels, **options),
-        ours._hidden_loss(*models, student_logits=z, teacher_logits=v, labels=labels, **options),
+        ours._hidden_loss(models, student_logits=z, teacher_logits=v, labels=labels, **options),
     ):
         assert found.shape == right.shape
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-8)

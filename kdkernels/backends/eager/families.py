@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...divergence import Form
-from ...terms import kl_terms, mixture_slope, mixture_term, power_closed, power_terms
+from ...terms import MixtureLogs, kl_terms, mixture_slope, mixture_term, power_closed, power_terms
 from . import limits
 from .row import Row, Term, psi, summed, total
 
@@ -108,10 +108,10 @@ def tilted(row: Row, order: float) -> Tilted:
     w = eu / su
     t = w * torch.where(near, log_r, 0.0).exp()
     if order <= 0.5:  # from the side of the smaller tilt, which loses the least
-        terms = power_terms(q, p, t, -d, order, 1 / order, psi, row.abs, row.where, False)
+        terms = power_terms((q, p, t, -d), (order, 1 / order), psi, row.abs, row.where, False)
         term = terms[2] / b
     else:
-        terms = power_terms(p, q, t, d, b, 1 / b, psi, row.abs, row.where, False)
+        terms = power_terms((p, q, t, d), (b, 1 / b), psi, row.abs, row.where, False)
         term = terms[2] / order
     if not row.plain:
         term = torch.where(row.no_v, q / order, torch.where(row.no_z, p / b, term))
@@ -183,12 +183,12 @@ def mixture(row: Row, form: Form) -> Term:
     x = x.clamp_max(row.reach) if mix else x  # beyond, log m is log o + log(mix), whatever x
     m1 = torch.expm1(x.clamp_max(row.reach))
     u = torch.log1p(mix * m1)
-    logs = u, row.where(row.abs(u) < 0.5, psi(u), mix * m1 - u), x - u
+    psi_u = row.where(row.abs(u) < 0.5, psi(u), mix * m1 - u)
     b_in, o_in = row.fill(row.masked, 1.0, b), row.fill(row.masked, 1.0, o)
     small = torch.expm1(x.clamp(-0.5, 0.5))  # its square must not be inf where it is not asked for
-    shares = mix, sides.base, sides.other
-    term = mixture_term(b_in, o_in, x, small, psi(x), *logs, *shares, row.abs, row.where, sides.shares)
-    xi = mixture_slope(m1, *logs, *shares, sides.student_base, sides.shares)
+    logs, weights = MixtureLogs(x, small, psi(x), u, psi_u, x - u), (mix, sides.base, sides.other)
+    term = mixture_term(b_in, o_in, logs, weights, row.abs, row.where, sides.shares)
+    xi = mixture_slope(logs._replace(m1=m1), weights, sides.student_base, sides.shares)
     G = row.fill(row.masked, 0.0, (b_in if sides.student_base else o_in) * xi)
     term = row.fill(row.masked, 0.0, term)
     if not row.plain:

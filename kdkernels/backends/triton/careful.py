@@ -163,9 +163,8 @@ def class_terms(p_b, p_o, x, wr, both, numbers, spec: tl.constexpr):
     """(the term of D, xi) of a tile, xi of mixtures and of reverse KL; wr: w R, of orders."""
     if spec.power:
         tilt = numbers.tilt
-        _, _, term = power_terms(
-            p_b, p_o, wr, x, tilt, numbers.inverse_tilt, psi_series, magnitude, select, False
-        )
+        powers, tilts = (p_b, p_o, wr, x), (tilt, numbers.inverse_tilt)
+        _, _, term = power_terms(powers, tilts, psi_series, magnitude, select, False)
         # p_o is 0 where b alone has the class
         term = tl.where(both, term / (1.0 - tilt), p_b / tilt + p_o / (1.0 - tilt))
         return term, term
@@ -174,17 +173,17 @@ def class_terms(p_b, p_o, x, wr, both, numbers, spec: tl.constexpr):
         gap = tl.where(near, near_expm1(p_b, tl.where(near, x, 0.0)), p_o - p_b)
         return 0.5 * tl.abs(gap), tl.where(gap > 0.0, 0.5, tl.where(gap < 0.0, -0.5, 0.0))
     elif spec.mixes:
-        mix, base, other = numbers.tilt, numbers.base_share, numbers.other_share
+        mix = numbers.tilt
         alone = tl.where(p_o > 0.0, REACH64, -REACH64)
         x = tl.where(both, tl.minimum(tl.maximum(x, -REACH64), REACH64), alone)
         m1 = expm164(x)
         u = log1p64(mix * m1)
         psi_u = tl.where(tl.abs(u) < 0.5, psi_series(u), mix * m1 - u)
         SHARES: tl.constexpr = spec.family == SKEWED
-        term = mixture_term(
-            p_b, p_o, x, m1, psi_series(x), u, psi_u, x - u, mix, base, other, magnitude, select, SHARES
-        )
-        return term, mixture_slope(m1, u, psi_u, x - u, mix, base, other, spec.student_base, SHARES)
+        logs = x, m1, psi_series(x), u, psi_u, x - u  # terms.MixtureLogs
+        weights = mix, numbers.base_share, numbers.other_share
+        term = mixture_term(p_b, p_o, logs, weights, magnitude, select, SHARES)
+        return term, mixture_slope(logs, weights, spec.student_base, SHARES)
     else:
         _, term = kl_terms(p_b, p_o, x, psi_series, magnitude, select)
         term = tl.where(both, term, p_o)

@@ -144,7 +144,7 @@ def exact_terms(b, o, closed, numbers, SUMS: tl.constexpr, spec: tl.constexpr):
         return q, xi, more, more - gap, e
     else:
         SHARES: tl.constexpr = spec.family == SKEWED
-        mix, base, other = numbers.tilt, numbers.base_share, numbers.other_share
+        mix = numbers.tilt
         x = tl.minimum(tl.maximum(y, -REACH), REACH)
         s = psi_short(x)
         m1 = tl.where(tl.abs(x) < 0.5, x + s, tl.math.exp2(x * LOG2E) - 1.0)
@@ -152,12 +152,12 @@ def exact_terms(b, o, closed, numbers, SUMS: tl.constexpr, spec: tl.constexpr):
         # where o has nearly all of m, log(o / m) is the difference of large numbers
         most = -tl.log(tl.full([], 0.0, tl.float32) + mix)
         ahead = tl.where(x > most + 17.0, most, x - u)
-        xi = mixture_slope(m1, u, psi_u, ahead, mix, base, other, spec.student_base, SHARES)
+        # `terms.MixtureLogs`, and the weights
+        logs, weights = (x, m1, s, u, psi_u, ahead), (mix, numbers.base_share, numbers.other_share)
+        xi = mixture_slope(logs, weights, spec.student_base, SHARES)
         term = u
         if SUMS:
-            term = mixture_term(
-                e, eo, x, m1, s, u, psi_u, ahead, mix, base, other, magnitude, select, SHARES
-            )  # fmt: skip
+            term = mixture_term(e, eo, logs, weights, magnitude, select, SHARES)
         return q, xi, term, term, e
 
 

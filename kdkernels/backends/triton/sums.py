@@ -101,10 +101,8 @@ def exact_terms(b, o, a, e, eo, reference, numbers, spec: tl.constexpr):
     y = tl.minimum(difference(b, o, reference, numbers, spec), BIG)
     if spec.power:
         eu = tl.math.exp2(tl.fma(y, numbers.tilt * LOG2E, a))
-        em, et, term = power_terms(
-            e, eo, eu, y, numbers.tilt, numbers.inverse_tilt, psi_short, magnitude, select,
-            spec.base == STUDENT,
-        )  # fmt: skip
+        tilts = numbers.tilt, numbers.inverse_tilt
+        em, et, term = power_terms((e, eo, eu, y), tilts, psi_short, magnitude, select, spec.base == STUDENT)
         return em, et, eu, term
     else:
         em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
