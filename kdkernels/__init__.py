@@ -4,8 +4,9 @@ logits."""
 from . import divergence
 from .decoupled import decoupled_kd_loss
 from .divergence import *  # noqa: F403
-from .functional import fused_kd_loss, logit_matching_loss, tempered_log_softmax
+from .functional import fused_kd_loss, logit_matching_loss
 from .linear import fused_linear_kd_loss
+from .log_softmax import tempered_log_softmax
 from .modules import KDLoss, LinearKDLoss
 from .stats import KDStats
 from .transforms import LogitTransform, standardize_logits

@@ -9,97 +9,18 @@ sum of its rows.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .call import Asked, Rows, addressable, exchanged, row_dtype
-from .options import DTYPES
-from .products import ROUND, product, project, shaped, sum_rows
+from .call import Asked, Rows, exchanged, row_dtype
+from .chunk_gradients import Gradients
+from .chunk_teacher import Teacher
+from .linear_call import Given, Setup, Sizes, head_of
+from .products import ROUND, project, shaped
 from .stats import COLUMNS
-
-LARGEST_FITTED = 2.0**14  # of a chunk's gradient that is measured before it is rounded to fp16
-
-TeacherLogits = Tensor | Callable[[int, int], Tensor]
-At = slice | Tensor  # the tokens of a chunk
-
-
-class Model(NamedTuple):
-    """What logits are made of: hidden states (..., H), and the head's weight (V, H) and bias (V)."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-class Given(NamedTuple):
-    """The tensors of a loss from hidden states; `logits` stand in place of the teacher's three."""
-
-    student: Model
-    teacher: Model
-    logits: TeacherLogits | None
-    rows: Rows
-    upstream: Tensor | None  # of `row_dtype`: one more factor of the rows
-
-    @staticmethod
-    def of(tensors: tuple, rows: tuple, upstream: Tensor | None = None) -> Given:
-        """Of both models' tensors and the teacher's logits, laid out flat, and those of the rows."""
-        models = Model(*tensors[:3]), Model(*tensors[3:6])
-        return Given(*models, tensors[6], Rows(*rows), upstream)
-
-
-class Setup(NamedTuple):
-    """What a pass over the chunks is told besides its tensors and the loss's own arguments."""
-
-    needs: tuple[bool, ...]  # gradients in hidden states, weight and bias of the student, then of the teacher
-    dtype: torch.dtype  # of the student's products
-    teacher_dtype: torch.dtype
-    logits_dtype: torch.dtype | None  # None: that of the products
-    memory_budget: int
-    num_counted: int | None
-    stats: bool
-    # no bound holds a gradient within fp16: each chunk's is measured before it is rounded
-    fitted: bool = False
-
-    def of_logits(self, dtype: torch.dtype) -> torch.dtype:
-        """What products in `dtype` are rounded to."""
-        return (
-            dtype
-            if self.logits_dtype is None or dtype.itemsize > self.logits_dtype.itemsize
-            else self.logits_dtype
-        )
-
-    def of_logits_gradient(self, dtype: torch.dtype) -> torch.dtype:
-        """Of the gradient in logits: that of the products that take it, or fp32 until it is fitted to
-        fp16."""
-        return self.of_logits(dtype) if self.fitted else dtype
-
-    @property
-    def models(self) -> tuple[tuple[tuple[bool, ...], torch.dtype], ...]:
-        """What each model needs, and the dtype of its products."""
-        return (self.needs[:3], self.dtype), (self.needs[3:], self.teacher_dtype)
-
-    @staticmethod
-    def of_gradient(dtype: torch.dtype, of_products: torch.dtype) -> torch.dtype:
-        """Of the gradient in a parameter of `dtype` until its last factor is known, before which it would
-        underflow in fp16."""
-        return dtype if dtype == of_products != torch.float16 else torch.float32
-
-
-class Sizes(NamedTuple):
-    """Of a pass: tokens in all and those that count, classes, tokens of a chunk; gathered: the tokens that
-    count are taken out of all."""
-
-    tokens: int
-    count: int
-    vocab: int
-    chunk: int
-    gathered: bool
 
 
 def chunk_tokens(tokens: int, vocab: int, class_bytes: int, memory_budget: int) -> int:
@@ -199,85 +120,6 @@ def over_chunks(given: Given, setup: Setup, asked: Asked) -> tuple[Tensor, ...]:
     return rows, *mine.finish(count), *theirs.finish(count), columns
 
 
-def head_of(model: Model, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) of the classes that count, as the products take them."""
-    return model.weight[:vocab].to(dtype), None if model.bias is None else model.bias[:vocab].to(dtype)
-
-
-class Gradients:
-    """In a model's hidden states, weight and bias, of those that need one."""
-
-    def __init__(self, model: Model, needs, dtype: torch.dtype, sizes: Sizes, device, fitted: bool):
-        self.in_hidden, self.like, self.device = needs[0], model.hidden, device
-        self.wanted, self.dtype, self.fitted = any(needs), dtype, fitted
-        self.unit: Tensor | None = None  # what the sums so far are multiplied with, a power of 2; None for 1
-        if self.in_hidden:
-            fresh = torch.zeros if sizes.gathered else torch.empty
-            of_hidden = Setup.of_gradient(self.like.dtype, dtype)
-            self.hidden = fresh((sizes.tokens, self.like.shape[-1]), dtype=of_hidden, device=device)
-        single = sizes.chunk >= sizes.count
-        self.weight, self.bias = (
-            Accumulator(x, Setup.of_gradient(x.dtype, dtype), sizes.vocab, single) if need else None
-            for x, need in zip(model[1:], needs[1:], strict=True)
-        )
-
-    def fit(self, dz: Tensor, buffer: Tensor) -> Tensor:
-        """A chunk's gradient in the logits as the products take it: in fp32 it is multiplied so that fp16
-        holds it, and the sums so far as well, which are fp32."""
-        if not self.fitted:
-            return dz
-        unit = torch.exp2(torch.floor(torch.log2(LARGEST_FITTED / dz.abs().amax()))).clamp_max(2.0**60)
-        if self.unit is not None:
-            unit = torch.minimum(unit, self.unit)
-            for sums in (self.weight, self.bias):
-                if sums is not None:
-                    sums.total.mul_(unit / self.unit)
-        self.unit = unit
-        dz.mul_(unit)
-        return dz if dz.dtype == self.dtype else shaped(buffer, dz.shape, self.dtype).copy_(dz)
-
-    def add(self, dz: Tensor, x: Tensor, weight: Tensor, at: At, more: bool) -> None:
-        """Of a chunk: the logits' gradient, the hidden states, and the head's weight; more: it is not the
-        first."""
-        if self.in_hidden:
-            into = self.hidden[at] if isinstance(at, slice) else self.hidden.new_empty(x.shape)
-            product(dz, weight, into)
-            if self.unit is not None:
-                into /= self.unit
-            if not isinstance(at, slice):
-                self.hidden[at] = into
-        if self.weight is not None:
-            product(dz.t(), x, self.weight.total, add=more)
-        if self.bias is not None:
-            sum_rows(dz, self.bias.total, add=more)
-
-    def finish(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all `count` tokens; an empty tensor for each that needs none."""
-        nothing = functools.partial(torch.empty, 0, dtype=torch.float32, device=self.device)
-        for sums in (self.weight, self.bias):
-            if sums is not None and self.unit is not None:
-                sums.total /= self.unit
-        dh = self.hidden.view(self.like.shape) if self.in_hidden else nothing()
-        return dh, *(nothing() if x is None else x.finish(count) for x in (self.weight, self.bias))
-
-
-class Accumulator:
-    """The gradient in a parameter, of whose first `vocab` rows `total` is the sum over the chunks."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, single: bool):
-        self.dtype = dtype
-        self.whole = torch.empty(
-            like.shape,
-            dtype=self.dtype if single else torch.promote_types(self.dtype, torch.float32),
-            device=like.device,
-        )
-        self.total, self.rest = self.whole[:vocab], self.whole[vocab:]
-
-    def finish(self, count: int) -> Tensor:
-        self.rest.zero_()
-        return (self.whole if count else self.whole.zero_()).to(self.dtype)
-
-
 def counted(
     weight: Tensor | None,
     upstream: Tensor | None,
@@ -304,71 +146,3 @@ def counted(
         if not in_place:
             index = torch.nonzero_static(counts, size=num_counted, fill_value=0).squeeze(-1)
     return index, total
-
-
-class Teacher:
-    """The teacher's logits of a chunk, wherever they come from."""
-
-    def __init__(self, given: Given, setup: Setup, vocab: int, gathered: bool):
-        self.hidden, self.source, self.vocab, self.setup = given.teacher.hidden, given.logits, vocab, setup
-        self.device = given.student.hidden.device
-        # bytes a class: of a chunk, whoever makes it, and of the buffer that it is made in
-        self.itemsize = self.buffered = 0
-        if self.hidden is not None:
-            self.hidden = self.hidden.reshape(math.prod(self.hidden.shape[:-1]), self.hidden.shape[-1])
-            self.head = head_of(given.teacher, vocab, setup.teacher_dtype)
-            self.itemsize = self.buffered = setup.of_logits(setup.teacher_dtype).itemsize
-        elif callable(self.source):
-            self.itemsize = setup.of_logits(setup.dtype).itemsize
-        else:
-            self.source = logits = given.logits if given.logits.dim() > 1 else given.logits[None]
-            self.flat = flat(logits)
-            if self.flat is None or gathered:
-                self.itemsize = logits.element_size()
-            if self.flat is not None and gathered:
-                self.buffered = self.itemsize
-
-    def logits(self, at: At, buffer: Tensor) -> Tensor:
-        """(chunk, vocab or more)."""
-        if self.hidden is not None:
-            x = self.inputs(at)
-            out = shaped(buffer, (len(x), self.vocab), self.setup.of_logits(x.dtype))
-            return project(x, *self.head, out)
-        if callable(self.source):
-            return self._called(at.start, at.stop)
-        if self.flat is None:
-            ids = torch.arange(at.start, at.stop, device=self.source.device) if isinstance(at, slice) else at
-            return self.source[torch.unravel_index(ids, self.source.shape[:-1])].contiguous()
-        if isinstance(at, slice):
-            return self.flat[at]
-        out = shaped(buffer, (len(at), self.vocab), self.flat.dtype)
-        return torch.index_select(self.flat[:, : self.vocab], 0, at, out=out)
-
-    def inputs(self, at: At) -> Tensor:
-        """The hidden states as the products take them."""
-        return self.hidden[at].to(self.setup.teacher_dtype)
-
-    def _called(self, start: int, stop: int) -> Tensor:
-        v = self.source(start, stop)
-        if not isinstance(v, Tensor) or v.dtype not in DTYPES:
-            got = getattr(v, "dtype", type(v).__name__)
-            raise TypeError(
-                f"teacher_logits: must return bfloat16, float16, float32 or float64 logits, got {got}"
-            )
-        inputs.check_dense("what teacher_logits returns", v)
-        if v.dim() != 2 or len(v) != stop - start or v.shape[1] < self.vocab:
-            raise ValueError(
-                f"teacher_logits: must return ({stop - start}, {self.vocab} or more) logits, got "
-                f"{tuple(v.shape)}"
-            )
-        return addressable(v.detach().to(self.device))
-
-
-def flat(x: Tensor) -> Tensor | None:
-    """(tokens, V) without a copy; None where the layout does not allow that."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        return None
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError:
-        return None

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from . import functional, inputs
 from .call import Rows
+from .checks import checked_items
 from .folding import counted_rows
-from .options import checked_items, options
+from .log_softmax import tempered_log_softmax
+from .options import options
 from .transforms import wide
 
 
@@ -88,9 +90,7 @@ def decoupled_kd_loss(
     # a row that is nan
     at = torch.where((labels >= 0) & (labels < vocab), labels, 0).unsqueeze(-1)
     with torch.no_grad():
-        log_p = functional.tempered_log_softmax(
-            wide(teacher_logits[..., :vocab]), o.temperature, backend=backend
-        )
+        log_p = tempered_log_softmax(wide(teacher_logits[..., :vocab]), o.temperature, backend=backend)
         rest = -torch.expm1(log_p.gather(-1, at).squeeze(-1).to(weight.dtype))  # 1 - p_t
         # a broken row that does not count
         weight = torch.where(weight != 0, weight * (non_target_weight - target_weight * rest), 0.0)

@@ -25,7 +25,7 @@ def counted_rows(rows: Rows, student, vocab: int, o: Options, num_items) -> tupl
     """(what belongs to the rows as the operators take it, a weight of None where all count alike; what
     reduction="mean" divides by, on the rows' device).
 
-    num_items: as `options.checked_items` returns it.
+    num_items: as `checks.checked_items` returns it.
     """
     dtype = row_dtype(student.device)
     labels, weight, temperature = rows.labels, *(x if x is None else x.to(dtype) for x in rows[1:])

@@ -12,20 +12,12 @@ from torch import Tensor
 
 from . import inputs
 from .call import Rows
-from .chunks import Setup, TeacherLogits
+from .checks import DTYPES, check_rows, checked_items, common_vocab
 from .divergence import Divergence
 from .folding import counted_rows
+from .linear_call import Setup, TeacherLogits
 from .linear_ops import TENSORS, loss_of
-from .options import (
-    AS_THEY_ARE,
-    DTYPES,
-    Options,
-    check_rows,
-    checked_items,
-    common_vocab,
-    options,
-    own_temperature,
-)
+from .options import AS_THEY_ARE, Options, options, own_temperature
 from .stats import KDStats, from_columns
 from .transforms import LogitTransform
 

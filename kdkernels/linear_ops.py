@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import inputs, ops
 from .call import SCHEMA, Asked, Rows, row_dtype
-from .chunks import Given, Setup, over_chunks
+from .chunks import over_chunks
 from .folding import MOST_STEEP, boost_of, fold, largest, reduced, steepness, value_dtype
 from .gradients import once, times_upstream
+from .linear_call import Given, Setup
 from .options import Options
 from .stats import COLUMNS
 
