@@ -143,25 +143,28 @@ void run_split(const RowPath<Real, Family> &path, RowState &shared, int64_t row,
   }
 }
 
-// A row by one thread, or by all of the parallel region.
+// A row by one thread, or by all of the parallel region. One with a temperature of its own is a call of its
+// own.
 template <class Real, class Family>
-void run_one(const Rows<Real> &rows, bool split, RowState &s, int64_t row, Room<Real> &room, bool streaming) {
-  const auto with = [&](const Rows<Real> &rows) {
-    const RowPath<Real, Family> path(rows);
+void run_one(const RowPath<Real, Family> &path, bool split, RowState &s, int64_t row, Room<Real> &room,
+             bool streaming) {
+  const auto with = [&](const RowPath<Real, Family> &path) {
     if (split)
       run_split(path, s, row, room, streaming);
     else
       run_row(path, s, row, room, streaming);
   };
-  if (!rows.c.temperatures) return with(rows);
-  const kd_call own = at_own_temperature(rows.c, row);
+  if (!path.rows.c.temperatures) return with(path);
+  const kd_call own = at_own_temperature(path.rows.c, row);
   const Plan plan = make_plan(own, sizeof(Real) == 8);
-  with(Rows<Real>(own, plan));
+  const Rows<Real> rows(own, plan);
+  with(RowPath<Real, Family>(rows));
 }
 
 template <class Real, class Family> void run(const kd_call &c, const Plan &plan) {
   const Rows<Real> rows(c, plan);
-  const int64_t slot_bytes = RowPath<Real, Family>(rows).slot_size() * sizeof(Real);
+  const RowPath<Real, Family> path(rows);
+  const int64_t slot_bytes = path.slot_size() * sizeof(Real);
   const Threads threads = threads_of(c, rows.blocks);
   const Workspace workspace = plan_workspace(c, threads, rows.blocks, slot_bytes);
   const bool streaming = streams(c);
@@ -172,17 +175,16 @@ template <class Real, class Family> void run(const kd_call &c, const Plan &plan)
     Room<Real> room;
     const OwnWorkspace own(workspace, slot_bytes, room);
     if (threads.split) {
-      for (int64_t row = 0; row < c.rows; row++)
-        run_one<Real, Family>(rows, true, shared.state, row, room, streaming);
+      for (int64_t row = 0; row < c.rows; row++) run_one(path, true, shared.state, row, room, streaming);
     } else {
       RowMemory mine(rows);
 #pragma omp for schedule(dynamic, chunk)
       for (int64_t row = 0; row < c.rows - tail; row++)
-        run_one<Real, Family>(rows, false, mine.state, row, room, streaming);
+        run_one(path, false, mine.state, row, room, streaming);
       if (tail) room.capacity = 0;  // the workspace's rows are what is written now
 #pragma omp for schedule(dynamic, 1)
       for (int64_t row = c.rows - tail; row < c.rows; row++)
-        run_one<Real, Family>(rows, false, mine.state, row, room, streaming);
+        run_one(path, false, mine.state, row, room, streaming);
     }
     stream_fence();
   }
