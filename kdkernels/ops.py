@@ -9,12 +9,14 @@ than registering a backward for it.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .call import SCHEMA, TEMPERATURES, Asked, Call, Rows, heard, row_dtype
+from .divergence import of
 from .stats import COLUMNS
 
 library = torch.library.Library("kdkernels", "DEF")
@@ -53,7 +55,33 @@ def _run(student, teacher, rows: Rows, asked: Asked, grad, stats) -> Tensor:
     if temperature is not None:
         temperature = checked_temperatures(temperature, weight)
     of_rows = labels, weight, *asked.record()
-    return run.loss(Call(student, teacher, asked.vocab, *of_rows, grad, stats, temperature))
+    return _losses(run, Call(student, teacher, asked.vocab, *of_rows, grad, stats, temperature))
+
+
+def _losses(run: ModuleType, call: Call) -> Tensor:
+    """The rows' losses by a backend. 0 times a term is no term, also where the term is nan: without a soft
+    term the teacher's logits are read for statistics alone."""
+    n = call.numbers
+    if n.value_scale != 0 or n.grad_scale != 0:
+        return run.loss(call)
+    hard = call.labels is not None and (n.hard_scale != 0 or n.hard_grad_scale != 0)
+    out = None
+    if call.stats is not None or not hard:
+        out = run.loss(call._replace(grad=None)).zero_()
+    if hard:
+        return run.loss(_without_a_teacher(call))
+    if call.grad is not None:
+        call.grad.zero_()
+    return out
+
+
+def _without_a_teacher(call: Call) -> Call:
+    """The hard term alone: the student is its own teacher."""
+    n, m = call.numbers, call.numbers.modifiers
+    m = m._replace(teacher_scale=m.student_scale, teacher_softcap=m.student_softcap)
+    same = n._replace(temperature=1.0, modifiers=m)
+    alone = call._replace(teacher=call.student, divergence=of("kl", 0.0), numbers=same)
+    return alone._replace(stats=None, temperature=None)
 
 
 def new_gradient(logits: Tensor, wanted: bool = True) -> Tensor:

@@ -56,7 +56,10 @@ KD_HD HardRow close_hard(const kd_call &c, int n, Of of, double label, const Cre
   return r;
 }
 
-KD_HD double cross_entropy_of(const HardRow &h) { return log1p_of(h.rest) + (h.top - h.label); }
+// nan where the largest logit is infinite.
+KD_HD double cross_entropy_of(const HardRow &h) {
+  return log1p_of(h.rest) + (h.top - h.label) + (h.top - h.top);
+}
 KD_HD double hard_value(const kd_call &c, const HardRow &h) {
   double value = cross_entropy_of(h);
   if (c.label_smoothing != 0)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...call import Call
-from ...divergence import of
 from .launch import Launch, interpreting, launches, on
 from .launch import kernel as kernel
 from .numbers import single
@@ -56,31 +55,6 @@ def loss(call: Call) -> Tensor:
     """The contract of `Call`."""
     if call.stats is not None:
         call.stats.fill_(math.nan)  # of rows that count for nothing
-    n = call.numbers
-    if n.value_scale != 0 or n.grad_scale != 0:
-        return _losses(call)
-    # 0 times a term is no term, also where the term is nan
-    hard = call.labels is not None and (n.hard_scale != 0 or n.hard_grad_scale != 0)
-    out = None
-    if call.stats is not None or not hard:
-        out = _losses(call._replace(grad=None)).zero_()
-    if hard:
-        return _losses(_without_a_teacher(call))
-    if call.grad is not None:
-        call.grad.zero_()
-    return out
-
-
-def _without_a_teacher(call: Call) -> Call:
-    """The hard term alone: the student is its own teacher."""
-    n, m = call.numbers, call.numbers.modifiers
-    m = m._replace(teacher_scale=m.student_scale, teacher_softcap=m.student_softcap)
-    same = n._replace(temperature=1.0, modifiers=m)
-    alone = call._replace(teacher=call.student, divergence=of("kl", 0.0), numbers=same)
-    return alone._replace(stats=None, temperature=None)
-
-
-def _losses(call: Call) -> Tensor:
     device = call.student.device
     out = call.student.new_empty(math.prod(call.student.shape[:-1]), dtype=torch.float64)
     if out.numel():
