@@ -100,6 +100,12 @@ void run(const Case &k, int32_t dtype, const Member &d, double temperature, bool
   c.label_smoothing = softcap ? .1 : 0;
   c.stats = softcap || masked ? buffer<double>(k.rows * KD_STATS) : nullptr;
   c.temperature = temperature;
+  if (temperature == 0) {  // the rows' own
+    double *own = buffer<double>(k.rows);
+    for (int r = 0; r < k.rows; r++) own[r] = r == 1 ? NAN : r + .5;
+    c.temperatures = own;
+    c.squared = in_place;
+  }
   c.value_scale = c.grad_scale = 1;
   c.hard_scale = c.hard_grad_scale = .1;
   const kd_figures f{k.capability, k.processors, k.shared_per_block, k.shared_per_processor};
@@ -121,8 +127,8 @@ void run(const Case &k, int32_t dtype, const Member &d, double temperature, bool
                         : loss[r] > 0 && all > 0 && (softcap || std::fabs(sum) < 1e-2 * all),
                  "a row is wrong");
   }
-  for (void *p :
-       {(void *)z, (void *)v, (void *)labels, (void *)weight, (void *)loss, (void *)c.stats, c.workspace})
+  for (void *p : {(void *)z, (void *)v, (void *)labels, (void *)weight, (void *)loss, (void *)c.stats,
+                  (void *)c.temperatures, c.workspace})
     std::free(p);
   if (!in_place) std::free(g);
 }
@@ -157,5 +163,7 @@ int main(int argc, char **argv) {
   run(kCases[7], KD_BF16, kKl, INFINITY, false, false);
   run(kCases[3], KD_F32, kKl, .01, true, false);  // lost to a float's range: left, and computed again
   run(kCases[3], KD_F32, kReverseKl, .01, true, false);
+  run(kCases[3], KD_BF16, kKl, 0, true, false);  // temperatures of the rows
+  run(kCases[1], KD_F32, kJsd, 0, false, true);
   std::puts("walked");
 }
