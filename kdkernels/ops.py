@@ -152,6 +152,22 @@ def checked_temperatures(temperature: Tensor, weight: Tensor | None) -> Tensor:
     return temperature
 
 
+def loss_into(student: Tensor, teacher: Tensor, *rest) -> Tensor:
+    """The operator of that name; without torch's dispatcher, whose way takes longer than a backend's, where
+    nobody on it is to see the call: no compiler, no mode, no other kind of tensor."""
+    if torch.compiler.is_compiling() or _is_seen(student, teacher):
+        return torch.ops.kdkernels.loss_into.default(student, teacher, *rest)
+    if torch._C._autograd._profiler_enabled():
+        with torch.profiler.record_function("kdkernels::loss_into"):
+            return _loss_into(student, teacher, *rest)
+    return _loss_into(student, teacher, *rest)
+
+
+def _is_seen(student: Tensor, teacher: Tensor) -> bool:
+    """Whether the dispatcher has more to do than call `_loss_into`."""
+    plain = type(student) is type(teacher) is Tensor and not student.is_meta
+    return not plain or torch._C._len_torch_dispatch_stack() > 0
+
+
 loss = torch.ops.kdkernels.loss.default
-loss_into = torch.ops.kdkernels.loss_into.default
 log_softmax = torch.ops.kdkernels.log_softmax.default

@@ -11,6 +11,8 @@ import pytest
 import raw
 import torch
 from rows import DOUBLE_BACKENDS, make_rows
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdkernels import KDLoss, fused_kd_loss, logit_matching_loss, tempered_log_softmax
 
@@ -165,3 +167,29 @@ def test_a_gradient_of_another_dtype(backend, logits, gradient):
             rounded = exact.to(gradient) if gradient.itemsize < 4 else exact.float()
             unit = torch.finfo(gradient).eps if gradient.itemsize < 4 else 1e-6
             torch.testing.assert_close(found, rounded, rtol=unit, atol=1e-7 * float(exact.abs().max()))
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_the_operator():
+    """Although a plain call goes past torch's dispatcher: modes, profilers, and tensors that hold nothing."""
+    z, v = make_rows("plain", 4, 100)
+    with Seen() as seen:
+        fused_kd_loss(z, v)
+    assert "kdkernels.loss_into.default" in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fused_kd_loss(z, v)
+    assert "kdkernels::loss_into" in {x.key for x in profile.key_averages()}
+    with FakeTensorMode() as mode:
+        a, b = (mode.from_tensor(x) for x in (z, v))
+    for x, y in ((a, b), (z.to("meta"), v.to("meta"))):
+        loss = fused_kd_loss(x, y, reduction="none")
+        assert loss.shape == (4,) and (loss.is_meta or type(loss) is FakeTensor)
