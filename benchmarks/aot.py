@@ -137,7 +137,8 @@ class Case:
             temperature=per_row[torch.float64] if self.own else None,
         )
         found, tensors = backend.launches(call, losses, device)
-        return [replace(x, arguments=x.arguments | tensors) for x in found]
+        named = dict(zip(backend.kernel("loss_rows").arg_names, tensors, strict=False))
+        return [replace(x, arguments=x.arguments | named) for x in found]
 
 
 # whole rows, two sweeps, windows, several programs to a row

@@ -64,6 +64,7 @@ class Call(NamedTuple):
     grad: None, or the buffer of the gradient, in the student's shape. Its dtype is the student's, and it may
         be the student's own storage, or one up to float32. Classes beyond `vocab` and rows of weight 0 get 0.
     stats: None, or (rows, COLUMNS) of `row_dtype` (stats.py), nan for a row of weight 0.
+    keeps: whether a backend may keep memory for the next call: not where a compiler plans memory.
 
     A backend's `loss` takes a Call and returns the rows' losses, (rows,) of `row_dtype`.
     """
@@ -78,6 +79,7 @@ class Call(NamedTuple):
     grad: Tensor | None = None
     stats: Tensor | None = None
     temperature: Tensor | None = None
+    keeps: bool = False
 
     def flat(self, backend: str) -> tuple:
         """The arguments of `ops.loss_into`."""

@@ -33,9 +33,9 @@ library.define(
 
 
 @torch.library.impl(library, "loss_into", "CompositeExplicitAutograd")
-def _loss_into(student, teacher, labels, weight, temperature, *rest) -> Tensor:
+def _loss_into(student, teacher, labels, weight, temperature, *rest, keeps: bool = False) -> Tensor:
     *asked, grad, stats = rest
-    return _run(student, teacher, Rows(labels, weight, temperature), Asked(*asked), grad, stats)
+    return _run(student, teacher, Rows(labels, weight, temperature), Asked(*asked), grad, stats, keeps)
 
 
 @torch.library.impl(library, "loss", "CompositeExplicitAutograd")
@@ -47,7 +47,7 @@ def _loss(student, teacher, labels, weight, temperature, *rest) -> tuple[Tensor,
     return _run(student, teacher, rows, Asked(*asked), *buffers), grad, stats
 
 
-def _run(student, teacher, rows: Rows, asked: Asked, grad, stats) -> Tensor:
+def _run(student, teacher, rows: Rows, asked: Asked, grad, stats, keeps: bool = False) -> Tensor:
     run = backends.resolve(asked.backend, student.device, student.dtype, teacher.dtype)
     labels, weight, temperature = rows
     if run.name != "cpu" and labels is not None and student.is_cpu:
@@ -55,7 +55,7 @@ def _run(student, teacher, rows: Rows, asked: Asked, grad, stats) -> Tensor:
     if temperature is not None:
         temperature = checked_temperatures(temperature, weight)
     of_rows = labels, weight, *asked.record()
-    return _losses(run, Call(student, teacher, asked.vocab, *of_rows, grad, stats, temperature))
+    return _losses(run, Call(student, teacher, asked.vocab, *of_rows, grad, stats, temperature, keeps))
 
 
 def _losses(run: ModuleType, call: Call) -> Tensor:
@@ -159,8 +159,8 @@ def loss_into(student: Tensor, teacher: Tensor, *rest) -> Tensor:
         return torch.ops.kdkernels.loss_into.default(student, teacher, *rest)
     if torch._C._autograd._profiler_enabled():
         with torch.profiler.record_function("kdkernels::loss_into"):
-            return _loss_into(student, teacher, *rest)
-    return _loss_into(student, teacher, *rest)
+            return _loss_into(student, teacher, *rest, keeps=True)
+    return _loss_into(student, teacher, *rest, keeps=True)
 
 
 def _is_seen(student: Tensor, teacher: Tensor) -> bool:

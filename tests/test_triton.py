@@ -601,8 +601,8 @@ def test_a_kernel_is_looked_up_once_for_a_kind_of_call(monkeypatch):
         (x.dtype, 4),
         (torch.bfloat16, 0),
     ]
-    one.run(dict(X=x.to("meta"), FACTOR=factor))
-    one.run(dict(X=x.to("meta"), FACTOR=factor))
+    one.run((x.to("meta"), factor))
+    one.run((x.to("meta"), factor))
     rest = (80, backend.SCALE_BLOCK)
     assert {taken for _, _, taken in found.asked} == {taken for _, taken in found.ran} == {rest}
     assert len(found.asked) == 4

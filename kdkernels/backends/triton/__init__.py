@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...call import Call
+from . import counters
 from .launch import Launch, interpreting, launches, on
 from .launch import kernel as kernel
 from .numbers import single
@@ -59,9 +60,13 @@ def loss(call: Call) -> Tensor:
     out = call.student.new_empty(math.prod(call.student.shape[:-1]), dtype=torch.float64)
     if out.numel():
         with on(device):
-            found, tensors = launches(call, out, figures(device))
+            at = counters.place(device) if call.keeps else None
+            found, tensors = launches(call, out, figures(device), at)
             for launch in found:
                 launch.run(tensors)
+            counts = tensors[-1]
+            if counts is not out:
+                counters.give(counts, at)
     return out
 
 
@@ -83,7 +88,7 @@ def log_softmax(logits: Tensor, upstream: Tensor | None, temperature: float) -> 
     arguments = dict(vocab=vocab, k=k, k_low=1 / temperature - k)
     arguments |= dict(BACKWARD=upstream is not None, BLOCK=SOFTMAX_BLOCK)
     with on(logits.device):
-        Launch("log_softmax_rows", out.numel() // vocab, arguments, 8).run(dict(X=x, U=u, OUT=out))
+        Launch("log_softmax_rows", out.numel() // vocab, arguments, 8).run((x, u, out))
     return out
 
 
@@ -96,7 +101,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         with on(grad.device):
             aligned = grad.data_ptr() % ACCESS == 0
             launch = _scaling(count, figures(grad.device).processors, aligned, grad.dtype, factor.dtype)
-            launch.run(dict(X=grad, FACTOR=factor))
+            launch.run((grad, factor))
 
 
 @functools.lru_cache(maxsize=64)

@@ -67,13 +67,14 @@ class Closed(NamedTuple):
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ROWS_DATA)
 def careful_rows(
-    Z, V, G, LABELS, WEIGHTS, TEMPERATURES, LOSS, STATS,
-    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width,
+    Z, V, G, LABELS, WEIGHTS, TEMPERATURES, LOSS, STATS, STATE, COUNT,
+    rows, inner, z_outer, z_inner, v_outer, v_inner, g_outer, g_inner, vocab, width, parts,
     k, tilt, base_share, other_share, value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale,
     smoothing, z_loss, z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness, factor,
     SPEC: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The operator's contract for every row or for those whose loss is lost; ROWS to a program."""
+    """The operator's contract for every row or for those whose loss is lost; ROWS to a program.
+    And COUNT to zero, where `loss_rows` has left it (counters.py)."""
     spec: tl.constexpr = SPEC
     first = tl.program_id(0) * ROWS
     some = tl.full([], 1, tl.int32)
@@ -81,6 +82,8 @@ def careful_rows(
         several = first + tl.arange(0, ROWS)
         losses = tl.load(LOSS + several, mask=several < rows, other=0.0)
         some = tl.max(is_lost(losses).to(tl.int32), 0)
+        if parts > 1:
+            tl.store(COUNT + several, wide(0.0), mask=several < rows)
     if some > 0:
         for index in tl.range(first, tl.minimum(first + ROWS, rows)):
             row = long(index)

@@ -18,13 +18,19 @@ from .sums import first_sweep, merged
 
 
 class Exchange(NamedTuple):
-    """Of a row: STATE, `Spec.state` numbers to a part, and COUNT, zeros: how many parts have published a
-    first sweep, and a second one."""
+    """Of a row: STATE, `Spec.state` numbers to a part, and COUNT, two zeros (counters.py): how many parts
+    have published a first sweep, and a second one."""
 
     STATE: tl.tensor
     COUNT: tl.tensor
     part: tl.tensor
     parts: tl.tensor
+
+
+@triton.jit
+def counts_at(COUNT):
+    """`Exchange.COUNT` of a row, two int32 in the place of an fp64 number."""
+    return COUNT.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from .close import (
     settled,
     shifted,
 )
-from .exchange import Exchange, row_sums, second_of_parts, second_sums
+from .exchange import Exchange, counts_at, row_sums, second_of_parts, second_sums
 from .gradient import write_exact, write_plain
 from .hard import hard_of
 from .mixture import MixedSums, middle_sweep, mixed_close, mixed_value, write_mixed
@@ -261,7 +261,7 @@ def loss_rows(
             (z_scale, z_softcap, z_steepness, v_scale, v_softcap, v_steepness), vocab, spec,
         )  # fmt: skip
         here = Row(whole.base, whole.other, whole.G, edge, first, last, vocab, whole.label)
-        x = Exchange(STATE + row * parts * spec.state, COUNT + 2 * row, part, parts)
+        x = Exchange(STATE + row * parts * spec.state, counts_at(COUNT + row), part, parts)
         if spec.hard and not spec.alone:
             label_logit = wide(once(x, label_logit.to(tl.float32), 14, spec))
         given = value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss, factor

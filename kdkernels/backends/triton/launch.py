@@ -12,7 +12,6 @@ import functools
 import math
 import os
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from ... import divergence as math_of
 from ...call import Call
 from ...call import Numbers as CallNumbers
+from . import counters
 from .numbers import is_exact, numbers
 from .plan import ACCESS, Device, Plan, plan, run_of
 from .spec import (
@@ -143,7 +143,8 @@ class Launch:
     arguments: dict
     warps: int
     registers: int | None = None  # the most that a thread gets, where the compiler's own choice is a bad one
-    # what the first run has found for each device: for tensors of one dtype and alignment it stays the same
+    # what launches it on each device, found by the first run: for tensors of one dtype and alignment it stays
+    # the same
     compiled: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -153,21 +154,20 @@ class Launch:
         return dict(num_warps=self.warps, enable_fp_fusion=True, **limit)
 
     @functools.cached_property
-    def _split(self) -> tuple[itemgetter, tuple]:
-        """(what takes the tensors out of those of a call, the other arguments), in the kernel's order."""
-        names = kernel(self.kernel).arg_names
-        tensors = [x for x in names if x not in self.arguments]
-        return itemgetter(*tensors), tuple(self.arguments[x] for x in names[len(tensors) :])
+    def _others(self) -> tuple:
+        """The arguments after the tensors, in the kernel's order."""
+        return tuple(self.arguments[x] for x in kernel(self.kernel).arg_names if x in self.arguments)
 
-    def run(self, tensors: dict[str, Tensor]) -> None:
-        mine, others = self._split
-        taken = mine(tensors) + others
-        device = taken[0].device
-        compiled = self.compiled.get(device)
-        if compiled is not None:  # Triton's own look at each argument takes longer than all else here
-            compiled[(self.grid, 1, 1)](*taken)
-        else:  # None from the interpreter
-            self.compiled[device] = kernel(self.kernel)[(self.grid,)](*taken, **self.options)
+    def run(self, tensors: tuple[Tensor, ...]) -> None:
+        """With tensors in the kernel's order."""
+        device = tensors[0].device
+        launcher = self.compiled.get(device)
+        if launcher is not None:  # Triton's own look at each argument takes longer than all else here
+            launcher(*tensors, *self._others)
+            return
+        found = kernel(self.kernel)[(self.grid,)](*tensors, *self._others, **self.options)
+        if found is not None:  # as it is from the interpreter
+            self.compiled[device] = found[(self.grid, 1, 1)]
 
 
 def _spec(kind: Kind, access: int, geometry: Plan) -> Spec:
@@ -204,7 +204,6 @@ def _numbers(kind: Kind, inner: int, strides: list[int]) -> dict:
     value_unit = 2.0 ** (math.frexp(value_scale)[1] // 2) if math.isfinite(value_scale) else 1.0
     where = ("z_outer", "z_inner", "v_outer", "v_inner", "g_outer", "g_inner")
     return dict(
-        rows=math.prod(kind.student.shape[:-1]),
         inner=inner,
         **dict(zip(where, strides, strict=True)),
         vocab=kind.vocab,
@@ -260,9 +259,9 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
     sizes = kind.student.dtype.itemsize, kind.teacher.dtype.itemsize
     lies = [kind.student, kind.teacher, kind.student if kind.grad is None else kind.grad]
     inner, access, strides = _layout(lies, run_of(*sizes), kind.vocab)
-    arguments = _numbers(kind, inner, strides)
-    rows = arguments["rows"]
+    rows = math.prod(kind.student.shape[:-1])
     geometry = plan(rows, kind.vocab, *sizes, kind.device, access != EVEN)
+    arguments = _numbers(kind, inner, strides) | dict(rows=rows, parts=geometry.parts, size=geometry.size)
     spec = _spec(kind, access, geometry)
     most = MOST_REGISTERS if kind.device.nvidia else None
     if FAMILIES[spec.family] == "MOMENTS":
@@ -275,12 +274,11 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
         # programs that run one after another cannot wait for each other
         phases = (FIRST, *again, *middle, LAST) if kind.device.in_turn else (ALL,)
         state = rows * geometry.parts * dataclasses.replace(spec, phase=phases[0]).state
-    mine = arguments | dict(parts=geometry.parts, size=geometry.size)
     heavy = spec.exact or spec.stats or spec.transform or spec.hard == SMOOTHED
     registers = most if heavy else LABEL_REGISTERS if spec.hard and most else None
     fast = [
         Launch(
-            "loss_rows", rows * geometry.parts, mine | dict(SPEC=dataclasses.replace(spec, phase=x)),
+            "loss_rows", rows * geometry.parts, arguments | dict(SPEC=dataclasses.replace(spec, phase=x)),
             geometry.warps, registers,
         )
         for x in phases
@@ -288,24 +286,28 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
     return state, [*fast, _careful(kind, spec, arguments, False, most)]
 
 
-def launches(call: Call, out: Tensor, device: Device) -> tuple[list[Launch], dict[str, Tensor]]:
-    """What `loss` launches, in its order, on a device of such figures, and the tensors that all of it takes;
-    out: the losses to be written."""
-    z, v, vocab, labels, weight, divergence, n, grad, stats, own = call
+def launches(
+    call: Call, out: Tensor, device: Device, at: tuple | None = None
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """What `loss` launches, in its order, on a device of such figures, and the tensors that all of it takes:
+    `loss_rows` says which. One that a call has none of is `out`, which is not looked at there.
+
+    out: the losses to be written. at: where counters are kept, the last tensor (counters.py).
+    """
+    z, v, vocab, labels, weight, divergence, n, grad, stats, own, _ = call
     hard = labels is not None and (n.hard_scale != 0 or n.hard_grad_scale != 0 or stats is not None)
     lies = lie(z), lie(v), None if grad is None else lie(grad)
     flags = hard, weight is not None, own is not None, stats is not None
     state, found = _launches(divergence, n, vocab, *lies, *flags, device)
-    tensors = dict(
-        Z=z,
-        V=v,
-        G=z if grad is None else grad,
-        LABELS=labels.contiguous() if hard else out,
-        WEIGHTS=out if weight is None else weight.contiguous(),
-        TEMPERATURES=out if own is None else own.contiguous(),
-        LOSS=out,
-        STATS=out if stats is None else stats,
-        STATE=torch.empty(state, dtype=torch.float64, device=out.device) if state else out,
-        COUNT=torch.zeros(2 * out.numel(), dtype=torch.int32, device=out.device) if state else out,
+    return found, (
+        z,
+        v,
+        z if grad is None else grad,
+        labels.contiguous() if hard else out,
+        out if weight is None else weight.contiguous(),
+        out if own is None else own.contiguous(),
+        out,
+        out if stats is None else stats,
+        out.new_empty(state) if state else out,
+        counters.take(out, at) if state else out,
     )
-    return found, tensors
