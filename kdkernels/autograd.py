@@ -165,7 +165,7 @@ def rows_alone(student, teacher, of_rows: Rows, asked: Pass) -> tuple[Tensor, Te
         rows, _, columns = ops.loss(z, v, *of_rows, *asked.own, False, asked.stats)
         return rows, columns if asked.stats else None
     columns = ops.new_columns(z) if asked.stats else None
-    return ops.loss_into(z, v, *of_rows, *asked.own, None, columns), columns
+    return ops.loss_into(z, v, of_rows, asked.own, None, columns), columns
 
 
 def rows_and_gradients(
@@ -180,12 +180,12 @@ def rows_and_gradients(
     own, others = asked.wanted
     grads: tuple[Tensor, ...] = ()
     if others:
-        turned = v, z, *of_rows._replace(labels=None), *asked.turned
+        without = of_rows._replace(labels=None)
         if compiling:
-            grads = (ops.loss(*turned, True, False)[1],)
+            grads = (ops.loss(v, z, *without, *asked.turned, True, False)[1],)
         else:
             grads = (gradient_for(teacher),)
-            ops.loss_into(*turned, grads[0], None)
+            ops.loss_into(v, z, without, asked.turned, grads[0])
     if not own:
         rows, columns = rows_alone(student, teacher, of_rows, asked)
         return rows, grads, columns
@@ -194,7 +194,7 @@ def rows_and_gradients(
         return rows, (grad, *grads), columns if asked.stats else None
     grad = z if asked.inplace else gradient_for(student)
     columns = ops.new_columns(z) if asked.stats else None
-    rows = ops.loss_into(z, v, *of_rows, *asked.own, grad, columns)
+    rows = ops.loss_into(z, v, of_rows, asked.own, grad, columns)
     if asked.inplace and not compiling:  # autograd is told, so that whoever saved the logits finds out
         torch.autograd.graph.increment_version(student)
     return rows, (grad, *grads), columns

@@ -70,9 +70,9 @@ class Buffers:
         return shaped(self.third, v.shape, self.turned_dtype)
 
 
-def over_chunks(given: Given, setup: Setup, asked: Asked) -> tuple[Tensor, ...]:
+def over_chunks(given: Given, setup: Setup, asked: Asked, planned: bool = False) -> tuple[Tensor, ...]:
     """(rows, gradients as in setup.needs, statistics) as ops.py has them; an empty tensor for what is not
-    asked for."""
+    asked for. planned: as `ops.loss_into` has it."""
     hidden, vocab, device = given.student.hidden, asked.vocab, given.student.hidden.device
     tokens = math.prod(hidden.shape[:-1])
     *of_tokens, upstream = (x if x is None else x.reshape(tokens) for x in (*given.rows, given.upstream))
@@ -106,10 +106,10 @@ def over_chunks(given: Given, setup: Setup, asked: Asked) -> tuple[Tensor, ...]:
             mine_of = Rows(*(a if a is None else a[at] for a in of_tokens))
             if theirs.wanted:  # first: the student's gradient takes its logits' place
                 dv = buffers.turned(v)
-                ops.loss_into(v, z, *mine_of._replace(labels=None), *turned, dv, None)
+                ops.loss_into(v, z, mine_of._replace(labels=None), turned, dv, planned=planned)
             found = ops.new_columns(z) if setup.stats else None
             dz = buffers.own(z) if mine.wanted else None
-            rows[at] = ops.loss_into(z, v, *mine_of, *asked, dz, found)
+            rows[at] = ops.loss_into(z, v, mine_of, asked, dz, found, planned)
             if setup.stats:
                 columns[at] = found
             if mine.wanted:

@@ -33,9 +33,9 @@ library.define(
 
 
 @torch.library.impl(library, "loss_into", "CompositeExplicitAutograd")
-def _loss_into(student, teacher, labels, weight, temperature, *rest, keeps: bool = False) -> Tensor:
+def _loss_into(student, teacher, labels, weight, temperature, *rest) -> Tensor:
     *asked, grad, stats = rest
-    return _run(student, teacher, Rows(labels, weight, temperature), Asked(*asked), grad, stats, keeps)
+    return _run(student, teacher, Rows(labels, weight, temperature), Asked(*asked), grad, stats)
 
 
 @torch.library.impl(library, "loss", "CompositeExplicitAutograd")
@@ -152,19 +152,30 @@ def checked_temperatures(temperature: Tensor, weight: Tensor | None) -> Tensor:
     return temperature
 
 
-def loss_into(student: Tensor, teacher: Tensor, *rest) -> Tensor:
+def loss_into(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    asked: Asked,
+    grad: Tensor | None = None,
+    stats: Tensor | None = None,
+    planned: bool = False,
+) -> Tensor:
     """The operator of that name; without torch's dispatcher, whose way takes longer than a backend's, where
-    nobody on it is to see the call: no compiler, no mode, no other kind of tensor."""
-    if torch.compiler.is_compiling() or _is_seen(student, teacher):
-        return torch.ops.kdkernels.loss_into.default(student, teacher, *rest)
+    nobody on it is to see the call: no compiler, no mode, no other kind of tensor.
+
+    planned: within another operator, whose memory a compiler may have planned.
+    """
+    if planned or torch.compiler.is_compiling() or _is_seen(student, teacher):
+        return torch.ops.kdkernels.loss_into.default(student, teacher, *rows, *asked, grad, stats)
     if torch._C._autograd._profiler_enabled():
         with torch.profiler.record_function("kdkernels::loss_into"):
-            return _loss_into(student, teacher, *rest, keeps=True)
-    return _loss_into(student, teacher, *rest, keeps=True)
+            return _run(student, teacher, rows, asked, grad, stats, keeps=True)
+    return _run(student, teacher, rows, asked, grad, stats, keeps=True)
 
 
 def _is_seen(student: Tensor, teacher: Tensor) -> bool:
-    """Whether the dispatcher has more to do than call `_loss_into`."""
+    """Whether the dispatcher has more to do than call what runs."""
     plain = type(student) is type(teacher) is Tensor and not student.is_meta
     return not plain or torch._C._len_torch_dispatch_stack() > 0
 

@@ -17,9 +17,14 @@ def call(z, v, y=None, w=None, divergence="kl", T=1.0, hard=0.0, vocab=None, mod
     return Call(z, v, vocab or z.shape[-1], y, w, parse(divergence), numbers, **buffers)
 
 
+def run(backend: str, call: Call) -> torch.Tensor:
+    """The operator, of a record."""
+    return torch.ops.kdkernels.loss_into.default(*call.flat(backend))
+
+
 def losses(backend: str, *args, **options) -> torch.Tensor:
     """Of the rows, of `call`'s arguments."""
-    return ops.loss_into(*call(*args, **options).flat(backend))
+    return run(backend, call(*args, **options))
 
 
 def with_gradient(backend: str, z, *args, **options) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from rows import make_rows
 
 pytest.importorskip("triton")
 
-from kdkernels import fused_kd_loss, ops
+from kdkernels import fused_kd_loss, fused_linear_kd_loss
 from kdkernels.backends import triton as backend
 from kdkernels.backends.triton import counters
 from kdkernels.backends.triton.plan import Device
@@ -49,20 +49,19 @@ def test_what_one_kernel_counts_another_sets_back():
     assert (tensors[-1] == 0).all() and out.isnan().tolist() == [False, True, False, False]
 
 
-def loss(rows=4, **options):
+def loss(rows=1):
     z, v = make_rows("plain", rows, VOCAB)
-    options = dict(divergence=EXACT, backend="triton", reduction="none") | options
-    return fused_kd_loss(z, v, **options)
+    return fused_kd_loss(z, v, divergence=EXACT, reduction="none", backend="triton")
 
 
 def test_one_call_s_zeros_serve_the_next():
-    right, (kept,) = loss(6), counters._kept.values()
-    assert (kept == 0).all() and kept.numel() == 6
-    assert torch.equal(loss(6), right)
-    loss(4)  # takes the first of them
+    right, (kept,) = loss(2), counters._kept.values()
+    assert (kept == 0).all() and kept.numel() == 2
+    assert torch.equal(loss(2), right)
+    loss(1)  # takes the first of them
     assert counters._kept == {HERE: kept} and (kept == 0).all()
-    loss(7)
-    assert counters._kept[HERE].numel() == 7
+    loss(3)
+    assert counters._kept[HERE].numel() == 3
 
 
 def test_a_row_to_a_program_needs_none():
@@ -99,12 +98,16 @@ def test_calls_at_one_time_have_counters_of_their_own():
 
 def test_nothing_is_kept_where_a_compiler_plans_memory():
     """The operators, as a compiled graph runs them, whose CUDA graphs' pools are to be empty after a step."""
-    z, v = make_rows("plain", 4, VOCAB)
+    z, v = make_rows("plain", 1, VOCAB)
     arguments = raw.call(z, v, divergence=EXACT).flat("triton")[:-2]
     torch.ops.kdkernels.loss.default(*arguments, True, False)
     torch.ops.kdkernels.loss_into.default(*arguments, None, None)
     assert not counters._kept
-    ops.loss_into(*arguments, None, None)
+    linear = torch.randn(1, 8), torch.randn(VOCAB, 8)
+    options = dict(divergence=EXACT, backend="triton")
+    torch.compile(fused_linear_kd_loss, backend="eager")(*linear, *linear, **options)
+    assert not counters._kept
+    fused_linear_kd_loss(*linear, *linear, **options)
     assert counters._kept
 
 
