@@ -8,6 +8,7 @@ then a tensor, which the operator reads when it runs.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -111,9 +112,14 @@ class Asked(NamedTuple):
 
     def record(self) -> tuple[Divergence, Numbers]:
         """What `of` was given."""
-        *scales, squared, parameter = (flat := heard(self.numbers, self.varying))[:7]
-        modifiers = Modifiers(*flat[7:]) if len(flat) > 7 else PLAIN
-        return of(self.divergence, parameter), Numbers(*scales, modifiers, squared != 0)
+        return _record(self.divergence, *heard(self.numbers, self.varying))
+
+
+@functools.lru_cache(maxsize=256)
+def _record(name: str, *flat: float) -> tuple[Divergence, Numbers]:
+    *scales, squared, parameter = flat[:7]
+    modifiers = Modifiers(*flat[7:]) if len(flat) > 7 else PLAIN
+    return of(name, parameter), Numbers(*scales, modifiers, squared != 0)
 
 
 def any_symbol(*numbers: float) -> bool:
@@ -149,7 +155,7 @@ def exchanged(divergence: Divergence, numbers: Numbers) -> tuple[Divergence, Num
 
 def regular(x: Tensor) -> bool:
     """Whether rows can be addressed as they lie: last dimension contiguous, leading ones folding into two."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         return False
     return x.dim() <= 3 or all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 3))
 

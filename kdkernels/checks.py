@@ -102,6 +102,8 @@ def check_rows(rows: Rows, student: Tensor, o: Options, of: str, by_autograd: bo
     """What belongs to the rows of `student`, which the caller knows as `of`."""
     if rows.labels is None and o.hard_weight:
         raise ValueError(f"hard_weight: {o.hard_weight} needs labels")
+    if rows.labels is rows.weight is rows.temperature is None:
+        return
     for name, x, (kind, is_kind) in zip(ROW_NAMES, rows, ROW_KINDS, strict=True):
         if x is not None:
             if not isinstance(x, Tensor) or not is_kind(x.dtype):

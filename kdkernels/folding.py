@@ -27,8 +27,14 @@ def counted_rows(rows: Rows, student, vocab: int, o: Options, num_items) -> tupl
 
     num_items: as `checks.checked_items` returns it.
     """
+    labels, weight, temperature = rows
+    if labels is weight is temperature is num_items is None:  # the same in short
+        return rows, at_least_one(student) if o.reduction == "mean" else 1.0
     dtype = row_dtype(student.device)
-    labels, weight, temperature = rows.labels, *(x if x is None else x.to(dtype) for x in rows[1:])
+    if weight is not None:
+        weight = weight.to(dtype)
+    if temperature is not None:
+        temperature = temperature.to(dtype)
     if labels is not None:
         counted = labels != o.ignore_index
         weight = counted.to(dtype) if weight is None else torch.where(counted, weight, 0.0)

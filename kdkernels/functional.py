@@ -7,6 +7,7 @@ gradient of 1.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -61,7 +62,7 @@ def _fused(student, teacher, rows: Rows, o: Options, vocab: int, denominator) ->
     wanted = enabled and student.requires_grad, enabled and teacher.requires_grad
     inplace, steepest = o.inplace, None
     halves = wanted[0] and student.dtype == torch.float16, wanted[1] and teacher.dtype == torch.float16
-    if any(halves):
+    if halves != (False, False):
         steepest = steepness(o, vocab, halves[1])
         if o.reduction != "none" and steepest > MOST_STEEP:
             # no factor keeps such a gradient within fp16: it is fp32's until autograd casts it, with the loss
@@ -72,10 +73,13 @@ def _fused(student, teacher, rows: Rows, o: Options, vocab: int, denominator) ->
                 x.float() if half else x for x, half in zip((student, teacher), halves, strict=True)
             )
             steepest = None
-    folded = fold(o, student.shape[:-1], rows.weight, denominator, steepest)
-    asked = Pass.of(o, folded.numbers, vocab, wanted, inplace, folded.boost)
+    alike = o, denominator, steepest, vocab, wanted, inplace
+    if not torch.compiler.is_compiling() and rows.weight is None and type(denominator) is type(vocab) is int:
+        asked, post, _ = _known(*alike)
+    else:
+        asked, post, weight = _asked(*alike, student.shape[:-1], rows.weight)
+        rows = rows._replace(weight=weight)
     logits = addressable(student), addressable(teacher)
-    rows = rows._replace(weight=folded.weight)
     if o.reduction == "none":
         losses, columns = PerRow.apply(*logits, *rows, asked)
         return losses.to(value_dtype(student)), columns
@@ -84,7 +88,18 @@ def _fused(student, teacher, rows: Rows, o: Options, vocab: int, denominator) ->
     else:
         total, columns = rows_alone(*logits, rows, asked)
         total = total.sum().to(value_dtype(student))
-    return total if folded.post is None else (total * folded.post).to(total.dtype), columns
+    return total if post is None else (total * post).to(total.dtype), columns
+
+
+def _asked(
+    o: Options, denominator, steepest, vocab: int, wanted, inplace: bool, leading=(), weight=None
+) -> tuple[Pass, float | Tensor | None, Tensor | None]:
+    """What the operator is asked for, what the total is still to be multiplied with, and the weights."""
+    folded = fold(o, leading, weight, denominator, steepest)
+    return Pass.of(o, folded.numbers, vocab, wanted, inplace, folded.boost), folded.post, folded.weight
+
+
+_known = functools.lru_cache(maxsize=256)(_asked)  # where nothing of it is a tensor
 
 
 def _exported(

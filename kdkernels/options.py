@@ -23,9 +23,10 @@ AS_THEY_ARE = LogitTransform()
 NUMBERS = ("temperature", "soft_weight", "hard_weight", "label_smoothing", "z_loss")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Options:
-    """The options of a loss that are not tensors, checked, and what the operator takes of them."""
+    """The options of a loss that are not tensors, checked, and what the operator takes of them. The same ones
+    are one object: `options`."""
 
     divergence: Divergence
     temperature: float | None  # None: the rows have their own

@@ -38,10 +38,10 @@ def check(name: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _resolve(name: str, device_type: str, device_index: int | None, *dtypes: torch.dtype) -> ModuleType | str:
-    device = torch.device(device_type, device_index)
+def _resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType | str:
+    check(name)
     reasons = []
-    for candidate in ORDER.get(device_type, OTHER_DEVICES) if name == "auto" else (name,):
+    for candidate in ORDER.get(device.type, OTHER_DEVICES) if name == "auto" else (name,):
         reason = module(candidate).unavailable(device, dtypes)
         if reason is None:
             return module(candidate)
@@ -52,8 +52,7 @@ def _resolve(name: str, device_type: str, device_index: int | None, *dtypes: tor
 def resolve(name: str, device: torch.device, *dtypes: torch.dtype) -> ModuleType:
     """The module that runs `name` on a device for such logits; RuntimeError with the reason, and the way to
     get it, when none can."""
-    check(name)
-    found = _resolve(name, device.type, device.index, *dtypes)
+    found = _resolve(name, device, *dtypes)
     if isinstance(found, str):
         raise RuntimeError(found)
     if name == "auto" and found.name == "eager" and device.type == "cpu":

@@ -1,6 +1,7 @@
 """Triton: CUDA, ROCm and XPU from one source; CPU tensors under its interpreter, for tests.
 
-`loss` goes through launch.py (a call's launches), plan.py (their geometry) and kernels.py (what is launched).
+`loss` goes through launch.py (a call's launches), plan.py (their geometry), counters.py (zeros to wait at) and
+kernels.py (what is launched).
 Rows go from stage to stage: sums.py, close.py, gradient.py; mixture.py has two stages of its own, careful.py
 the rows that are out of a float's range.
 """
@@ -58,7 +59,7 @@ def loss(call: Call) -> Tensor:
         call.stats.fill_(math.nan)  # of rows that count for nothing
     device = call.student.device
     out = call.student.new_empty(math.prod(call.student.shape[:-1]), dtype=torch.float64)
-    if out.numel():
+    if len(out):
         with on(device):
             at = counters.place(device) if call.keeps else None
             found, tensors = launches(call, out, figures(device), at)
