@@ -1,9 +1,8 @@
 """Triton: CUDA, ROCm and XPU from one source; CPU tensors under its interpreter, for tests.
 
-`loss` goes through launch.py (a call's launches), plan.py (their geometry), counters.py (zeros to wait at) and
-kernels.py (what is launched).
-Rows go from stage to stage: sums.py, close.py, gradient.py; mixture.py has two stages of its own, careful.py
-the rows that are out of a float's range.
+`loss` goes through launch.py (a call's launches), plan.py (their geometry), counters.py (zeros to wait at)
+and kernels.py (what is launched). Rows go from stage to stage: sums.py, close.py, gradient.py; mixture.py has
+two stages of its own, careful.py the rows that are out of a float's range.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A call owns its counters until all of it is launched, so that nobody reads what 
 
     the next call       finds them on the same stream alone, where it begins when this one has ended
     another thread      on this stream finds none meanwhile, and makes its own
-    a call that fails   between its launches gives nothing back
+    a call that fails   between its launches gives nothing back; after a kernel that does, none runs
     CUDA graphs         run when and where they like: zeros are made, by each replay again
     compilers           let CUDA graphs own all that a step leaves: `Call.keeps` is not set
 """
