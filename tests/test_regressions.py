@@ -378,7 +378,7 @@ def test_a_number_that_is_known_is_no_tensor(temperature):
     torch._dynamo.reset()
     torch.compile(lambda: fused_kd_loss(Z, V, temperature=temperature), backend=graphs, fullgraph=True)()
     calls = [node for node in graphs.graphs[0].graph.nodes if "kdkernels" in str(node.target)]
-    assert len(calls) == 1 and calls[0].args[5][0] == temperature and calls[0].args[6] is None
+    assert len(calls) == 1 and calls[0].args[6][0] == temperature and calls[0].args[7] is None
 
 
 def test_another_number_of_programs_to_a_row_compiles_nothing():
