@@ -175,9 +175,12 @@ def loss_into(
 
 
 def _is_seen(student: Tensor, teacher: Tensor) -> bool:
-    """Whether the dispatcher has more to do than call what runs."""
-    plain = type(student) is type(teacher) is Tensor and not student.is_meta
-    return not plain or torch._C._len_torch_dispatch_stack() > 0
+    """Whether the dispatcher has more to do than call what runs: for tensors whose memory is not what they
+    stand for, and for modes."""
+    for x in (student, teacher):
+        if type(x) is not Tensor or x.is_meta or x.is_neg():
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 loss = torch.ops.kdkernels.loss.default

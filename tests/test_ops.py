@@ -179,6 +179,13 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_a_negative_that_is_a_flag():
+    """The dispatcher writes it out."""
+    z, v = make_rows("plain", 4, 100)
+    right = fused_kd_loss(-z, -v)
+    assert fused_kd_loss(torch._neg_view(z), -v) == fused_kd_loss(-z, torch._neg_view(v)) == right
+
+
 def test_who_looks_on_sees_the_operator():
     """Although a plain call goes past torch's dispatcher: modes, profilers, and tensors that hold nothing."""
     z, v = make_rows("plain", 4, 100)
