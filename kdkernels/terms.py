@@ -22,8 +22,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-def psi_series(x):
-    """psi(x) = e^x - 1 - x for |x| <= 1/2, to the last digit of fp64."""
+def ratio_series(x):
+    """psi(x) / x, psi(x) = e^x - 1 - x, for |x| <= 1/2, to the last digit of fp64."""
     s = 1 + x / 16
     s = 1 + x * s / 15
     s = 1 + x * s / 14
@@ -38,34 +38,28 @@ def psi_series(x):
     s = 1 + x * s / 5
     s = 1 + x * s / 4
     s = 1 + x * s / 3
-    return x * x * s / 2
+    return x * s / 2
 
 
-def psi_short(x):
-    """psi(x) for |x| <= 1/2, to 3e-8 of itself: minimax, exact to second order. For fp32."""
-    return (
-        x
-        * x
-        * (
-            0.5
-            + x * (0.16666666 + x * (0.041666 + x * (0.00833348 + x * (0.0013975331 + x * 0.00019863351))))
-        )
-    )
+def ratio_short(x):
+    """psi(x) / x for |x| <= 1/2, to 3e-8 of itself: minimax, exact to second order. For fp32."""
+    s = 0.00833348 + x * (0.0013975331 + x * 0.00019863351)
+    return x * (0.5 + x * (0.16666666 + x * (0.041666 + x * s)))
 
 
-def kl_terms(p, q, d, psi, abs, where):
-    """(q - p, p psi(d)) for q = p e^d, each to its own digits. psi is asked for every d, and used where |d| <
-    1/2.
+def kl_terms(p, q, d, ratio, abs, where):
+    """(q - p, p psi(d)) for q = p e^d, each to its own digits. ratio(d) = psi(d) / d is asked for every d,
+    and used where |d| < 1/2.
 
     The second is what is left of p log(p / q) when sum q - p = 0 is added.
     """
     near = abs(d) < 0.5
-    s = psi(d)
-    gap = where(near, p * (d + s), q - p)
-    return gap, where(near, p * s, gap - p * d)
+    r, x = ratio(d), p * d
+    gap = where(near, x + x * r, q - p)
+    return gap, where(near, x * r, gap - x)
 
 
-def power_terms(powers, tilts, psi, abs, where, small_tilt):
+def power_terms(powers, tilts, ratio, abs, where, small_tilt):
     """(q - p, t - p, (1 - tilt) p f(d)) for powers (p, q = p e^d, t = p e^{tilt d}, d) and tilts (tilt, 1 /
     tilt); powers are only subtracted where they differ.
 
@@ -76,12 +70,12 @@ def power_terms(powers, tilts, psi, abs, where, small_tilt):
     x = tilt * d
     near = abs(d) < 0.5
     close = abs(x) < 0.5
-    s = psi(d)
-    u = psi(x)
-    gap = where(near, p * (d + s), q - p)
-    powers = where(close, p * (x + u), t - p)
+    r, u = ratio(d), ratio(x)
+    y, v = p * d, p * x
+    gap = where(near, y + y * r, q - p)
+    powers = where(close, v + v * u, t - p)
     rest = q - p if small_tilt else gap
-    return gap, powers, where(near & close, p * (s - u * inverse_tilt), rest - powers * inverse_tilt)
+    return gap, powers, where(near & close, y * (r - u), rest - powers * inverse_tilt)
 
 
 def power_closed(F, log_r, spread, near, log1p, expm1, where):

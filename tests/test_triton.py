@@ -475,6 +475,16 @@ def test_accesses_are_as_wide_as_memory_allows():
     assert layout_of(bf16(2, 3, 50257)[:, :2], bf16(2, 3, 50257)[:, 1:]) == spec.SCALAR
 
 
+@pytest.mark.parametrize(
+    "start, size", [(0, 2048), (0, 2052), (3, 2045), (3, 2044), (3, 4093), (3, 5), (0, 4096)]
+)
+def test_tiles_with_and_without_a_mask(start, size):
+    """Rows whose first tile, last tile, both or none are masked: each class counts once."""
+    for form, T in (("kl", 16.0), ("jsd(0.5)", 16.0)):
+        z, v = (x[:, start : start + size] for x in make_rows("close", 2, 4224))
+        agrees(z, v, form, T)
+
+
 def test_a_classes_neighbours_are_not_written():
     """The edges of a window: gradients of one row leave those of the next, and what lies between them,
     alone."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...divergence import Form
 from ...terms import MixtureLogs, kl_terms, mixture_slope, mixture_term, power_closed, power_terms
 from . import limits
-from .row import Row, Term, psi, summed, total
+from .row import Row, Term, ratio, summed, total
 
 # How far the classes of a row may be apart in fp32, which then rounds y = d + c at 1e-6: of an order, where
 # tilt y is a part of w's exponents, and where the gradient itself is as large as d.
@@ -29,7 +29,7 @@ def too_few_digits(row: Row, steepness: float) -> Tensor:
 
 def kl(row: Row, form: Form) -> Term:
     p, q, d, _, _ = row.soft
-    gap, term = kl_terms(p, q, d, psi, row.abs, row.where)
+    gap, term = kl_terms(p, q, d, ratio, row.abs, row.where)
     if row.masked is not None:
         gap = torch.where(row.masked, q - p, gap)
     value = form.factor * summed(row.fill(row.only_z, q, row.fill(row.no_z, 0.0, term)))
@@ -41,8 +41,8 @@ def kl(row: Row, form: Form) -> Term:
 def mixed_kl(row: Row, form: Form) -> Term:
     """Both KL(p, q) and KL(q, p), the terms of each of one sign; of the second T dD/dz is q (d - sum q d)."""
     p, q, d, _, _ = row.soft
-    gap, term = kl_terms(p, q, d, psi, row.abs, row.where)
-    _, reverse = kl_terms(q, p, -d, psi, row.abs, row.where)
+    gap, term = kl_terms(p, q, d, ratio, row.abs, row.where)
+    _, reverse = kl_terms(q, p, -d, ratio, row.abs, row.where)
     value = form.teacher * summed(row.fill(row.masked, 0.0, term))
     value = value + form.student * summed(row.fill(row.masked, 0.0, reverse))
     lost = row.rows_with(row.only_z) | row.rows_with(row.only_v)
@@ -108,10 +108,10 @@ def tilted(row: Row, order: float) -> Tilted:
     w = eu / su
     t = w * torch.where(near, log_r, 0.0).exp()
     if order <= 0.5:  # from the side of the smaller tilt, which loses the least
-        terms = power_terms((q, p, t, -d), (order, 1 / order), psi, row.abs, row.where, False)
+        terms = power_terms((q, p, t, -d), (order, 1 / order), ratio, row.abs, row.where, False)
         term = terms[2] / b
     else:
-        terms = power_terms((p, q, t, d), (b, 1 / b), psi, row.abs, row.where, False)
+        terms = power_terms((p, q, t, d), (b, 1 / b), ratio, row.abs, row.where, False)
         term = terms[2] / order
     if not row.plain:
         term = torch.where(row.no_v, q / order, torch.where(row.no_z, p / b, term))
@@ -183,10 +183,10 @@ def mixture(row: Row, form: Form) -> Term:
     x = x.clamp_max(row.reach) if mix else x  # beyond, log m is log o + log(mix), whatever x
     m1 = torch.expm1(x.clamp_max(row.reach))
     u = torch.log1p(mix * m1)
-    psi_u = row.where(row.abs(u) < 0.5, psi(u), mix * m1 - u)
+    psi_u = row.where(row.abs(u) < 0.5, u * ratio(u), mix * m1 - u)
     b_in, o_in = row.fill(row.masked, 1.0, b), row.fill(row.masked, 1.0, o)
     small = torch.expm1(x.clamp(-0.5, 0.5))  # its square must not be inf where it is not asked for
-    logs, weights = MixtureLogs(x, small, psi(x), u, psi_u, x - u), (mix, sides.base, sides.other)
+    logs, weights = MixtureLogs(x, small, x * ratio(x), u, psi_u, x - u), (mix, sides.base, sides.other)
     term = mixture_term(b_in, o_in, logs, weights, row.abs, row.where, sides.shares)
     xi = mixture_slope(logs._replace(m1=m1), weights, sides.student_base, sides.shares)
     G = row.fill(row.masked, 0.0, (b_in if sides.student_base else o_in) * xi)

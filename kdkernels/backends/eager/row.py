@@ -138,9 +138,9 @@ def total(x: Tensor) -> Tensor:
     return summed(x).to(x.dtype).unsqueeze(-1)
 
 
-def psi(x: Tensor) -> Tensor:
-    """psi(x) where |x| < 1/2."""
-    series = terms.psi_series if x.dtype == torch.float64 else terms.psi_short
+def ratio(x: Tensor) -> Tensor:
+    """psi(x) / x where |x| < 1/2."""
+    series = terms.ratio_series if x.dtype == torch.float64 else terms.ratio_short
     return series(x.clamp(-0.5, 0.5))
 
 

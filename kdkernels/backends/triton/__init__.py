@@ -49,7 +49,8 @@ def figures(device: torch.device) -> Device:
     properties = getattr(torch, device.type).get_device_properties(device)
     known = [getattr(properties, x, None) for x in ("multi_processor_count", "gpu_subslice_count")]
     nvidia = device.type == "cuda" and not torch.version.hip
-    return Device(next((x for x in known if x), 64), getattr(properties, "warp_size", None) or 32, nvidia)
+    warp, major = getattr(properties, "warp_size", None) or 32, properties.major if nvidia else 0
+    return Device(next((x for x in known if x), 64), warp, nvidia, major=major)
 
 
 def loss(call: Call) -> Tensor:

@@ -20,7 +20,9 @@ kl_terms, power_terms, power_closed, mixture_term, mixture_slope = (
     _jit(getattr(terms, x))
     for x in ("kl_terms", "power_terms", "power_closed", "mixture_term", "mixture_slope")
 )
-psi_short, psi_series, log_short = (_jit(f) for f in (terms.psi_short, terms.psi_series, terms.log_short))
+ratio_short, ratio_series, log_short = (
+    _jit(f) for f in (terms.ratio_short, terms.ratio_series, terms.log_short)
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -70,7 +72,7 @@ def log1p64(x):
 def expm164(x):
     near = tl.abs(x) < 0.5
     small = tl.where(near, x, 0.0)
-    return tl.where(near, small + psi_series(small), tl.exp(x) - 1.0)
+    return tl.where(near, small + small * ratio_series(small), tl.exp(x) - 1.0)
 
 
 @triton.jit

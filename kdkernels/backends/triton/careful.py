@@ -23,7 +23,7 @@ from .arithmetic import (
     mixture_slope,
     mixture_term,
     power_terms,
-    psi_series,
+    ratio_series,
     select,
     wide,
 )
@@ -167,7 +167,7 @@ def class_terms(p_b, p_o, x, wr, both, numbers, spec: tl.constexpr):
     if spec.power:
         tilt = numbers.tilt
         powers, tilts = (p_b, p_o, wr, x), (tilt, numbers.inverse_tilt)
-        _, _, term = power_terms(powers, tilts, psi_series, magnitude, select, False)
+        _, _, term = power_terms(powers, tilts, ratio_series, magnitude, select, False)
         # p_o is 0 where b alone has the class
         term = tl.where(both, term / (1.0 - tilt), p_b / tilt + p_o / (1.0 - tilt))
         return term, term
@@ -181,17 +181,17 @@ def class_terms(p_b, p_o, x, wr, both, numbers, spec: tl.constexpr):
         x = tl.where(both, tl.minimum(tl.maximum(x, -REACH64), REACH64), alone)
         m1 = expm164(x)
         u = log1p64(mix * m1)
-        psi_u = tl.where(tl.abs(u) < 0.5, psi_series(u), mix * m1 - u)
+        psi_u = tl.where(tl.abs(u) < 0.5, u * ratio_series(u), mix * m1 - u)
         SHARES: tl.constexpr = spec.family == SKEWED
-        logs = x, m1, psi_series(x), u, psi_u, x - u  # terms.MixtureLogs
+        logs = x, m1, x * ratio_series(x), u, psi_u, x - u  # terms.MixtureLogs
         weights = mix, numbers.base_share, numbers.other_share
         term = mixture_term(p_b, p_o, logs, weights, magnitude, select, SHARES)
         return term, mixture_slope(logs, weights, spec.student_base, SHARES)
     else:
-        _, term = kl_terms(p_b, p_o, x, psi_series, magnitude, select)
+        _, term = kl_terms(p_b, p_o, x, ratio_series, magnitude, select)
         term = tl.where(both, term, p_o)
         if spec.family == MIXED_KL:
-            _, back = kl_terms(p_o, p_b, -x, psi_series, magnitude, select)
+            _, back = kl_terms(p_o, p_b, -x, ratio_series, magnitude, select)
             term = tl.where(both, numbers.base_share * term + numbers.other_share * back, 0.0)
         return term, tl.where(both, -x, 0.0)
 

@@ -26,7 +26,7 @@ from .arithmetic import (
     wide,
 )
 from .records import ALPHA, ENTROPY, MIXED_KL, Reference
-from .sums import reference_at
+from .sums import exponents_of, reference_at
 
 
 class Plain(NamedTuple):
@@ -59,12 +59,13 @@ class Exact(NamedTuple):
 
 
 @triton.jit
-def settled(sums, log_r, numbers, spec: tl.constexpr):
+def settled(sums, reference, log_r, numbers, spec: tl.constexpr):
     """Whether the sums of the first sweep are numbers that the rest can be made of; `careful.py` takes the
     other rows. An R of 40 nats, and what is relative to it, is within a float's range."""
     ok = finite(sums.f) & finite(sums.others + sums.exponents) & (sums.s > 0.0) & (sums.so > 0.0)
     ok = ok & finite(sums.s) & finite(sums.so)
-    ok = ok & (tl.abs(sums.top_b * numbers.c) < MOST) & (tl.abs(sums.top_o * numbers.c) < MOST)
+    M_b, M_o = exponents_of(sums.top_b, sums.top_o, reference, numbers, spec)
+    ok = ok & (tl.abs(M_b) < MOST) & (tl.abs(M_o) < MOST)
     if spec.family == MIXED_KL:
         ok = ok & finite(sums.p)
     if spec.power:
@@ -171,10 +172,10 @@ def base_2(reference, numbers):
 @triton.jit
 def missing(sums, reference, numbers):
     """h: what the reference lacks of log sum o - log sum b, in nats."""
-    M_b, M_o = tl.ceil(sums.top_b * numbers.c), tl.ceil(sums.top_o * numbers.c)
     near = tl.abs(sums.f) < 0.5 * sums.s
-    rest = tl.log(sums.so / sums.s) + ((wide(M_o) - M_b) - base_2(reference, numbers)) / LOG2E
-    return tl.where(near, log1p64(tl.where(near, sums.f / sums.s, 0.0)), rest)
+    near_0 = log1p64(tl.where(near, sums.f / sums.s, 0.0))
+    rest = tl.log(sums.so / sums.s) + (reference.N - base_2(reference, numbers)) / LOG2E
+    return tl.where(near, near_0, rest)
 
 
 @triton.jit
@@ -193,12 +194,12 @@ def poor(sums, h, log_r, numbers, spec: tl.constexpr):
     """Whether the first sweep should be repeated with K + h for its reference.
 
     Where |h| is large, h is a logarithm of rounded exponentials, 1e-7 of each, and so are q and w. That shows
-    where both distributions are a few classes; elsewhere the gradient is large, or errors average. Where log
-    R is large, so are the exponents of w: with the references of the second sweep, a dominant class of w has
-    the same error, bit for bit, in its sum and in the gradient.
+    where both distributions are a few classes: then one lane has a quarter of so. Elsewhere the gradient is
+    large, or errors average. Where log R is large, so are the exponents of w: with the references of the
+    second sweep, a dominant class of w has the same error, bit for bit, in its sum and in the gradient.
     """
     far = tl.abs(sums.f) >= 0.5 * sums.s
-    again = far & (sums.s < 4.0) & (sums.so < 4.0) | (tl.abs(log_r) > 3.0)
+    again = far & (sums.s < 4.0) & (sums.so < 4.0 * sums.peak) | (tl.abs(log_r) > 3.0)
     if spec.mixes:
         largest = tl.math.exp2(tl.fma(sums.top_b, numbers.c, -tl.ceil(sums.top_b * numbers.c)))
         again = again | (sums.s - largest < 1e-5 * sums.s) & (h != 0.0)

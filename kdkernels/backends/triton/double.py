@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INF, LOG2E, LOG2E_SINGLE, log1p64, psi_series, wide
+from .arithmetic import INF, LOG2E, LOG2E_SINGLE, log1p64, ratio_series, wide
 from .gradient import total
 from .kernels import weighted
 from .records import SMOOTHED, Sums
@@ -74,7 +74,7 @@ def tops_of(lanes):
     """`Sums` of which softmaxes without a denominator are made."""
     none, one = wide(0.0), wide(1.0)
     top_b, top_o = wide(tl.max(lanes[0], 0)), wide(tl.max(lanes[1], 0))
-    return Sums(top_b, top_o, one, one, none, none, none, none, none, none, none, none, none, none)
+    return Sums(top_b, top_o, one, one, none, none, none, none, none, none, none, none, none, none, none)
 
 
 # ---------------------------------------------------------------- sums
@@ -92,7 +92,7 @@ def apart(b, o, both, sums):
 @triton.jit
 def near_expm1(p, x):
     """p (e^x - 1) for |x| < 1/2."""
-    return p * (x + psi_series(x))
+    return p * (x + x * ratio_series(x))
 
 
 @triton.jit
@@ -136,7 +136,8 @@ def sums_tile(at, x, row, numbers, tops, spec: tl.constexpr):
         place_o = tl.minimum(place_o, tl.min(tl.where(o == tops.top_o, cols, NOWHERE), 1))
     s, so = x.s + tl.sum(e_b, 1), x.so + tl.sum(e_o, 1)
     return Sums(
-        x.top_b, x.top_o, s, so, f, others, p, u, exponents, classes, moved_b, moved_o, place_b, place_o
+        x.top_b, x.top_o, s, so, f, others, p, u, x.peak, exponents, classes, moved_b, moved_o, place_b,
+        place_o,
     )  # fmt: skip
 
 
@@ -148,14 +149,15 @@ def sums_of(row, lanes, numbers, spec: tl.constexpr):
     zero, nowhere = tl.zeros([LANES], tl.float64), tl.full([LANES], NOWHERE, tl.int32)
     tops = tops_of(lanes)
     nothing = Sums(
-        zero, zero, zero, zero, zero, zero, zero + NOTHING, zero, zero, zero, zero, zero, nowhere, nowhere
+        zero, zero, zero, zero, zero, zero, zero + NOTHING, zero, zero, zero, zero, zero, zero, nowhere,
+        nowhere,
     )  # fmt: skip
     x = sweep(sums_tile, nothing, row, numbers, tops, False, spec)
     s, so, rest, p = total(x.s), total(x.so), total(x.f), tl.max(x.p, 0)
     near = tl.abs(rest) < 0.5 * s
     shift = tl.where(near, log1p64(tl.where(near, rest / s, 0.0)), tl.log(so / s))
     return Sums(
-        tops.top_b, tops.top_o, s, so, shift, total(x.others), p, total(x.u * tl.exp(x.p - p)),
+        tops.top_b, tops.top_o, s, so, shift, total(x.others), p, total(x.u * tl.exp(x.p - p)), so,
         total(x.exponents), total(x.classes), total(x.moved_b), total(x.moved_o),
         wide(tl.min(x.place_b, 0) - row.edge), wide(tl.min(x.place_o, 0) - row.edge),
     )  # fmt: skip

@@ -63,22 +63,24 @@ def sums_of_parts(x, turn: tl.constexpr, numbers, spec: tl.constexpr):
     top_b = of_parts(x, at, LOW, spec).to(tl.float32)
     top_o = of_parts(x, at + 1, LOW, spec).to(tl.float32)
     s, so, f = of_parts(x, at + 2, 0.0, spec), of_parts(x, at + 3, 0.0, spec), of_parts(x, at + 4, 0.0, spec)
-    others, p, u, exponents, classes, moved_b, moved_o = zero, zero, zero, zero, zero, zero, zero
+    others, p, u, peak, exponents, classes, moved_b, moved_o = zero, zero, zero, zero, zero, zero, zero, zero
     place_b, place_o = wide(0.0), wide(0.0)
     if spec.slots > 5:
         others = of_parts(x, at + 5, 0.0, spec)
     if spec.slots > 6:
         p, u = of_parts(x, at + 6, 0.0, spec), of_parts(x, at + 7, 0.0, spec)
     if spec.slots > 8:
-        exponents, classes = of_parts(x, at + 8, 0.0, spec), of_parts(x, at + 9, 0.0, spec)
-        moved_b, moved_o = of_parts(x, at + 10, 0.0, spec), of_parts(x, at + 11, 0.0, spec)
-        place_b, place_o = of_parts(x, at + 12, INF, spec), of_parts(x, at + 13, INF, spec)
+        peak = of_parts(x, at + 8, 0.0, spec)
+    if spec.slots > 9:
+        exponents, classes = of_parts(x, at + 9, 0.0, spec), of_parts(x, at + 10, 0.0, spec)
+        moved_b, moved_o = of_parts(x, at + 11, 0.0, spec), of_parts(x, at + 12, 0.0, spec)
+        place_b, place_o = of_parts(x, at + 13, INF, spec), of_parts(x, at + 14, INF, spec)
         place_b = tl.min(tl.where(top_b == tl.max(top_b, 0), place_b, INF), 0)
         place_o = tl.min(tl.where(top_o == tl.max(top_o, 0), place_o, INF), 0)
     parts = Sums(
-        top_b, top_o, s, so, f, others, p, u, exponents, classes, moved_b, moved_o, place_b, place_o
+        top_b, top_o, s, so, f, others, p, u, peak, exponents, classes, moved_b, moved_o, place_b, place_o
     )  # fmt: skip
-    return merged(parts, place_b, place_o, numbers, spec)
+    return merged(parts, peak, place_b, place_o, numbers, spec)
 
 
 @triton.jit

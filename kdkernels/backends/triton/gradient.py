@@ -87,7 +87,7 @@ def exact_tile(at, state, row, numbers, more, spec: tl.constexpr):
     a = tl.fma(b, numbers.c, -closed.M_b)
     e = tl.math.exp2(a)
     eo = tl.math.exp2(tl.fma(o, numbers.c, -(closed.M_b + reference.N))) * reference.w
-    em, et, eu, term = exact_terms(b, o, a, e, eo, reference, numbers, spec)
+    em, et, eu, term = exact_terms(b, o, (a, e, eo), reference, numbers, True, spec)
     f += tl.sum(term, 1)
     d += tl.sum(em, 1)
     if spec.family == ENTROPY:

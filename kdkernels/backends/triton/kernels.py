@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import LN2, LOG2E, LOW, exp2_64, long, psi_short, wide
+from .arithmetic import LN2, LOG2E, LOW, exp2_64, long, ratio_short, wide
 from .close import (
     entropy,
     exact_close,
@@ -37,6 +37,7 @@ from .records import (
     ALL,
     ENTROPY,
     FIRST,
+    KEPT,
     LAST,
     MIDDLE,
     SQUARED,
@@ -87,7 +88,7 @@ def tell(end, value, sums, numbers, spec: tl.constexpr):
     """Writes a row's loss and statistics; value: D."""
     tl.store(end.LOSS, weighted(value, end.hard.value, end.scales, spec.hard))
     if spec.stats:
-        tell_sides(end.STATS, sums, numbers, spec)
+        tell_sides(end.STATS, sums, end.reference, numbers, spec)
         tell_terms(end.STATS, value, end.hard.cross_entropy, end.scales.factor, spec.hard)
 
 
@@ -107,13 +108,14 @@ def once(x, read, slot: tl.constexpr, spec: tl.constexpr):
 @triton.jit
 def plain_row(row, x, label_logit, to, numbers, scales, spec: tl.constexpr):
     LOSS, STATS = to
-    sums = row_sums(row, x, numbers, reference_at(0.0, 0.0, numbers), LOW, LOW, 0, spec)
+    reference = reference_at(0.0, 0.0, numbers)
+    sums = row_sums(row, x, numbers, reference, LOW, LOW, 0, spec)
     if spec.phase > AGAIN:
         log_r = wide(0.0)
         if spec.power:
             log_r = log2_ratio(sums, numbers)[0] * LN2
-        if settled(sums, log_r, numbers, spec):
-            end = Ending(LOSS, STATS, hard_of(sums, label_logit, scales, spec), scales)
+        if settled(sums, reference, log_r, numbers, spec):
+            end = Ending(LOSS, STATS, hard_of(sums, label_logit, scales, spec), scales, reference)
             value = sums.s
             if not spec.mixes:
                 value = plain_value(sums, numbers, spec)
@@ -134,23 +136,23 @@ def plain_row(row, x, label_logit, to, numbers, scales, spec: tl.constexpr):
 def exact_row(row, x, label_logit, to, numbers, scales, spec: tl.constexpr):
     LOSS, STATS = to
     top_b, top_o, K = sample(row, numbers, spec)
-    K = once(x, K, 15, spec) if not spec.alone else K
+    K = once(x, K, KEPT + 1, spec) if not spec.alone else K
     reference = reference_at(K, K * 0.0, numbers)
     sums = row_sums(row, x, numbers, reference, top_b, top_o, 0, spec)
     if spec.phase > FIRST:
         h = missing(sums, reference, numbers)
         log_r = log_power_sum(sums, h, numbers, spec)
-        ok = settled(sums, log_r, numbers, spec)
+        ok = settled(sums, reference, log_r, numbers, spec)
         if ok & poor(sums, h, log_r, numbers, spec):
             reference = shifted(reference, h, numbers)
             sums = row_sums(row, x, numbers, reference, sums.top_b, sums.top_o, 1, spec)
             if spec.phase > AGAIN:
                 h = missing(sums, reference, numbers)
                 log_r = log_power_sum(sums, h, numbers, spec)
-                ok = settled(sums, log_r, numbers, spec)
+                ok = settled(sums, reference, log_r, numbers, spec)
         if spec.phase > AGAIN:
             if ok:
-                end = Ending(LOSS, STATS, hard_of(sums, label_logit, scales, spec), scales)
+                end = Ending(LOSS, STATS, hard_of(sums, label_logit, scales, spec), scales, reference)
                 closed = exact_close(sums, reference, h, log_r, scales.grad, numbers, spec)
                 exact_rest(row, x, sums, closed, log_r, end, numbers, spec)
             else:
@@ -204,7 +206,7 @@ def row_of(tensors, row, layout, transforms, vocab, spec: tl.constexpr):
     label, label_logit = -1, wide(0.0)
     if spec.hard:
         label, logit = label_of(LABELS, student, row, edge, vocab)
-        label_logit = wide(transformed(logit, student, psi_short, spec.transform)[0])
+        label_logit = wide(transformed(logit, student, ratio_short, spec.transform)[0])
     base, other = teacher, student
     if spec.student_base:
         base, other = student, teacher
@@ -263,7 +265,7 @@ def loss_rows(
         here = Row(whole.base, whole.other, whole.G, edge, first, last, vocab, whole.label)
         x = Exchange(STATE + row * parts * spec.state, counts_at(COUNT + row), part, parts)
         if spec.hard and not spec.alone:
-            label_logit = wide(once(x, label_logit.to(tl.float32), 14, spec))
+            label_logit = wide(once(x, label_logit.to(tl.float32), KEPT, spec))
         given = value_scale, value_unit, grad_scale, hard_scale, hard_grad_scale, smoothing, z_loss, factor
         own_c, own_k, scales = scales_of(row, weight, TEMPERATURES, c, k, given, spec)
         numbers = Numbers(own_c, own_k, tilt, inverse_tilt, base_share, other_share)

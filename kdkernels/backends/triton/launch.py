@@ -45,9 +45,10 @@ from .spec import (
 CAREFUL_ROWS = 16  # rows whose losses a program of `careful_rows` looks at
 CAREFUL_LANES, CAREFUL_WARPS = 256, 8  # classes of a tile, in fp64: one to a thread
 IN_TURN_LANES = 2048  # of the interpreter, whose time goes by tiles
-# Of a thread: of careful rows, the exact form, statistics and transforms; and of labels alone, where four
-# programs fit a multiprocessor. The compiler's own choice spills.
-MOST_REGISTERS, LABEL_REGISTERS = 168, 128
+# Of a thread: of careful rows, statistics and transforms, and of the exact form and of labels, where four
+# programs fit a multiprocessor but for the families that would spill. The compiler's own choice spills, or
+# leaves room for fewer programs.
+MOST_REGISTERS, FEWER_REGISTERS, FOUR_PROGRAMS = 168, 144, 128
 
 
 def interpreting() -> bool:
@@ -252,6 +253,21 @@ def _matching(spec: Spec, arguments: dict, warps: int, registers: int | None) ->
     return Launch("careful_rows", arguments["rows"], arguments | more, warps, registers)
 
 
+def _registers(spec: Spec, device: Device) -> int | None:
+    """The most that a thread of `loss_rows` gets on NVIDIA's GPUs."""
+    family = FAMILIES[spec.family]
+    long = spec.mixes and (spec.hard or family == "SKEWED")
+    if spec.stats or spec.transform or spec.hard == SMOOTHED or (spec.exact and long):
+        return MOST_REGISTERS
+    if spec.exact and (spec.power or family == "MIXED_KL"):
+        return FEWER_REGISTERS
+    if spec.exact or spec.hard:
+        return FOUR_PROGRAMS
+    if device.major == 10:  # 64 spill there, and the compiler's own choice leaves room for six programs
+        return None
+    return 72 if family == "MIXED_KL" else 64
+
+
 @functools.lru_cache(maxsize=256)
 def _launches(*fields) -> tuple[int, list[Launch]]:
     """(fp64 numbers of STATE, 0 for a program to a row; the launches of a kind of call)."""
@@ -274,8 +290,7 @@ def _launches(*fields) -> tuple[int, list[Launch]]:
         # programs that run one after another cannot wait for each other
         phases = (FIRST, *again, *middle, LAST) if kind.device.in_turn else (ALL,)
         state = rows * geometry.parts * dataclasses.replace(spec, phase=phases[0]).state
-    heavy = spec.exact or spec.stats or spec.transform or spec.hard == SMOOTHED
-    registers = most if heavy else LABEL_REGISTERS if spec.hard and most else None
+    registers = most and _registers(spec, kind.device)
     fast = [
         Launch(
             "loss_rows", rows * geometry.parts, arguments | dict(SPEC=dataclasses.replace(spec, phase=x)),

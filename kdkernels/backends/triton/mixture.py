@@ -22,7 +22,7 @@ from .arithmetic import (
     magnitude,
     mixture_slope,
     mixture_term,
-    psi_short,
+    ratio_short,
     select,
     wide,
 )
@@ -139,14 +139,14 @@ def exact_terms(b, o, closed, numbers, SUMS: tl.constexpr, spec: tl.constexpr):
         xi = tl.where(y > 0.0, 0.5, tl.where(y < 0.0, -0.5, 0.0))
         gap = eo
         if SUMS:
-            gap, _ = kl_terms(e, eo, y, psi_short, magnitude, select)
+            gap, _ = kl_terms(e, eo, y, ratio_short, magnitude, select)
         more = tl.maximum(gap, 0.0)
         return q, xi, more, more - gap, e
     else:
         SHARES: tl.constexpr = spec.family == SKEWED
         mix = numbers.tilt
         x = tl.minimum(tl.maximum(y, -REACH), REACH)
-        s = psi_short(x)
+        s = x * ratio_short(x)
         m1 = tl.where(tl.abs(x) < 0.5, x + s, tl.math.exp2(x * LOG2E) - 1.0)
         u, psi_u = log1p_psi(mix * m1)
         # where o has nearly all of m, log(o / m) is the difference of large numbers

@@ -26,6 +26,7 @@ class Device:
     warp: int = 32  # threads
     nvidia: bool = False
     in_turn: bool = False  # programs run one after another: Triton's interpreter
+    major: int = 0  # NVIDIA's compute capability
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ KL, ENTROPY, MIXED_KL, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXT
     tl.constexpr(i) for i in range(len(names.FAMILIES))
 )
 STUDENT = tl.constexpr(names.STUDENT)
-EVEN, WINDOW, SCALAR = (tl.constexpr(x) for x in (names.EVEN, names.WINDOW, names.SCALAR))
+EVEN, WINDOW, SCALAR, FULL = (tl.constexpr(x) for x in (names.EVEN, names.WINDOW, names.SCALAR, names.FULL))
 SMOOTHED, SCALED, CAPPED = (tl.constexpr(x) for x in (names.SMOOTHED, names.SCALED, names.CAPPED))
 SQUARED = tl.constexpr(names.SQUARED)
 FIRST, AGAIN, MIDDLE, LAST, ALL = (
@@ -83,6 +83,7 @@ class Ending(NamedTuple):
     STATS: tl.tensor
     hard: tl.tuple
     scales: tl.tuple
+    reference: tl.tuple  # of the first sweep
 
 
 class Reference(NamedTuple):
@@ -100,9 +101,10 @@ class Reference(NamedTuple):
 class Sums(NamedTuple):
     """The first sweep's sums: of the lanes of a tile, of a program, or of a row.
 
-    s and so are of 2^{b c - M_b} and 2^{o c - M_o}, M_b = ceil(top_b c) (`sums.py`); f, p and u are the
-    family's. others, exponents and classes are the hard term's, moved_b to place_o the statistics'. In the
-    order in which they are needed: programs exchange the first `Spec.slots`.
+    s and so are of 2^{b c - M_b} and 2^{o c - M_o} (`sums.exponents_of`); f, p and u are the family's, and
+    peak is the largest lane's part of so. others, exponents and classes are the hard term's, moved_b to
+    place_o the statistics'. In the order in which they are needed: programs exchange the first `Spec.slots`.
+    The exact form asks for top_o only where there are a hard term or statistics.
     """
 
     top_b: tl.tensor
@@ -113,6 +115,7 @@ class Sums(NamedTuple):
     others: tl.tensor
     p: tl.tensor
     u: tl.tensor
+    peak: tl.tensor
     exponents: tl.tensor
     classes: tl.tensor
     moved_b: tl.tensor

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import INF, REACH, finite, psi_short
-from .records import CAPPED, EVEN, SCALAR, SCALED, WINDOW, inner_of
+from .arithmetic import INF, REACH, finite, ratio_short
+from .records import CAPPED, EVEN, FULL, SCALAR, SCALED, WINDOW, inner_of
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def row_at(row, inner, outer_stride, inner_stride, spec: tl.constexpr):
 
 
 @triton.jit
-def transformed(x, side, psi: tl.constexpr, TRANSFORM: tl.constexpr):
+def transformed(x, side, ratio: tl.constexpr, TRANSFORM: tl.constexpr):
     """(softcap tanh(scale x / softcap), its derivative over scale) of logits; -inf, +inf and nan stay what
     they are.
 
@@ -37,7 +37,7 @@ def transformed(x, side, psi: tl.constexpr, TRANSFORM: tl.constexpr):
         x = x * side.scale
         w = tl.minimum(tl.maximum(x * side.steepness, -REACH), REACH)
         e = tl.exp(w)
-        more = tl.where(tl.abs(w) < 0.5, w + psi(w), e - 1.0)
+        more = tl.where(tl.abs(w) < 0.5, w + w * ratio(w), e - 1.0)
         share = 1.0 / (2.0 + more)
         capped = tl.where(finite(x) & (side.steepness < 0.0), side.softcap * (more * share), x)
         return capped, 4.0 * e * share * share
@@ -45,6 +45,14 @@ def transformed(x, side, psi: tl.constexpr, TRANSFORM: tl.constexpr):
         return x * side.scale, 1.0
     else:
         return x, 1.0
+
+
+@triton.jit
+def masked_load(X, there, OTHER: tl.constexpr, KEEP: tl.constexpr, spec: tl.constexpr):
+    if spec.access == FULL:
+        return tl.load(X, eviction_policy=KEEP)
+    else:
+        return tl.load(X, mask=there, other=OTHER, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -65,12 +73,12 @@ def load(X, at, edge, vocab, KEEP: tl.constexpr, spec: tl.constexpr):
             H: tl.constexpr = R // 2
             words = (at // 2) + tl.arange(0, LANES)[:, None] * H + tl.arange(0, H)[None, :]
             W = X.to(tl.pointer_type(tl.int32), bitcast=True)
-            pairs = tl.load(W + words, mask=there, other=-8323200, eviction_policy=KEEP)  # -inf, -inf
+            pairs = masked_load(W + words, there, -8323200, KEEP, spec)  # -inf, -inf
             x = tl.join(
                 (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
             ).reshape([LANES, R])
         else:
-            x = tl.load(X + cols, mask=there, other=-INF, eviction_policy=KEEP).to(tl.float32)
+            x = masked_load(X + cols, there, -INF, KEEP, spec).to(tl.float32)
         if spec.access == WINDOW:
             x = tl.where((cols >= edge) & (cols < edge + vocab), x, -INF)
         return x
@@ -88,6 +96,8 @@ def store(G, at, edge, vocab, g, spec: tl.constexpr):
     inside = (cols >= edge) & (cols < edge + vocab)
     if spec.access == SCALAR:
         tl.store(G + cols, g, mask=inside, eviction_policy="evict_first")
+    elif spec.access == FULL:
+        tl.store(G + cols, g, eviction_policy="evict_first")
     elif spec.access == EVEN:
         tl.store(G + cols, g, mask=run < edge + vocab, eviction_policy="evict_first")
     else:
@@ -102,8 +112,8 @@ def pair(row, at, KEEP: tl.constexpr, spec: tl.constexpr):
     """(b, o, the slopes of their transforms) of the tile at `at`."""
     b = load(row.base.X, at, row.edge, row.vocab, KEEP, spec)
     o = load(row.other.X, at, row.edge, row.vocab, KEEP, spec)
-    b, slope_b = transformed(b, row.base, psi_short, spec.transform)
-    o, slope_o = transformed(o, row.other, psi_short, spec.transform)
+    b, slope_b = transformed(b, row.base, ratio_short, spec.transform)
+    o, slope_o = transformed(o, row.other, ratio_short, spec.transform)
     return b, o, slope_b, slope_o
 
 
@@ -151,18 +161,22 @@ def sweep(
     """state = step(at, state, row, numbers, more, spec) for each tile of a part.
 
     Every second sweep goes backwards, as the end of a part is what the sweep before it has left in the cache.
-    The first tile and the last, which of a window need a mask, have a loop of their own (`Spec.edges`).
+    Tiles within the row need no mask; the first tile, where the window begins before the row, and the last,
+    where it ends beyond it, have a loop of their own.
     """
     TILE: tl.constexpr = spec.tile
     final = last_tile(row.first, row.last, TILE)
     inner, end = row.first, row.last
     if spec.edges:
-        inner, end = row.first + TILE, final
+        inner = tl.where(row.first < row.edge, row.first + TILE, row.first)
+        end = tl.where(final + TILE > row.last, final, row.last)
     from_end = last_tile(inner, end, TILE)
     for forward in tl.range(inner, end, TILE):
         at = from_end - (forward - inner) if BACKWARDS else forward
         state = step(at, state, row, numbers, more, inner_of(spec))
     if spec.edges:
-        for at in tl.range(row.first, row.last, tl.maximum(final - row.first, TILE)):
+        start = tl.where(inner > row.first, row.first, final)
+        stop = tl.where(end < row.last, row.last, inner)
+        for at in tl.range(start, stop, tl.maximum(final - row.first, TILE)):
             state = step(at, state, row, numbers, more, spec)
     return state

@@ -18,8 +18,9 @@ MIXTURES = ("MIXTURE", "SKEWED", "TVD")  # their gradient takes a sum more: thre
 # Spec.base; STEEP: the student, where the tilt is below -1
 TEACHER, STUDENT, STEEP = range(3)
 # Spec.access. EVEN: every row starts and ends on 16 bytes. WINDOW: the rows of all tensors are off by the
-# same number of classes, so that all but the ends are read 16 bytes at a time. SCALAR: a class an access
-EVEN, WINDOW, SCALAR = range(3)
+# same number of classes, so that all but the ends are read 16 bytes at a time. SCALAR: a class an access.
+# FULL: of a tile that lies within its row, 16 bytes at a time and no mask
+EVEN, WINDOW, SCALAR, FULL = range(4)
 # Spec.hard: without and with label smoothing. Spec.transform: scales alone, or a softcap too
 CROSS_ENTROPY, SMOOTHED = 1, 2
 SCALED, CAPPED = 1, 2
@@ -28,7 +29,7 @@ OWN, SQUARED = 1, 2
 # Spec.phase: under the interpreter, whose programs run one after another, those of a row cannot wait for each
 # other, and what lies between two exchanges is a launch of its own. ALL: everything, which is what a GPU runs
 FIRST, AGAIN, MIDDLE, LAST, ALL = range(5)
-KEPT = 14  # numbers of `Sums`
+KEPT = 15  # numbers of `Sums`
 MOST_PARTS = 32  # programs to a row
 
 
@@ -92,8 +93,9 @@ class Spec:
             return KEPT + 2
         if self.stats or self.hard == SMOOTHED:
             return KEPT
-        more = FAMILIES[self.family] == "MIXED_KL"
-        return 8 if self.exact or more else 6 if self.hard else 5
+        if self.exact:
+            return 9
+        return 8 if FAMILIES[self.family] == "MIXED_KL" else 6 if self.hard else 5
 
     @property
     def second(self) -> int:
@@ -107,11 +109,11 @@ class Spec:
 
     @property
     def edges(self) -> bool:
-        """Whether a sweep takes the first tile and the last in a loop of their own: of windows, which mask
-        them there, and of rows read class by class because of how they lie, for the same bits."""
-        return self.access != EVEN and self.run > 1
+        """Whether a sweep takes the tiles that need a mask in a loop of their own. Rows that are read class
+        by class because of how they lie have it for the same bits."""
+        return self.run > 1
 
     @property
     def inner(self) -> Spec:
-        """Of tiles that lie within a row's window: they need no mask."""
-        return dataclasses.replace(self, access=EVEN) if self.access == WINDOW else self
+        """Of tiles that lie within a row."""
+        return self if self.access == SCALAR else dataclasses.replace(self, access=FULL)

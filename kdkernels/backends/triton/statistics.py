@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ... import stats
 from .arithmetic import LN2, log2_64, wide
+from .sums import exponents_of
 
 COLUMNS = tl.constexpr(stats.COLUMNS)
 
@@ -21,20 +22,20 @@ def tell_side(STATS, log_sum, entropy, place):
 
 
 @triton.jit
-def tell_summed(STATS, top, s, moved, place, numbers):
+def tell_summed(STATS, M, s, moved, place):
     """moved: sum of e a, e = 2^a relative to the integer M."""
     log_sum = log2_64(s)
     tell_side(
-        STATS, (wide(tl.ceil(top * numbers.c)) + log_sum) * LN2,
-        tl.maximum((log_sum - moved / s) * LN2, 0.0), place,
+        STATS, (wide(M) + log_sum) * LN2, tl.maximum((log_sum - moved / s) * LN2, 0.0), place
     )  # fmt: skip
 
 
 @triton.jit
-def tell_sides(STATS, sums, numbers, spec: tl.constexpr):
+def tell_sides(STATS, sums, reference, numbers, spec: tl.constexpr):
     base = 0 if spec.student_base else 1
-    tell_summed(STATS + 2 + base, sums.top_b, sums.s, sums.moved_b, sums.place_b, numbers)
-    tell_summed(STATS + 3 - base, sums.top_o, sums.so, sums.moved_o, sums.place_o, numbers)
+    M_b, M_o = exponents_of(sums.top_b, sums.top_o, reference, numbers, spec)
+    tell_summed(STATS + 2 + base, M_b, sums.s, sums.moved_b, sums.place_b)
+    tell_summed(STATS + 3 - base, M_o, sums.so, sums.moved_o, sums.place_o)
 
 
 @triton.jit

@@ -35,13 +35,14 @@ from .arithmetic import (
     kl_terms,
     magnitude,
     power_terms,
-    psi_short,
+    ratio_short,
     select,
     wide,
 )
 from .records import ENTROPY, MIXED_KL, SMOOTHED, STUDENT, Reference, Sums
 from .rows import columns, pair, student_of, sweep, transformed
 
+LEAST = tl.constexpr(-1e20)  # no rounding of a difference of logits that count is below it
 NOWHERE = tl.constexpr(1 << 30)  # a class or a tile beyond all
 
 
@@ -66,8 +67,8 @@ def sample(row, numbers, spec: tl.constexpr):
     cols = tl.arange(0, 16)[:, None] * (row.vocab // 16) + tl.arange(0, 32)[None, :]
     b = tl.load(row.base.X + row.edge + cols, mask=cols < row.vocab, other=-INF).to(tl.float32)
     o = tl.load(row.other.X + row.edge + cols, mask=cols < row.vocab, other=-INF).to(tl.float32)
-    b = transformed(b, row.base, psi_short, spec.transform)[0]
-    o = transformed(o, row.other, psi_short, spec.transform)[0]
+    b = transformed(b, row.base, ratio_short, spec.transform)[0]
+    o = transformed(o, row.other, ratio_short, spec.transform)[0]
     top = tl.maximum(tl.max(tl.max(b, 1), 0), LOW)
     y = (o - b) * numbers.k
     there = tl.abs(y) < MOST  # masks are no classes, -inf or not
@@ -86,7 +87,8 @@ def difference(b, o, reference, numbers, spec: tl.constexpr):
         back = hi - o
         lo = (o - (hi - back)) - (b + back)
         y = tl.fma(hi, numbers.k, -reference.K) - reference.K_low
-        return tl.fma(tl.where(lo == lo, lo, 0.0), numbers.k, y)
+        # lo is nan where hi is infinite or nan, which y remains
+        return tl.fma(tl.maximum(lo, LEAST), numbers.k, y)
     elif spec.splits:
         return tl.fma(hi, numbers.k, -reference.K) - reference.K_low
     else:
@@ -94,18 +96,23 @@ def difference(b, o, reference, numbers, spec: tl.constexpr):
 
 
 @triton.jit
-def exact_terms(b, o, a, e, eo, reference, numbers, spec: tl.constexpr):
+def exact_terms(b, o, powers, reference, numbers, WHOLE: tl.constexpr, spec: tl.constexpr):
     """(e^y - 1, e^{tilt y} - 1, e^{tilt y}, the term of F), each times e, of a tile; of reverse KL e y is the
-    second. a: the exponent of e in base 2."""
-    # +inf, and the nan of a class that neither has; e is 0 there
-    y = tl.minimum(difference(b, o, reference, numbers, spec), BIG)
+    second. powers: (the exponent of e in base 2, e, o's e^y). WHOLE: whether the term is asked for."""
+    a, e, eo = powers
+    y = difference(b, o, reference, numbers, spec)
+    if WHOLE or spec.power or spec.reverse_kl:
+        # +inf, and the nan of a class that neither has; e is 0 there
+        y = tl.minimum(y, BIG)
     if spec.power:
         eu = tl.math.exp2(tl.fma(y, numbers.tilt * LOG2E, a))
         tilts = numbers.tilt, numbers.inverse_tilt
-        em, et, term = power_terms((e, eo, eu, y), tilts, psi_short, magnitude, select, spec.base == STUDENT)
+        em, et, term = power_terms(
+            (e, eo, eu, y), tilts, ratio_short, magnitude, select, spec.base == STUDENT
+        )
         return em, et, eu, term
     else:
-        em, term = kl_terms(e, eo, y, psi_short, magnitude, select)
+        em, term = kl_terms(e, eo, y, ratio_short, magnitude, select)
         if spec.family == MIXED_KL:
             # eo psi(-y); where |y| is small, of what is e psi(y) already
             back = tl.where(tl.abs(y) < 0.5, em * y - term, eo * y - em)
@@ -145,21 +152,33 @@ def rebased(f, s, fall_b, fall_o, unit, numbers, spec: tl.constexpr):
 
 
 @triton.jit
+def exponents_of(top_b, top_o, reference, numbers, spec: tl.constexpr):
+    """(M_b, M_o), which both rows' exponents in base 2 are relative to; in the exact form o's follows b's."""
+    M_b = tl.ceil(top_b * numbers.c)
+    if spec.exact:
+        return M_b, M_b + reference.N
+    else:
+        return M_b, tl.ceil(top_o * numbers.c)
+
+
+@triton.jit
 def first_tile(at, lanes, row, numbers, reference, spec: tl.constexpr):
     """The lanes' sums with the tile at `at` added."""
     sums, M_b0, M_o0, M_h0 = lanes
     b, o, slope_b, slope_o = pair(row, at, "evict_last", spec)
-    top_b, top_o = tl.maximum(sums.top_b, tl.max(b, 1)), tl.maximum(sums.top_o, tl.max(o, 1))
-    M_b, M_o = tl.ceil(top_b * numbers.c), tl.ceil(top_o * numbers.c)
-    fall_b, fall_o = M_b0 - M_b, M_o0 - M_o
+    top_b, top_o = tl.maximum(sums.top_b, tl.max(b, 1)), sums.top_o
+    if not spec.exact or spec.hard or spec.stats:
+        top_o = tl.maximum(top_o, tl.max(o, 1))
+    M_b, M_o = exponents_of(top_b, top_o, reference, numbers, spec)
+    fall_b = M_b0 - M_b
+    fall_o = fall_b if spec.exact else M_o0 - M_o
     unit_b, unit_o = tl.math.exp2(fall_b), tl.math.exp2(fall_o)
     a, a_o = tl.fma(b, numbers.c, -M_b[:, None]), tl.fma(o, numbers.c, -M_o[:, None])
     e, eo = tl.math.exp2(a), tl.math.exp2(a_o)
     s, so = sums.s * unit_b + tl.sum(e, 1), sums.so * unit_o + tl.sum(eo, 1)
     f, p, u = rebased(sums.f, sums.s, fall_b, fall_o, unit_b, numbers, spec), sums.p, sums.u
     if spec.exact:
-        eo_e = eo * (tl.math.exp2(M_o - M_b - reference.N) * reference.w)[:, None]
-        em, et, eu, _ = exact_terms(b, o, a, e, eo_e, reference, numbers, spec)
+        em, et, eu, _ = exact_terms(b, o, (a, e, eo * reference.w), reference, numbers, False, spec)
         f += tl.sum(em, 1)
         if spec.power or spec.reverse_kl:
             p = p * unit_b + tl.sum(et, 1)
@@ -189,7 +208,10 @@ def first_tile(at, lanes, row, numbers, reference, spec: tl.constexpr):
         place_b = first_largest(place_b, sums.top_b, b, at)
         place_o = first_largest(place_o, sums.top_o, o, at)
     return (
-        Sums(top_b, top_o, s, so, f, others, p, u, exponents, classes, moved_b, moved_o, place_b, place_o),
+        Sums(
+            top_b, top_o, s, so, f, others, p, u, sums.peak, exponents, classes, moved_b, moved_o, place_b,
+            place_o,
+        ),
         M_b, M_o, M_h,
     )  # fmt: skip
 
@@ -210,7 +232,7 @@ def first_class(side, top, place, row, spec: tl.constexpr):
     cols = tl.min(runs, 0) + tl.arange(0, R)
     there = (cols >= row.edge) & (cols < row.edge + row.vocab)
     x = tl.load(side.X + cols, mask=there, other=-INF).to(tl.float32)
-    x = transformed(x, side, psi_short, spec.transform)[0]
+    x = transformed(x, side, ratio_short, spec.transform)[0]
     return wide(tl.min(tl.where(x == tl.max(x, 0), cols, NOWHERE), 0) - row.edge)
 
 
@@ -222,24 +244,27 @@ def first_sweep(row, numbers, reference, top_b, top_o, spec: tl.constexpr):
     nowhere = tl.full([LANES], NOWHERE, tl.int32)
     top_b, top_o = zero + top_b, zero + top_o
     nothing = Sums(
-        top_b, top_o, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, nowhere, nowhere
+        top_b, top_o, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, nowhere, nowhere
     )  # fmt: skip
     M_h = tl.ceil((top_b if spec.student_base else top_o) * LOG2E_SINGLE)
-    lanes = nothing, tl.ceil(top_b * numbers.c), tl.ceil(top_o * numbers.c), M_h
+    M_b, M_o = exponents_of(top_b, top_o, reference, numbers, spec)
+    lanes = nothing, M_b, M_o, M_h
     sums, _, _, _ = sweep(first_tile, lanes, row, numbers, reference, False, spec)
     place_b, place_o = wide(0.0), wide(0.0)
     if spec.stats:
         place_b = first_class(row.base, sums.top_b, sums.place_b, row, spec)
         place_o = first_class(row.other, sums.top_o, sums.place_o, row, spec)
-    return merged(sums, place_b, place_o, numbers, spec)
+    return merged(sums, sums.so, place_b, place_o, numbers, spec)
 
 
 @triton.jit
-def merged(x, place_b, place_o, numbers, spec: tl.constexpr):
+def merged(x, peaks, place_b, place_o, numbers, spec: tl.constexpr):
     """The sums of all lanes, or of all parts of a row, relative to the largest of their tops."""
     top_b, top_o = tl.max(x.top_b, 0), tl.max(x.top_o, 0)
-    M_b, M_o = tl.ceil(top_b * numbers.c), tl.ceil(top_o * numbers.c)
-    fall_b, fall_o = tl.ceil(x.top_b * numbers.c) - M_b, tl.ceil(x.top_o * numbers.c) - M_o
+    fall_b = tl.ceil(x.top_b * numbers.c) - tl.ceil(top_b * numbers.c)
+    fall_o = fall_b
+    if not spec.exact:
+        fall_o = tl.ceil(x.top_o * numbers.c) - tl.ceil(top_o * numbers.c)
     unit_b, unit_o = tl.math.exp2(fall_b).to(tl.float64), tl.math.exp2(fall_o).to(tl.float64)
     s, so = x.s.to(tl.float64), x.so.to(tl.float64)
     f = tl.sum(rebased(x.f.to(tl.float64), s, fall_b, fall_o, unit_b, numbers, spec), 0)
@@ -261,7 +286,8 @@ def merged(x, place_b, place_o, numbers, spec: tl.constexpr):
     if spec.stats:
         moved_b = tl.sum(unit_b * (x.moved_b + fall_b * s), 0)
         moved_o = tl.sum(unit_o * (x.moved_o + fall_o * so), 0)
+    peak = tl.max(peaks * unit_o, 0)
     s, so = tl.sum(s * unit_b, 0), tl.sum(so * unit_o, 0)
     return Sums(
-        top_b, top_o, s, so, f, others, p, u, exponents, classes, moved_b, moved_o, place_b, place_o
+        top_b, top_o, s, so, f, others, p, u, peak, exponents, classes, moved_b, moved_o, place_b, place_o
     )  # fmt: skip
