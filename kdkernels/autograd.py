@@ -15,7 +15,7 @@ from .gradients import gradient_for, once, times_upstream
 from .options import Options
 
 
-class Pass(NamedTuple):
+class Request(NamedTuple):
     """What the operator is asked for of the rows, and, where the teacher has a gradient, of them with the two
     exchanged; and what autograd wants of it."""
 
@@ -27,12 +27,14 @@ class Pass(NamedTuple):
     boost: float  # what they have been multiplied with besides
 
     @staticmethod
-    def of(o: Options, numbers: Numbers, vocab: int, wanted=(False, False), inplace=False, boost=1.0) -> Pass:
+    def of(
+        o: Options, numbers: Numbers, vocab: int, wanted=(False, False), inplace=False, boost=1.0
+    ) -> Request:
         own = Asked.of(o.divergence, numbers, vocab, o.backend)
         turned = None
         if wanted[1]:
             turned = Asked.of(*exchanged(o.divergence, numbers), vocab, o.backend)
-        return Pass(own, turned, o.return_stats, wanted, inplace, boost)
+        return Request(own, turned, o.return_stats, wanted, inplace, boost)
 
 
 class Total(torch.autograd.Function):
@@ -40,7 +42,7 @@ class Total(torch.autograd.Function):
     them by the upstream one."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, temperature, asked: Pass):
+    def forward(ctx, student, teacher, labels, weight, temperature, asked: Request):
         rows = Rows(labels, weight, temperature)
         losses, grads, columns = rows_and_gradients(student, teacher, rows, asked)
         ctx.asked, ctx.saved = asked, len(grads)
@@ -68,7 +70,7 @@ class PerRow(torch.autograd.Function):
     """Row losses; the backward runs the operator again with the upstream gradient in the rows' weights."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, weight, temperature, asked: Pass):
+    def forward(ctx, student, teacher, labels, weight, temperature, asked: Request):
         losses, columns = rows_alone(student, teacher, Rows(labels, weight, temperature), asked)
         ctx.save_for_backward(student, teacher, labels, weight, temperature)
         ctx.asked = asked._replace(stats=False)
@@ -99,7 +101,7 @@ def _needs_a_graph(upstream: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or inputs.is_batched(upstream))
 
 
-def _through_a_graph(tensors, asked: Pass, upstream: Tensor) -> tuple[Tensor, ...]:
+def _through_a_graph(tensors, asked: Request, upstream: Tensor) -> tuple[Tensor, ...]:
     """The gradients that are wanted of student and teacher, by autograd, so that they can be differentiated
     again."""
     from .backends import eager
@@ -158,7 +160,7 @@ torch.library.register_autograd(
 )
 
 
-def rows_alone(student, teacher, of_rows: Rows, asked: Pass) -> tuple[Tensor, Tensor | None]:
+def rows_alone(student, teacher, of_rows: Rows, asked: Request) -> tuple[Tensor, Tensor | None]:
     """The rows' losses and statistics, without a gradient."""
     z, v = student.detach(), teacher.detach()
     if torch.compiler.is_compiling():
@@ -169,7 +171,7 @@ def rows_alone(student, teacher, of_rows: Rows, asked: Pass) -> tuple[Tensor, Te
 
 
 def rows_and_gradients(
-    student, teacher, of_rows: Rows, asked: Pass
+    student, teacher, of_rows: Rows, asked: Request
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """The rows' losses, the gradients that are wanted of student and teacher, and statistics.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .autograd import Pass, PerRow, Total, rows_alone
+from .autograd import PerRow, Request, Total, rows_alone
 from .call import Call, Numbers, Rows, addressable
 from .checks import check_tensors, checked_items
 from .divergence import KL, Divergence, LogitMatching
@@ -93,10 +93,10 @@ def _fused(student, teacher, rows: Rows, o: Options, vocab: int, denominator) ->
 
 def _asked(
     o: Options, denominator, steepest, vocab: int, wanted, inplace: bool, leading=(), weight=None
-) -> tuple[Pass, float | Tensor | None, Tensor | None]:
+) -> tuple[Request, float | Tensor | None, Tensor | None]:
     """What the operator is asked for, what the total is still to be multiplied with, and the weights."""
     folded = fold(o, leading, weight, denominator, steepest)
-    return Pass.of(o, folded.numbers, vocab, wanted, inplace, folded.boost), folded.post, folded.weight
+    return Request.of(o, folded.numbers, vocab, wanted, inplace, folded.boost), folded.post, folded.weight
 
 
 _known = functools.lru_cache(maxsize=256)(_asked)  # where nothing of it is a tensor
@@ -106,7 +106,7 @@ def _exported(
     student, teacher, rows: Rows, o: Options, vocab: int, denominator
 ) -> tuple[Tensor, Tensor | None]:
     """`_fused` for torch.export: an operator that has a derivative, whatever requires one at the time."""
-    asked = Pass.of(o, o.numbers, vocab)
+    asked = Request.of(o, o.numbers, vocab)
     x, y = addressable(student), addressable(teacher)
     losses = torch.ops.kdkernels.trainable_loss.default(x, y, *rows, *asked.own)
     columns = rows_alone(x, y, rows, asked)[1] if o.return_stats else None
@@ -125,7 +125,7 @@ def _differentiable(
     if o.return_stats:
         numbers = Numbers(o.numbers.temperature, modifiers=o.numbers.modifiers)
         with torch.no_grad():
-            _, columns = rows_alone(student, teacher, rows, Pass.of(o, numbers, vocab))
+            _, columns = rows_alone(student, teacher, rows, Request.of(o, numbers, vocab))
     labels, weight, temperature = rows
     if labels is not None and inputs.readable(labels):
         ops.check_labels(labels, weight, vocab)

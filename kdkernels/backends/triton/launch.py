@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import divergence as math_of
-from ...call import Call
-from ...call import Numbers as CallNumbers
+from ...call import Call, Numbers
 from . import counters
 from .numbers import is_exact, numbers
 from .plan import ACCESS, Device, Plan, plan, run_of
@@ -73,7 +72,7 @@ class Kind(NamedTuple):
     """What a call's launches depend on besides the data: they are the same for the next call of the kind."""
 
     divergence: math_of.Divergence
-    numbers: CallNumbers
+    numbers: Numbers
     vocab: int
     student: Lie
     teacher: Lie

@@ -37,7 +37,7 @@ def single(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
-class Numbers(NamedTuple):
+class Rounded(NamedTuple):
     """What a call asks for, each number rounded once."""
 
     family: str
@@ -59,11 +59,11 @@ SMALLEST, LARGEST = 1e-25, 1e36
 
 
 @functools.lru_cache(maxsize=256)
-def numbers(divergence: math_of.Divergence, temperature: float) -> Numbers:
+def numbers(divergence: math_of.Divergence, temperature: float) -> Rounded:
     form = divergence.form
     if math.isinf(temperature):
         limit = form.limit or 0.0
-        return Numbers(
+        return Rounded(
             "MOMENTS",
             int(form.reverse),
             tilt=float(limit != 0),
@@ -79,7 +79,7 @@ def numbers(divergence: math_of.Divergence, temperature: float) -> Numbers:
         if temperature >= 64 and form.family not in ("tvd", "support", "extreme")
         else 1.0
     )
-    call = functools.partial(Numbers, c=single(k * math.log2(math.e)), k=k)
+    call = functools.partial(Rounded, c=single(k * math.log2(math.e)), k=k)
     simple = functools.partial(call, value=form.factor * correction**2, grad=form.factor * correction)
     if form.family in ("support", "extreme"):
         return call(form.family.upper(), int(form.reverse))
@@ -101,7 +101,7 @@ def numbers(divergence: math_of.Divergence, temperature: float) -> Numbers:
     return simple("ENTROPY" if form.family == "cross_entropy" else "KL", TEACHER)
 
 
-def _mixture(sides: math_of.Sides, simple: Callable[..., Numbers]) -> Numbers:
+def _mixture(sides: math_of.Sides, simple: Callable[..., Rounded]) -> Rounded:
     base = STUDENT if sides.student_base else TEACHER
     if sides.mix == 0:  # KL(o, b), which KL is with b and o exchanged
         found = simple("KL", TEACHER if base else STUDENT)
