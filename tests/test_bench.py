@@ -60,23 +60,15 @@ SMALL = ["bench", "--shapes", "8x5000", "--repeats", "1", "--device", "cpu"]
 def test_table_json_and_plot(capsys, tmp_path):
     files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.svg")]
     cases = [
-        "--dtypes",
-        "fp32",
-        "bf16",
-        "fp16",
-        "--divergences",
-        "kl",
-        "renyi(2)",
-        "--temperatures",
-        "1",
-        "4",
-        "inf",
+        *("--dtypes", "fp32", "fp16"),
+        *("--divergences", "kl", "renyi(2)"),
+        *("--temperatures", "1", "inf"),
     ]
     assert main([*SMALL, "--no-compile", *cases, *files]) == 0
     out = capsys.readouterr().out
-    assert out.count("\nkdkernels ") == 18 and " x " in out and "kl_div(log_target=True)" in out
+    assert out.count("\nkdkernels ") == 8 and " x " in out and "kl_div(log_target=True)" in out
     results = json.loads((tmp_path / "b.json").read_text())
-    assert results["machine"]["torch"] == torch.__version__ and len(results["cases"]) == 18
+    assert results["machine"]["torch"] == torch.__version__ and len(results["cases"]) == 8
     for case in results["cases"]:
         for name, x in case["contenders"].items():
             assert 0 < x["ms_p20"] <= x["ms"] <= x["ms_p80"], name
@@ -247,7 +239,7 @@ PEERS = [
 ]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_peers(compiled, capsys, tmp_path):
     """Both parts, KL and JSD(1/2), fp32 and bf16, and what is installed of the others."""
     more = [] if compiled else ["--no-compile"]
