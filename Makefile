@@ -50,7 +50,7 @@ $(OLDEST)/ready:
 
 test-oldest: .venv/installed $(OLDEST)/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/test_ops.py tests/test_functional.py tests/test_linear.py \
-		tests/test_row_temperature.py tests/test_triton.py
+		tests/test_row_temperature.py tests/test_counters.py tests/test_triton.py
 
 # the inner loop, under half a minute: the CPU's bits, golden numbers on every backend, errors, the README
 quick: .venv/installed

@@ -149,7 +149,7 @@ _library.define(
 def _trainable_linear_loss(*arguments):
     tensors, setup, asked = _parts(arguments, len(Rows._fields))
     given = Given.of(tensors[:7], tensors[7:])
-    rows, *_, columns = over_chunks(given, setup._replace(needs=_NO_NEEDS), asked)
+    rows, *_, columns = over_chunks(given, setup._replace(needs=_NO_NEEDS), asked, planned=True)
     return rows, columns
 
 

@@ -11,7 +11,7 @@ from rows import make_rows
 
 pytest.importorskip("triton")
 
-from kdkernels import fused_kd_loss, fused_linear_kd_loss
+from kdkernels import LinearKDLoss, fused_kd_loss, fused_linear_kd_loss
 from kdkernels.backends import triton as backend
 from kdkernels.backends.triton import counters
 from kdkernels.backends.triton.plan import Device
@@ -105,7 +105,10 @@ def test_nothing_is_kept_where_a_compiler_plans_memory():
     assert not counters._kept
     linear = torch.randn(1, 8), torch.randn(VOCAB, 8)
     options = dict(divergence=EXACT, backend="triton")
-    torch.compile(fused_linear_kd_loss, backend="eager")(*linear, *linear, **options)
+    torch.compile(fused_linear_kd_loss, backend="eager", fullgraph=True)(*linear, *linear, **options)
+    assert not counters._kept
+    exported = torch.export.export(LinearKDLoss(**options), (*linear, *linear))
+    exported.module()(*linear, *linear)
     assert not counters._kept
     fused_linear_kd_loss(*linear, *linear, **options)
     assert counters._kept
