@@ -314,6 +314,7 @@ def test_which_form_a_call_takes():
     """The exact one where a gradient has more digits than the plain form, or p and q nearly cancel."""
     exact = lambda name="kl", T=1.0, dtype=torch.bfloat16: is_exact(parse(name).form, T, dtype)  # noqa: E731
     assert not exact() and exact(dtype=torch.float32) and exact(T=8.5) and not exact(T=8.0)
+    assert exact(T=None)  # rows have their own
     found = [exact(f"renyi({a})") for a in (0.1, 0.5, 0.9, 1.1, 2, 9)]
     assert found == [True, False, True, True, False, True]
     assert [exact(f"jsd({b})") for b in (0.01, 0.1, 0.99)] == [True, False, True]
@@ -321,6 +322,9 @@ def test_which_form_a_call_takes():
     for gradient, expected in ((None, False), (z, False), (z.float(), True)):
         found, _ = backend.launches(raw.call(z, z, grad=gradient), torch.empty(1), HERE)
         assert found[0].arguments["SPEC"].exact == expected
+    own = raw.call(z, z)._replace(temperature=torch.ones(1, dtype=torch.float64))
+    found, _ = backend.launches(own, torch.empty(1), HERE)
+    assert found[0].arguments["SPEC"].exact and found[0].arguments["SPEC"].own
 
 
 def test_orders_and_weights_beyond_a_float():

@@ -173,9 +173,9 @@ def base_2(reference, numbers):
 def missing(sums, reference, numbers):
     """h: what the reference lacks of log sum o - log sum b, in nats."""
     near = tl.abs(sums.f) < 0.5 * sums.s
-    near_0 = log1p64(tl.where(near, sums.f / sums.s, 0.0))
+    small = log1p64(tl.where(near, sums.f / sums.s, 0.0))
     rest = tl.log(sums.so / sums.s) + (reference.N - base_2(reference, numbers)) / LOG2E
-    return tl.where(near, near_0, rest)
+    return tl.where(near, small, rest)
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from .records import (
     ALL,
     ENTROPY,
     FIRST,
+    HOT,
     KEPT,
     LAST,
     MIDDLE,
@@ -226,7 +227,7 @@ def scales_of(row, weight, TEMPERATURES, c, k, given, spec: tl.constexpr):
         c = (wide(k) * LOG2E).to(tl.float32)
         lacks = wide(1.0)  # as `numbers.numbers` has it
         if not spec.is_limit and spec.family != TVD:
-            lacks = tl.where(T >= 64.0, 1.0 / (wide(k) * T), 1.0)
+            lacks = tl.where(T >= HOT, 1.0 / (wide(k) * T), 1.0)
         unit = unit * (square * lacks * lacks)
         grad *= square / T * lacks
         factor = factor * (lacks * lacks)

@@ -177,7 +177,7 @@ def _spec(kind: Kind, access: int, geometry: Plan) -> Spec:
     return Spec(
         family=FAMILIES.index(n.family),
         base=n.base,
-        exact=kind.own or is_exact(kind.divergence.form, kind.numbers.temperature, gradient),
+        exact=is_exact(kind.divergence.form, None if kind.own else kind.numbers.temperature, gradient),
         hard=(SMOOTHED if m.label_smoothing else CROSS_ENTROPY) if kind.hard else 0,
         grad=kind.grad is not None,
         weighted=kind.weighted,

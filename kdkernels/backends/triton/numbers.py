@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ... import divergence as math_of
-from .spec import STEEP, STUDENT, TEACHER
+from .spec import HOT, STEEP, STUDENT, TEACHER
 
 WARM = 8.0  # of a temperature: above, the gradient is a small difference of p and q
 NEAR = 0.2  # an order is so near to 0 or 1, where D is a small difference over another
@@ -18,14 +18,15 @@ LARGE = 8.0  # an order whose powers have too many times the rounding of a logar
 SLIGHT = 0.05  # a mixture's weight
 
 
-def is_exact(form: math_of.Form, temperature: float, gradient: torch.dtype) -> bool:
+def is_exact(form: math_of.Form, temperature: float | None, gradient: torch.dtype) -> bool:
     """Whether a call takes the exact form, which keeps the digits of small differences: 1.15 to 1.33 times
-    the time of the plain one on an H200. gradient: its dtype, or the logits' where none is asked for.
+    the time of the plain one on an H200. temperature: None for rows that have their own, which nobody looks
+    at. gradient: its dtype, or the logits' where none is asked for.
 
     A gradient in 16 bits is rounded to 2e-3 or 2e-4 of itself; the plain form's error is below that but where
     p and q, or what D is a difference of, nearly cancel.
     """
-    if gradient.itemsize > 2 or temperature > WARM:
+    if gradient.itemsize > 2 or temperature is None or temperature > WARM:
         return True
     if form.family in ("renyi", "alpha"):
         return min(abs(form.order), abs(form.order - 1)) < NEAR or abs(form.order) > LARGE
@@ -73,10 +74,10 @@ def numbers(divergence: math_of.Divergence, temperature: float) -> Rounded:
         )
     k = single(1 / temperature)
     # a row is computed at one temperature, 1 / k; where D is proportional to 1 / T^2, what that lacks is a
-    # factor
+    # factor; of a row's own temperature `kernels.scales_of` has the same
     correction = (
         1 / (k * temperature)
-        if temperature >= 64 and form.family not in ("tvd", "support", "extreme")
+        if temperature >= HOT and form.family not in ("tvd", "support", "extreme")
         else 1.0
     )
     call = functools.partial(Rounded, c=single(k * math.log2(math.e)), k=k)

@@ -16,7 +16,7 @@ KL, ENTROPY, MIXED_KL, MOMENTS, MIXTURE, SKEWED, TVD, POWER, ALPHA, SUPPORT, EXT
 STUDENT = tl.constexpr(names.STUDENT)
 EVEN, WINDOW, SCALAR, FULL = (tl.constexpr(x) for x in (names.EVEN, names.WINDOW, names.SCALAR, names.FULL))
 SMOOTHED, SCALED, CAPPED = (tl.constexpr(x) for x in (names.SMOOTHED, names.SCALED, names.CAPPED))
-SQUARED = tl.constexpr(names.SQUARED)
+SQUARED, HOT = tl.constexpr(names.SQUARED), tl.constexpr(names.HOT)
 FIRST, AGAIN, MIDDLE, LAST, ALL = (
     tl.constexpr(x) for x in (names.FIRST, names.AGAIN, names.MIDDLE, names.LAST, names.ALL)
 )

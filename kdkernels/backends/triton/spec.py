@@ -26,6 +26,7 @@ CROSS_ENTROPY, SMOOTHED = 1, 2
 SCALED, CAPPED = 1, 2
 # Spec.own: rows have temperatures of their own; with t_squared
 OWN, SQUARED = 1, 2
+HOT = 64.0  # a temperature from which D is so small that the rounding of 1 / T shows
 # Spec.phase: under the interpreter, whose programs run one after another, those of a row cannot wait for each
 # other, and what lies between two exchanges is a launch of its own. ALL: everything, which is what a GPU runs
 FIRST, AGAIN, MIDDLE, LAST, ALL = range(5)
