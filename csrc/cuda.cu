@@ -154,7 +154,8 @@ int run(Job &job) {
   }
   const gpu::Shape rest{over(c.rows, job.all ? 1 : kLook), CarefulRows::kThreads, 1,
                         sizeof(CarefulMemory<CarefulRows>)};
-  return cuda(gpu::launch(careful_rows<CarefulRows>, rest, c.stream, job));
+  if (c.temperatures) return cuda(gpu::launch(careful_rows<CarefulRows, true>, rest, c.stream, job));
+  return cuda(gpu::launch(careful_rows<CarefulRows, false>, rest, c.stream, job));
 }
 
 }  // namespace
@@ -219,7 +220,7 @@ KD_API const char *kd_families(void) { return kd::KD_LEVEL::kNames; }
 KD_API const char *kd_isa(void) { return KD_ARCHS; }  // what it was compiled for
 KD_API int kd_openmp(void) { return 0; }
 KD_API const char *kd_unavailable(int32_t device) {
-  return gpu::unavailable(kd::KD_LEVEL::careful_rows<kd::KD_LEVEL::CarefulRows>, device);
+  return gpu::unavailable(kd::KD_LEVEL::careful_rows<kd::KD_LEVEL::CarefulRows, false>, device);
 }
 KD_API const char *kd_error(int32_t status) {
   return status >= KD_CUDA_ERROR ? gpu::error_text(status - KD_CUDA_ERROR)

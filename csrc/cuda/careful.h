@@ -143,23 +143,27 @@ template <class G> struct CarefulMemory {
   double crew[G::kWarps];
   Job own;  // of a row with a temperature of its own
 };
-template <class G> KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) careful_rows(const KD_PARAM Job job) {
+// kOwn: rows have temperatures of their own. A kernel apart, as a job in shared memory takes registers with
+// which one block less fits a multiprocessor.
+template <class G, bool kOwn>
+KD_KERNEL KD_LAUNCH_BOUNDS(G::kThreads, 1) careful_rows(const KD_PARAM Job job) {
   CarefulMemory<G> &memory = *(CarefulMemory<G> *)gpu::shared();
   const BlockCrew<G> crew{memory.crew};
-  const bool own = job.call.temperatures;
-  const Job &used = own ? memory.own : job;
+  const Job &used = kOwn ? memory.own : job;
   const int look = job.all ? 1 : kLook;
   KD_ROLLED for (int64_t i = 0; i < look; i++) {
     const int64_t row = gpu::block() * look + i;
     if (row >= job.call.rows) return;
     const bool mine = job.all || bits(job.call.loss[row]) == kLostMark;
     gpu::sync_block();  // everyone has read the loss before anyone writes it
-    if (own && gpu::thread() == 0) {
-      memory.own = job;
-      memory.own.call = at_own_temperature(job.call, row);
-      plan_temperature(memory.own.plan, memory.own.call.temperature, true);
+    if constexpr (kOwn) {
+      if (gpu::thread() == 0) {
+        memory.own = job;
+        memory.own.call = at_own_temperature(job.call, row);
+        plan_temperature(memory.own.plan, memory.own.call.temperature, true);
+      }
+      gpu::sync_block();
     }
-    if (own) gpu::sync_block();
     if (mine)
       with_careful<double>(used.plan, crew, [&](auto &careful) { careful_row(used, row, crew, careful); });
   }
